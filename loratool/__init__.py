@@ -1,0 +1,52 @@
+"""LoRA adapters as one exact, versioned file: extract, inspect, merge, unmerge."""
+
+from loratool.adapter import Adapter, BaseIdentity, Target, Targeted, TensorIdentity
+from loratool.api import extract, inspect, load, merge, plan, save, unmerge, validate
+from loratool.errors import (
+    AnswerIsNo,
+    ChoiceNeeded,
+    InvalidFile,
+    LoratoolError,
+    Mismatch,
+    OutputRefused,
+    Problem,
+    Unsupported,
+)
+from loratool.extract import ExtractReport
+from loratool.merge import MergeReport, Progress, UnmergeReport
+from loratool.plan import Plan
+from loratool.summary import Summary
+from loratool.tensors import TensorRef
+from loratool.version import __version__
+
+__all__ = [
+    "Adapter",
+    "AnswerIsNo",
+    "BaseIdentity",
+    "ChoiceNeeded",
+    "ExtractReport",
+    "InvalidFile",
+    "LoratoolError",
+    "MergeReport",
+    "Mismatch",
+    "OutputRefused",
+    "Plan",
+    "Problem",
+    "Progress",
+    "Summary",
+    "Target",
+    "Targeted",
+    "TensorIdentity",
+    "TensorRef",
+    "UnmergeReport",
+    "Unsupported",
+    "__version__",
+    "extract",
+    "inspect",
+    "load",
+    "merge",
+    "plan",
+    "save",
+    "unmerge",
+    "validate",
+]

@@ -1,0 +1,179 @@
+"""What an adapter is: an ordered list of updates to named tensors, the base it belongs to, and where it came from."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from loratool.errors import Problem
+from loratool.tensors import Shape
+from loratool.updates import Update
+
+LAYOUTS = ("", "in_out", "embedding")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Which part of the base an update changes.
+
+    `name` and `shape` are those of the whole stored tensor. `rows` [start, stop) is a range along the first
+    dimension of the matrix (one part of a fused projection). A tensor [experts, ...] is updated for all experts at
+    once (`experts` is their number, and the update's components have that leading dimension) or for one (`expert`).
+    `layout` is "in_out" where the stored matrix is [in, out] (GPT-2's Conv1D), "embedding" for a table
+    [tokens, dim], "" for PyTorch's [out, in].
+    """
+
+    name: str
+    shape: Shape
+    rows: tuple[int, int] | None = None
+    expert: int | None = None
+    experts: int | None = None
+    layout: str = ""
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the first dimension counts experts."""
+        return self.expert is not None or self.experts is not None
+
+    @property
+    def matrix(self) -> Shape:
+        """The shape of the tensor, or of one expert's part of it."""
+        return self.shape[1:] if self.stacked else self.shape
+
+    @property
+    def region(self) -> Shape:
+        """The shape of what changes, without the experts' dimension."""
+        if self.rows is None:
+            return self.matrix
+        return (self.rows[1] - self.rows[0], *self.matrix[1:])
+
+    @property
+    def covers_all(self) -> bool:
+        return self.rows is None and self.expert is None
+
+    def overlaps(self, other: Target) -> bool:
+        if self.name != other.name:
+            return False
+        if self.expert is not None and other.expert is not None and self.expert != other.expert:
+            return False
+        if self.rows is None or other.rows is None:
+            return True
+        return self.rows[0] < other.rows[1] and other.rows[0] < self.rows[1]
+
+    def check(self) -> Iterator[Problem]:
+        """Rules R-022 and R-023 of the spec: shape, rows and expert index are possible."""
+        if any(dim < 1 for dim in self.shape):
+            yield Problem("E-SHAPE", f"shape {list(self.shape)} has an empty dimension", self.name, rule="R-022")
+        if len(self.shape) > 8 or math.prod(self.shape) > 2**53:
+            yield Problem(
+                "E-LIMIT", f"shape {list(self.shape)} is over 8 dimensions or 2^53 elements", self.name, rule="R-016"
+            )
+        if self.expert is not None and self.experts is not None:
+            yield Problem("E-RANGE", "expert and experts exclude each other", self.name, rule="R-023")
+        elif self.stacked and len(self.shape) < 2:
+            yield Problem("E-RANGE", f"shape {list(self.shape)} has no experts' dimension", self.name, rule="R-023")
+        elif self.experts is not None and self.experts != self.shape[0]:
+            yield Problem(
+                "E-RANGE", f"experts is {self.experts}, the tensor has {self.shape[0]}", self.name, rule="R-023"
+            )
+        elif self.expert is not None and not 0 <= self.expert < self.shape[0]:
+            yield Problem("E-RANGE", f"expert {self.expert} is not among {self.shape[0]}", self.name, rule="R-023")
+        elif self.rows is not None:
+            size = self.matrix[0] if self.matrix else 0
+            if not 0 <= self.rows[0] < self.rows[1] <= size:
+                yield Problem(
+                    "E-RANGE", f"rows {list(self.rows)} are not a range within {size}", self.name, rule="R-023"
+                )
+
+
+@dataclass(frozen=True)
+class Targeted:
+    """One entry of an adapter: what changes, and how."""
+
+    target: Target
+    update: Update
+
+    def check(self) -> Iterator[Problem]:
+        problems = list(self.target.check())
+        if not problems and self.update.kind == "replace_rows" and (self.target.stacked or self.target.rows):
+            problems.append(Problem("E-RANGE", "replace_rows names rows of the whole tensor", rule="R-023"))
+        if not problems:
+            problems.extend(self.update.check(self.target.region, self.target.experts))
+        for problem in problems:
+            yield Problem(problem.code, problem.message, self.target.name, problem.hint, problem.rule)
+
+
+@dataclass(frozen=True)
+class TensorIdentity:
+    """What a base tensor is: BLAKE3 of its raw bytes, dtype and shape. Independent of files and shards."""
+
+    digest: str
+    dtype: str
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """The base an adapter was trained on: a name for people, and digests of the tensors it changes for the tool."""
+
+    name: str = ""
+    tensors: Mapping[str, TensorIdentity] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Updates in order, the base they belong to, provenance (free text pairs), and notes from reading it.
+
+    `doubts` are what only the base could have settled, where it was not at hand: such an adapter can be inspected, not
+    saved or merged.
+    """
+
+    updates: tuple[Targeted, ...]
+    base: BaseIdentity = BaseIdentity()
+    provenance: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
+
+    def targets(self) -> dict[str, list[Targeted]]:
+        """The updates by the tensor they change, in order."""
+        found: dict[str, list[Targeted]] = defaultdict(list)
+        for item in self.updates:
+            found[item.target.name].append(item)
+        return dict(found)
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.numel for item in self.updates for tensor in item.update.components().values())
+
+    def check(self) -> list[Problem]:
+        """Every way in which the adapter contradicts itself."""
+        problems = [problem for item in self.updates for problem in item.check()]
+        for name, items in self.targets().items():
+            if len({item.target.shape for item in items}) > 1:
+                problems.append(
+                    Problem("E-SHAPE", "updates of one tensor give it different shapes", name, rule="R-022")
+                )
+            problems.extend(overlaps(items))
+        return problems
+
+    def unknown_scales(self) -> list[Targeted]:
+        """Updates whose alpha nobody has said yet."""
+        return [item for item in self.updates if item.update.scaling and item.update.scaling.scale is None]
+
+
+def overlaps(items: list[Targeted]) -> Iterator[Problem]:
+    """Pairs of updates of one tensor whose sum is not defined (rule R-029)."""
+    for first, second in itertools.combinations(items, 2):
+        roles = {first.update.role, second.update.role}
+        both_same = len(roles) == 1 and roles != {"add"}
+        if (both_same or roles == {"add", "renormalise"}) and first.target.overlaps(second.target):
+            yield Problem(
+                "E-OVERLAP",
+                f"a {first.update.kind} and a {second.update.kind} update change the same elements:"
+                " their combination is not defined",
+                first.target.name,
+                rule="R-029",
+            )

@@ -1,0 +1,204 @@
+"""The library calls: the four verbs, load and save. The command line calls exactly these."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import ParamSpec, TypeAlias, TypeVar
+
+from loratool import conventions
+from loratool import format as native_format
+from loratool.adapter import Adapter
+from loratool.checkpoint import open_checkpoint, read_json
+from loratool.conventions.choices import Choices
+from loratool.errors import InvalidFile, Problem
+from loratool.extract import ExtractReport, run_extract
+from loratool.merge import MergeReport, ProgressCallback, UnmergeReport, run_merge, run_unmerge
+from loratool.plan import Plan, plan_merge, plan_unmerge
+from loratool.summary import Summary, inspect_path
+
+PathLike: TypeAlias = str | Path
+AdapterLike: TypeAlias = PathLike | Adapter
+Weighted: TypeAlias = AdapterLike | tuple[AdapterLike, float | None]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _typed(function: Callable[P, R]) -> Callable[P, R]:
+    """An input that can not be read is a typed error, like any other."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except OSError as error:
+            where = str(error.filename or "")
+            raise InvalidFile(Problem("E-READ", f"can not be read: {error.strerror or error}", where)) from error
+
+    return wrapper
+
+
+def choices(
+    alpha: float | Mapping[str, float] | None = None,
+    scaling: str | None = None,
+    config: PathLike | None = None,
+    adapter: str | None = None,
+    layout: Mapping[str, str] | None = None,
+) -> Choices:
+    """What the files leave open, from a caller's arguments."""
+    patterns = dict(alpha) if isinstance(alpha, Mapping) else {} if alpha is None else {"*": float(alpha)}
+    return Choices(patterns, scaling, None if config is None else read_json(Path(config)), adapter, dict(layout or {}))
+
+
+@_typed
+def load(
+    path: PathLike,
+    *,
+    base: PathLike | None = None,
+    convention: str | None = None,
+    alpha: float | Mapping[str, float] | None = None,
+    scaling: str | None = None,
+    config: PathLike | None = None,
+    adapter: str | None = None,
+    layout: Mapping[str, str] | None = None,
+) -> Adapter:
+    """Read an adapter of any convention. Headers only: numbers are read when they are needed.
+
+    `base` binds it to a checkpoint's names and orientation, which PEFT's MoE and Conv1D layers need. `alpha` (one, or
+    one per name pattern), `scaling` ("alpha", "alpha/rank", "alpha/sqrt(rank)"), `config` (a PEFT adapter_config.json)
+    and `adapter` (one of several in the file) say what the file does not.
+
+    Raises InvalidFile, Unsupported, ChoiceNeeded or Mismatch.
+
+    >>> loratool.load("adapter/").updates[0].target.name  # doctest: +SKIP
+    'model.layers.0.self_attn.q_proj.weight'
+    """
+    source = open_checkpoint(Path(path))
+    tensors = None if base is None else open_checkpoint(Path(base)).tensors
+    given = choices(alpha, scaling, config, adapter, layout)
+    return conventions.choose(source, convention).read(source, given, tensors)
+
+
+@_typed
+def save(adapter: Adapter, path: PathLike) -> None:
+    """Write an adapter as a native file, whole or not at all; the same adapter gives the same bytes.
+
+    Raises ChoiceNeeded for an unknown scale, InvalidFile for a contradiction, OutputRefused if `path` exists.
+    """
+    native_format.write(adapter, Path(path))
+
+
+@_typed
+def inspect(
+    path: PathLike, *, base: PathLike | None = None, convention: str | None = None, adapter: str | None = None
+) -> Summary:
+    """Say what an adapter or checkpoint is, from its headers. Imports no torch for safetensors and zipped pickles."""
+    return inspect_path(Path(path), None if base is None else Path(base), Choices(adapter=adapter), convention)
+
+
+@_typed
+def extract(
+    wrapped: PathLike,
+    out: PathLike,
+    *,
+    alpha: float | Mapping[str, float] | None = None,
+    scaling: str | None = None,
+    config: PathLike | None = None,
+    convention: str | None = None,
+    adapter: str | None = None,
+    layout: Mapping[str, str] | None = None,
+    base_out: PathLike | None = None,
+    progress: ProgressCallback | None = None,
+) -> ExtractReport:
+    """Write the adapter inside a wrapped checkpoint as a native file, bound to the digests of its base tensors.
+
+    With `base_out`, also write the clean base checkpoint as a folder. Raises ChoiceNeeded where alpha is not stored.
+    """
+    given = choices(alpha, scaling, config, adapter, layout)
+    target = None if base_out is None else Path(base_out)
+    return run_extract(Path(wrapped), Path(out), given, convention=convention, base_out=target, progress=progress)
+
+
+@_typed
+def plan(
+    base: PathLike,
+    adapters: Weighted | Sequence[Weighted],
+    out: PathLike,
+    *,
+    dtype: str = "keep",
+    allow_new: bool = False,
+    layout: Mapping[str, str] | None = None,
+) -> Plan:
+    """All checks of a merge without writing anything. Raises what `merge` would raise."""
+    given = [(adapter, 1.0 if weight is None else weight) for adapter, weight in _weighted(adapters)]
+    return plan_merge(Path(base), given, Path(out), dtype=dtype, allow_new=allow_new, choices=choices(layout=layout))
+
+
+@_typed
+def merge(
+    base: PathLike,
+    adapters: Weighted | Sequence[Weighted],
+    out: PathLike,
+    *,
+    dtype: str = "keep",
+    allow_new: bool = False,
+    layout: Mapping[str, str] | None = None,
+    progress: ProgressCallback | None = None,
+) -> MergeReport:
+    """Write base + adapters as a checkpoint: W + sum of weight * scale * delta, rounded once.
+
+    `adapters` are paths or `Adapter`s, each alone or as (adapter, weight). `dtype` "keep", "bf16", "fp16" or "fp32".
+    `allow_new` permits adapters to add tensors or resize them. Every problem is raised before a byte is written.
+
+    >>> loratool.merge("base/", [("style/", 0.8), "task.lora.safetensors"], "merged/")  # doctest: +SKIP
+    """
+    return run_merge(plan(base, adapters, out, dtype=dtype, allow_new=allow_new, layout=layout), progress)
+
+
+@_typed
+def plan_of_unmerge(
+    merged: PathLike,
+    adapters: Weighted | Sequence[Weighted],
+    out: PathLike,
+    *,
+    base: PathLike | None = None,
+    exact: bool = False,
+    layout: Mapping[str, str] | None = None,
+) -> Plan:
+    """All checks of an unmerge without writing anything. Raises what `unmerge` would raise."""
+    base_path = None if base is None else Path(base)
+    return plan_unmerge(
+        Path(merged), _weighted(adapters), Path(out), base_path=base_path, exact=exact, choices=choices(layout=layout)
+    )
+
+
+@_typed
+def unmerge(
+    merged: PathLike,
+    adapters: Weighted | Sequence[Weighted],
+    out: PathLike,
+    *,
+    base: PathLike | None = None,
+    exact: bool = False,
+    layout: Mapping[str, str] | None = None,
+    progress: ProgressCallback | None = None,
+) -> UnmergeReport:
+    """Take merged adapters out again. With `base` bit for bit; without it to rounding, and the report says how far.
+
+    Raises AnswerIsNo where that is impossible (a replaced tensor), or with `exact`, where it would not be exact.
+    """
+    return run_unmerge(plan_of_unmerge(merged, adapters, out, base=base, exact=exact, layout=layout), progress)
+
+
+@_typed
+def validate(path: PathLike) -> list[Problem]:
+    """Every rule of the format's specification that a native file breaks; [] if it is valid."""
+    return native_format.validate(Path(path))
+
+
+def _weighted(adapters: Weighted | Sequence[Weighted]) -> list[tuple[Path | Adapter, float | None]]:
+    listed: Sequence[Weighted] = [adapters] if isinstance(adapters, str | Path | Adapter | tuple) else adapters
+    pairs = [entry if isinstance(entry, tuple) else (entry, None) for entry in listed]
+    return [(adapter if isinstance(adapter, Adapter) else Path(adapter), weight) for adapter, weight in pairs]

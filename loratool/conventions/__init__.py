@@ -1,0 +1,78 @@
+"""Every layout in which adapters are found on disk: one module each, with the same verbs.
+
+NAME, TITLE         what `--from` calls it, and a few words for people
+detect(source)      whether a checkpoint looks like it; names and side files only
+read(source, ...)   the adapter in it, orientation and scale resolved
+unwrap(source, ...) the base checkpoint inside it, by the base's own names; empty for an adapter alone
+
+A new convention is one file here, one entry in CONVENTIONS, and its fixtures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from loratool.adapter import Adapter
+from loratool.checkpoint import Checkpoint
+from loratool.conventions import native, peft, peft_wrapped, plain
+from loratool.conventions.choices import Choices
+from loratool.errors import ChoiceNeeded, Problem, Unsupported
+from loratool.tensors import TensorRef
+
+
+class Convention(Protocol):
+    NAME: str
+    TITLE: str
+
+    def detect(self, source: Checkpoint) -> bool: ...
+
+    def read(self, source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | None) -> Adapter:
+        """The adapter in `source`, bound to `base`'s tensors where a base is given.
+
+        Without a base, names and orientation are what the files say. Raises ChoiceNeeded, Unsupported, Mismatch.
+        """
+
+    def unwrap(self, source: Checkpoint, choices: Choices) -> Mapping[str, TensorRef]: ...
+
+
+CONVENTIONS: tuple[Convention, ...] = (native, plain, peft, peft_wrapped)
+
+
+def matching(source: Checkpoint) -> list[Convention]:
+    return [convention for convention in CONVENTIONS if convention.detect(source)]
+
+
+def choose(source: Checkpoint, name: str | None = None) -> Convention:
+    """The convention a source is in: the named one, or the only one that matches.
+
+    Raises Unsupported if none does, ChoiceNeeded if several do.
+    """
+    if name is not None:
+        found = [convention for convention in CONVENTIONS if name == convention.NAME]
+        if not found:
+            known = ", ".join(convention.NAME for convention in CONVENTIONS)
+            raise ChoiceNeeded(Problem("E-OPTION", f"there is no convention {name!r}", hint=f"known are {known}"))
+        return found[0]
+    found = matching(source)
+    if not found:
+        names = ", ".join([*source.tensors][:3])
+        raise Unsupported(
+            Problem(
+                "E-CONVENTION",
+                f"no adapter in it that loratool knows; its tensors are named like {names}",
+                str(source.path),
+                "is it a plain checkpoint? `loratool inspect` shows what it is",
+            )
+        )
+    if len(found) > 1:
+        names = ", ".join(convention.NAME for convention in found)
+        raise ChoiceNeeded(
+            Problem(
+                "E-AMBIGUOUS",
+                f"more than one convention matches: {names}",
+                str(source.path),
+                "say which one with --from NAME",
+            )
+        )
+    return found[0]

@@ -1,0 +1,26 @@
+"""loratool's own file, as a convention like the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from loratool import format as native_format
+from loratool.adapter import Adapter
+from loratool.checkpoint import Checkpoint
+from loratool.conventions.choices import Choices
+from loratool.tensors import TensorRef
+
+NAME = "native"
+TITLE = "loratool adapter"
+
+
+def detect(source: Checkpoint) -> bool:
+    return source.path.is_file() and native_format.is_native(source.metadata)
+
+
+def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | None) -> Adapter:
+    return native_format.read(source.path)
+
+
+def unwrap(source: Checkpoint, choices: Choices) -> Mapping[str, TensorRef]:
+    return {}

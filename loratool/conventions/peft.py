@@ -1,0 +1,564 @@
+"""PEFT's saved adapter: ``adapter_model.safetensors`` (or .bin) beside ``adapter_config.json``.
+
+Keys are ``base_model.model.`` + module path + a part: ``.lora_A.weight`` [rank, in], ``.lora_B.weight`` [out, rank],
+``.lora_embedding_A`` [rank, tokens], ``.lora_embedding_B`` [dim, rank], ``.lora_magnitude_vector``, and whole tensors
+for trained heads and biases. Rank and alpha may differ per module (`rank_pattern`, `alpha_pattern`). PEFT's
+`peft/tuners/lora/` and `peft/utils/save_and_load.py` are the reference; every line here is tested against it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from loratool.adapter import Adapter, BaseIdentity, Target, Targeted
+from loratool.checkpoint import Checkpoint
+from loratool.conventions.choices import Choices
+from loratool.errors import ChoiceNeeded, InvalidFile, LoratoolError, Mismatch, Problem, Unsupported
+from loratool.names import modules, natural, parent, prefix_rule
+from loratool.tensors import Shape, TensorRef, as_bytes
+from loratool.updates import Add, Dora, Lora, Replace, ReplaceRows, Scaling
+
+if TYPE_CHECKING:
+    import torch
+
+NAME = "peft"
+TITLE = "PEFT adapter"
+PREFIX = "base_model.model."
+
+# What follows the module path. Whole tensors (`.weight`, `.bias`, parameters of any name) have none of these.
+_PART = re.compile(
+    r"^(?P<module>.*?)\.?(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
+    r"|lora_magnitude_vector|token_adapter\.trainable_tokens_delta|trainable_tokens_delta"
+    r"|token_adapter\.base_layer\.weight)$"
+)
+# The same parts with the adapter's name in them, as a wrapped model's state dict has them.
+WRAPPED_PART = re.compile(
+    r"^(?P<before>(?:.*\.)?(?:lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
+    r"|trainable_tokens_delta|(?P<saved>modules_to_save)))\.(?P<adapter>(?!weight$|bias$)[^.]+)"
+    r"(?P<after>\.(?(saved).+|(?:weight|bias)))?$"
+)
+# Parts of other methods, and of LoRA variants whose delta is another formula.
+_FOREIGN = re.compile(
+    r"\.(lora_E|lora_ranknum|hada_\w+|lokr_\w+|ia3_\w|vera_\w+|oft_\w+|lora_diag\w*|boft_\w+|lora_[A-Z]\w*)\b"
+)
+
+# Layers of transformers that are usually Conv1D, [in, out]: without the base, its flag alone proves nothing for them.
+CONV1D_NAMES = {"c_attn", "c_proj", "c_fc", "q_attn"}
+# Initialisations that rewrite the base before training: the adapter is relative to a base that is not on any disk.
+_MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_VARIANTS = {
+    "layer_replication": "the base's layers must be replicated first",
+    "use_qalora": "A acts on pooled inputs",
+    "use_bdlora": "one factor is block-diagonal and stored compactly",
+    "kasa_config": "the base is truncated and the delta has singular values",
+    "arrow_config": "it routes between adapters at run time",
+    "alora_invocation_tokens": "it is active only after an invocation token",
+    "monteclora_config": "its factors are sampled",
+    "velora_config": "its delta is not plain LoRA",
+}
+
+
+def detect(source: Checkpoint) -> bool:
+    if any(WRAPPED_PART.match(name) for name in source.tensors):
+        return False  # hand-dumped or wrapped: the adapter's name is still in the keys
+    config = _side_config(source)
+    if config is not None and "peft_type" in config:
+        return True
+    return any(name.startswith(PREFIX) and _PART.match(name) for name in source.tensors)
+
+
+def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | None) -> Adapter:
+    config = choices.config or _side_config(source)
+    refuse_unsupported(config or {}, source)
+    parts = {name.removeprefix(PREFIX): ref for name, ref in source.tensors.items()}
+    adapter = PeftReader(parts, config, choices, base, str(source.path)).adapter()
+    return replace(adapter, provenance={"convention": NAME}, notes=(*source.notes, *adapter.notes))
+
+
+def unwrap(source: Checkpoint, choices: Choices) -> Mapping[str, TensorRef]:
+    return {}
+
+
+def _side_config(source: Checkpoint) -> dict[str, Any] | None:
+    return source.side_json("adapter_config.json")
+
+
+def refuse_unsupported(config: Mapping[str, Any], source: Checkpoint) -> None:
+    """Refuse, by name, what a merge of A and B alone would get wrong."""
+    problems = []
+    kind = config.get("peft_type", "LORA")
+    if kind not in ("LORA", "TRAINABLE_TOKENS"):
+        problems.append(
+            Problem(
+                "E-UNSUPPORTED",
+                f"peft_type {kind} is not supported",
+                str(source.path),
+                "merge it with PEFT's merge_and_unload()",
+            )
+        )
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_MUTATING_INITS):
+        problems.append(
+            Problem(
+                "E-UNSUPPORTED",
+                f"init_lora_weights is {init!r}: it changes the base before training, so this adapter does"
+                " not belong to the base on disk",
+                str(source.path),
+                "save it again with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...), which makes a"
+                " plain LoRA of it; or extract it with the base inside from the wrapped checkpoint",
+            )
+        )
+    problems += [
+        Problem("E-UNSUPPORTED", f"{key} is set: {why}", str(source.path), "merge it with PEFT's merge_and_unload()")
+        for key, why in _VARIANTS.items()
+        if config.get(key)
+    ]
+    if problems:
+        raise Unsupported(problems)
+
+
+@dataclass
+class _Module:
+    """The parts that were saved for one wrapped module. `depth` counts wrappers inside (MoE parameters nest)."""
+
+    name: str
+    depth: int = 0
+    parts: dict[str, TensorRef] = field(default_factory=dict)
+
+
+@dataclass
+class PeftReader:
+    """Turns keys of the saved form into updates. Wrapped checkpoints are brought into the saved form first."""
+
+    parts: Mapping[str, TensorRef]
+    config: Mapping[str, Any] | None
+    choices: Choices
+    base: Mapping[str, TensorRef] | None
+    where: str
+    notes: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    def adapter(self) -> Adapter:
+        wrapped, whole = self._sort()
+        if not wrapped and not whole:
+            raise InvalidFile(Problem("E-EMPTY", "no adapter tensor in it", self.where))
+        self.choices.check_used([module.name for module in wrapped], self.where)
+        self.rename = self._match(wrapped, whole)
+        if self.base is not None:  # a whole tensor in the adapter is what its deltas were trained on
+            self.base = {**self.base, **{self._renamed(name): ref for name, ref in whole.items()}}
+        updates = [item for module in self._split_tokens(wrapped, whole) for item in self._guarded(module)]
+        updates += [self._replacement(name, ref) for name, ref in whole.items()]
+        if self.problems:
+            raise Mismatch(self.problems)
+        # Replacements come before the deltas on top of them (an embedding that was resized, then trained).
+        updates.sort(key=lambda item: (natural(item.target.name), item.update.role != "replace"))
+        name = str((self.config or {}).get("base_model_name_or_path") or "")
+        return Adapter(tuple(updates), BaseIdentity(name), notes=tuple(self.notes), doubts=tuple(self.doubts))
+
+    # -- keys ---------------------------------------------------------------------------------------------------------
+
+    def _sort(self) -> tuple[list[_Module], dict[str, TensorRef]]:
+        """Keys by module, and whole tensors by the base's name for them."""
+        found: dict[tuple[str, int], _Module] = {}
+        whole: dict[str, TensorRef] = {}
+        for key, ref in self.parts.items():
+            match = _PART.match(key)
+            if match:
+                name, depth = _without_layers(match["module"])
+                part = match["part"].removeprefix("token_adapter.")
+                found.setdefault((name, depth), _Module(name, depth)).parts[part] = ref
+            elif foreign := _FOREIGN.search("." + key):
+                self.problems.append(
+                    Problem(
+                        "E-UNSUPPORTED",
+                        f"tensor {ref.name!r}: {foreign[1]} belongs to a method that is not supported",
+                        self.where,
+                        "merge it with PEFT",
+                    )
+                )
+            elif ".original_module." in key:
+                self.notes.append(f"{ref.name} is the untrained original: not used")
+            else:
+                # bias="all" saves a trained head's bias twice; the modules_to_save copy is the trained one.
+                is_copy = ".modules_to_save." in key
+                name = key.replace(".modules_to_save.", ".").replace(".base_layer.", ".")
+                if is_copy or name not in whole:
+                    whole[name] = ref
+        if self.problems:
+            raise Unsupported(self.problems)
+        return list(found.values()), whole
+
+    def _match(self, wrapped: list[_Module], whole: Mapping[str, TensorRef]) -> Any:
+        """The rule that turns the adapter's module names into the base's."""
+        if self.base is None:
+            return lambda name: name
+        wanted = {parent(name) for name in whole} | {module.name for module in wrapped}
+        rename, notes = prefix_rule(wanted - {""}, modules(self.base), self.where)
+        self.notes += notes
+        return rename
+
+    def _split_tokens(self, wrapped: list[_Module], whole: dict[str, TensorRef]) -> Iterator[_Module]:
+        """Resolve what is stored twice: an embedding saved whole (resized) together with trained rows of it."""
+        for module in wrapped:
+            resized = module.parts.pop("base_layer.weight", None)
+            if resized is not None and "trainable_tokens_delta" in module.parts:
+                rows = module.parts.pop("trainable_tokens_delta")
+                whole[f"{module.name}.weight"] = _patched(resized, rows, self._token_indices(module.name))
+            elif resized is not None:
+                whole[f"{module.name}.weight"] = resized
+            if module.parts:
+                yield module
+
+    # -- one module ---------------------------------------------------------------------------------------------------
+
+    def _guarded(self, module: _Module) -> list[Targeted]:
+        """The updates of a module; its problem joins the others instead of ending the reading."""
+        try:
+            return list(self._updates(module))
+        except LoratoolError as error:
+            self.problems += error.problems
+            return []
+
+    def _updates(self, module: _Module) -> Iterator[Targeted]:
+        parts = dict(module.parts)
+        if (rows := parts.pop("trainable_tokens_delta", None)) is not None:
+            yield self._token_rows(module, rows)
+        embedding = parts.pop("lora_embedding_A", None), parts.pop("lora_embedding_B", None)
+        linear = parts.pop("lora_A.weight", None), parts.pop("lora_B.weight", None)
+        bias, magnitude = parts.pop("lora_B.bias", None), parts.pop("lora_magnitude_vector", None)
+        if (embedding[0] is None) != (embedding[1] is None) or (linear[0] is None) != (linear[1] is None):
+            raise InvalidFile(Problem("E-COMPONENTS", f"{module.name} has only one of the two factors", self.where))
+        if embedding[0] is not None and embedding[1] is not None:
+            yield self._embedding(module, embedding[0], embedding[1], magnitude)
+        elif linear[0] is not None and linear[1] is not None:
+            yield from self._linear(module, linear[0], linear[1], bias, magnitude)
+        elif bias is not None or magnitude is not None:
+            raise InvalidFile(
+                Problem("E-COMPONENTS", f"{module.name} has a bias or magnitude but no factors", self.where)
+            )
+
+    def _embedding(self, module: _Module, A: TensorRef, B: TensorRef, magnitude: TensorRef | None) -> Targeted:
+        """PEFT: delta = (B @ A).T with A [rank, tokens], B [dim, rank]. Here the table is [tokens, dim]."""
+        self._two_dimensional(module, A, B)
+        scaling = self._scaling(module.name, B.shape[1])
+        target = Target(self._tensor(module), (A.shape[1], B.shape[0]), layout="embedding")
+        update: Lora | Dora = Lora(B.T, A.T, scaling)
+        if magnitude is not None:
+            update = Dora(update, magnitude.reshape(magnitude.numel), axis=1)  # PEFT's norm is over the tokens
+        return Targeted(target, update)
+
+    def _linear(
+        self, module: _Module, A: TensorRef, B: TensorRef, bias: TensorRef | None, magnitude: TensorRef | None
+    ) -> Iterator[Targeted]:
+        if len(A.shape) < 2 or len(A.shape) != len(B.shape) or any(dim != 1 for dim in B.shape[2:]):
+            raise InvalidFile(
+                Problem("E-SHAPE", f"{module.name}: lora_A is {list(A.shape)}, lora_B {list(B.shape)}", self.where)
+            )
+        parameter = self._parameter(module, A, B)
+        name = self.rename(module.name) + "." + parameter
+        stored = self._stored(name)
+        experts = self._experts(module, parameter, A, B, stored)
+        if experts is not None:
+            yield self._moe(module, parameter, name, A, B, experts, stored)
+            return
+        out, rank, *_ = B.shape
+        B = B.reshape(out, rank)
+        scaling = self._scaling(module.name if parameter == "weight" else f"{module.name}.{parameter}", rank)
+        if A.shape[0] != rank or (stored is not None and len(A.shape) > 2 and stored.shape[1:2] != A.shape[1:2]):
+            raise Unsupported(
+                Problem(
+                    "E-UNSUPPORTED",
+                    f"{module.name} looks like a grouped convolution: lora_A is"
+                    f" {list(A.shape)}, lora_B {list(B.shape)}",
+                    self.where,
+                    "PEFT refuses it too",
+                )
+            )
+        layout = self._layout(module.name, (out, *A.shape[1:]), stored)
+        update: Lora | Dora
+        if layout == "in_out":
+            update, shape, axis = Lora(B.T, A.T, scaling), (A.shape[1], out), 1
+        else:
+            update, shape, axis = Lora(A, B, scaling), (out, *A.shape[1:]), 0
+        if magnitude is not None:
+            update = Dora(update, magnitude.reshape(magnitude.numel), axis)
+        yield Targeted(Target(name, shape, layout=layout), update)
+        if bias is not None:
+            yield self._lora_bias(module, name, bias, scaling)
+
+    def _lora_bias(self, module: _Module, weight: str, bias: TensorRef, scaling: Scaling) -> Targeted:
+        name = f"{parent(weight)}.bias"
+        # A bare scale: the bias has no rank of its own.
+        return Targeted(Target(name, bias.shape), Add(bias, Scaling("none", None, None, scaling.scale)))
+
+    def _moe(
+        self,
+        module: _Module,
+        parameter: str,
+        name: str,
+        A: TensorRef,
+        B: TensorRef,
+        experts: int,
+        stored: TensorRef | None,
+    ) -> Targeted:
+        """PEFT's ParamWrapper: A [rank*experts, a] is expert-major, B [b, rank*experts] rank-major.
+
+        delta[e] = B.view(b, rank, experts)[:, :, e] @ A.view(experts, rank, a)[e], laid out [b, a] or transposed.
+        """
+        rank = A.shape[0] // experts
+        scaling = self._scaling(f"{module.name}.{parameter}", rank)
+        a, b = A.shape[1], B.shape[0]
+        A3 = A.reshape(experts, rank, a)
+        B3 = B.reshape(b, rank, experts).permute(2, 0, 1)  # [experts, b, rank]
+        layout = self._layout(f"{module.name}.{parameter}", (b, a), stored)
+        if layout == "in_out":
+            A3, B3 = B3.permute(0, 2, 1), A3.permute(0, 2, 1)
+            a, b = b, a
+        return Targeted(Target(name, (experts, b, a), experts=experts, layout=layout), Lora(A3, B3, scaling))
+
+    def _token_rows(self, module: _Module, rows: TensorRef) -> Targeted:
+        """Trained rows replace those of the table, despite their name; the config has their numbers, in any order."""
+        import torch
+
+        indices = self._token_indices(module.name)
+        name = self._tensor(module)
+        stored = self._stored(name)
+        if len(rows.shape) != 2 or len(indices) != rows.shape[0] or len(set(indices)) != len(indices):
+            raise InvalidFile(
+                Problem("E-SHAPE", f"{len(indices)} token indices for rows {list(rows.shape)}", self.where)
+            )
+        order = sorted(range(len(indices)), key=indices.__getitem__)
+        index = TensorRef.of(torch.tensor([indices[i] for i in order], dtype=torch.int64), "trainable_token_indices")
+        values = rows
+        if order != list(range(len(order))):
+            values = TensorRef.of(rows.read()[order], rows.name)
+        tokens = stored.shape[0] if stored is not None else max(indices) + 1
+        return Targeted(Target(name, (tokens, rows.shape[1]), layout="embedding"), ReplaceRows(index, values))
+
+    def _replacement(self, name: str, ref: TensorRef) -> Targeted:
+        return Targeted(Target(self._renamed(name), ref.shape), Replace(ref))
+
+    def _renamed(self, name: str) -> str:
+        owner, _, last = name.rpartition(".")
+        return f"{self.rename(owner)}.{last}" if owner else last
+
+    # -- what the config says -----------------------------------------------------------------------------------------
+
+    def _scaling(self, module: str, rank: int) -> Scaling:
+        """alpha/r or alpha/sqrt(r); the rank is the tensors', since saving sorts the patterns and their first hit changes."""
+        if self.config is None:
+            return self.choices.scaling_of(module, rank)
+        hits = [alpha for pattern, alpha in (self.config.get("alpha_pattern") or {}).items() if _hit(pattern, module)]
+        if len(set(hits)) > 1:
+            self.notes.append(
+                f"{module}: several alpha_pattern entries match; the first in the file is used, as PEFT does"
+            )
+        alpha = hits[0] if hits else self.config.get("lora_alpha", 8)
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+            raise InvalidFile(Problem("E-CONFIG", f"lora_alpha is {alpha!r}, not a number", self.where))
+        rule = "alpha/sqrt(rank)" if self.config.get("use_rslora") else "alpha/rank"
+        return Scaling.by(rule, float(alpha), rank)
+
+    def _declared_rank(self, module: str) -> int | None:
+        """The rank that the config gives a module: only for MoE, where the tensors show rank * experts."""
+        if self.config is None:
+            return None
+        patterns = self.config.get("rank_pattern") or {}
+        rank = next((r for pattern, r in patterns.items() if _hit(pattern, module)), self.config.get("r", 8))
+        return rank if isinstance(rank, int) else None
+
+    def _token_indices(self, module: str) -> list[int]:
+        config = self.config or {}
+        indices = config.get("trainable_token_indices") or config.get("token_indices")
+        if isinstance(indices, dict):
+            indices = next((v for k, v in indices.items() if module == k or module.endswith("." + k)), None)
+        if not isinstance(indices, list) or not all(isinstance(i, int) and i >= 0 for i in indices):
+            raise ChoiceNeeded(
+                Problem(
+                    "E-CONFIG",
+                    f"which rows of {module} were trained is not stored in the tensors",
+                    self.where,
+                    "give --config adapter_config.json",
+                )
+            )
+        return indices
+
+    # -- what the base says -------------------------------------------------------------------------------------------
+
+    def _stored(self, name: str) -> TensorRef | None:
+        """The base's tensor, if it is known; that a target is missing is for the plan to say."""
+        return None if self.base is None else self.base.get(name)
+
+    def _tensor(self, module: _Module) -> str:
+        return f"{self.rename(module.name)}.weight"
+
+    def _parameter(self, module: _Module, A: TensorRef, B: TensorRef) -> str:
+        """The parameter that a module's factors belong to; keys name only the module."""
+        owner = self.rename(module.name)
+        named = [t.rpartition(".") for t in (self.config or {}).get("target_parameters") or []]
+        targeted = [last for head, _, last in named if module.name == head or module.name.endswith("." + head)]
+        below = [name.removeprefix(owner + ".") for name in self.base or () if parent(name) == owner]
+        if not below:
+            choices = targeted or ["weight"]
+        elif self.base is None or "weight" in below:
+            return "weight"
+        else:
+            choices = [last for last in below if len(self.base[f"{owner}.{last}"].shape) >= 2]
+            choices = [last for last in choices if last in targeted] if targeted else choices
+            sizes = {A.shape[1], B.shape[0]}
+            choices = [last for last in choices if set(self.base[f"{owner}.{last}"].shape[-2:]) == sizes]
+        if len(choices) == 1:
+            return choices[0]
+        if len(choices) == 2 and not below:
+            # Nested wrappers: the innermost is the module's first registered parameter, gate_up before down.
+            self.doubts.append(f"{module.name}: which of {', '.join(choices)} it updates")
+            return sorted(choices, key=lambda last: "down" in last)[0 if module.depth else 1]
+        if not choices:
+            return "weight"  # a target the base does not have
+        raise ChoiceNeeded(
+            Problem(
+                "E-AMBIGUOUS",
+                f"{module.name} could update any of {', '.join(choices)}: their shapes are alike",
+                self.where,
+                "merge with PEFT, or rename the base's parameters",
+            )
+        )
+
+    def _experts(
+        self, module: _Module, parameter: str, A: TensorRef, B: TensorRef, stored: TensorRef | None
+    ) -> int | None:
+        """The number of experts that share one pair of factors, or None for a plain matrix."""
+        if stored is not None:
+            if len(stored.shape) != 3 or len(A.shape) != 2:
+                return None
+            experts = stored.shape[0]
+        else:
+            rank = self._declared_rank(f"{module.name}.{parameter}")
+            if parameter == "weight" or not rank or A.shape[0] == rank:
+                return None
+            experts = A.shape[0] // rank
+            self.doubts.append(f"{module.name}.{parameter}: how the base orders its {experts} experts' matrices")
+        if A.shape[0] % experts or A.shape[0] != B.shape[1]:
+            raise InvalidFile(
+                Problem(
+                    "E-SHAPE",
+                    f"{module.name}: factors {list(A.shape)}, {list(B.shape)} do not divide among {experts} experts",
+                    self.where,
+                )
+            )
+        return experts
+
+    def _layout(self, module: str, shape: Shape, stored: TensorRef | None) -> str:
+        """ "" for a stored [out, in], "in_out" for [in, out]; `shape` is what the factors make, as [out, in...].
+
+        PEFT's one `fan_in_fan_out` flag is that of the last module it wrapped, so it proves nothing where Conv1D and
+        Linear mix: the base's shape decides, and for a square matrix what the base shows of its kind.
+        """
+        if given := self.choices.layout_of(module):
+            return "in_out" if given == "in_out" else ""
+        if len(shape) != 2:
+            return ""
+        flag = bool((self.config or {}).get("fan_in_fan_out"))
+        if stored is None:
+            if flag or module.rpartition(".")[2] in CONV1D_NAMES:
+                self.doubts.append(f"{module}: whether the base stores it as [out, in] or [in, out]")
+            return "in_out" if flag else ""
+        dims = stored.shape[-2:]
+        if dims not in (shape, shape[::-1]):
+            raise Mismatch(
+                Problem(
+                    "E-SHAPE",
+                    f"{module}: the factors make {list(shape)}, the base has {list(stored.shape)}",
+                    self.where,
+                    "is this the adapter's base?",
+                )
+            )
+        if shape[0] != shape[1]:
+            return "" if dims == shape else "in_out"
+        return self._square(module, stored, flag)
+
+    def _square(self, module: str, stored: TensorRef, flag: bool) -> str:
+        assert self.base is not None
+        if len(stored.shape) == 3:
+            evidence = {"in_out"} if f"{module}_bias" in self.base else {""}  # gpt-oss: [in, out] beside `_bias`
+            return evidence.pop()
+        leaf = module.rpartition(".")[2]
+        same_kind, anywhere = set(), set()
+        for name, ref in self.base.items():
+            if (layout := _shown_layout(name, ref, self.base)) is not None:
+                anywhere.add(layout)
+                if parent(name).rpartition(".")[2] == leaf:
+                    same_kind.add(layout)
+        if len(same_kind) == 1:
+            return same_kind.pop()
+        if not flag and "in_out" not in anywhere:
+            return ""
+        if flag and anywhere == {"in_out"}:
+            return "in_out"
+        raise ChoiceNeeded(
+            Problem(
+                "E-LAYOUT",
+                f"{module} is square, and nothing shows whether the base stores it as [out, in] or [in, out]",
+                self.where,
+                f"say --layout '*{leaf}=in_out' for a Conv1D, --layout '*{leaf}=out_in' for a Linear",
+            )
+        )
+
+    def _two_dimensional(self, module: _Module, A: TensorRef, B: TensorRef) -> None:
+        if len(A.shape) != 2 or len(B.shape) != 2:
+            raise InvalidFile(
+                Problem("E-SHAPE", f"{module.name}: factors {list(A.shape)}, {list(B.shape)}", self.where)
+            )
+
+
+def _shown_layout(name: str, ref: TensorRef, base: Mapping[str, TensorRef]) -> str | None:
+    """The layout that a matrix and its bias give away: the bias is as long as the output."""
+    if not name.endswith(".weight") or len(ref.shape) != 2 or ref.shape[0] == ref.shape[1]:
+        return None
+    bias = base.get(f"{parent(name)}.bias")
+    if bias is None or len(bias.shape) != 1:
+        return None
+    return {ref.shape[0]: "", ref.shape[1]: "in_out"}.get(bias.shape[0])
+
+
+def _hit(pattern: str, module: str) -> bool:
+    """PEFT's own match: the pattern is a regular expression for the end of the module's name."""
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    except re.error as error:
+        raise InvalidFile(Problem("E-CONFIG", f"pattern {pattern!r} is not a regular expression: {error}")) from None
+
+
+def _without_layers(module: str) -> tuple[str, int]:
+    """A module path without `base_layer` segments, and how many trailing ones there were."""
+    segments = module.split(".")
+    depth = 0
+    while segments and segments[-1] == "base_layer":
+        segments.pop()
+        depth += 1
+    return ".".join(segment for segment in segments if segment != "base_layer"), depth
+
+
+@dataclass(frozen=True, eq=False)
+class _Patched:
+    """A stored table with some of its rows replaced."""
+
+    table: TensorRef
+    rows: TensorRef
+    indices: tuple[int, ...]
+
+    def load(self, dtype: str, shape: Shape) -> torch.Tensor:
+        tensor = self.table.read().clone()
+        tensor[list(self.indices)] = self.rows.read(tensor.dtype)
+        return tensor
+
+    def chunks(self, dtype: str, shape: Shape) -> Iterator[memoryview]:
+        yield as_bytes(self.load(dtype, shape))
+
+
+def _patched(table: TensorRef, rows: TensorRef, indices: list[int]) -> TensorRef:
+    return TensorRef(table.name, table.dtype, table.shape, _Patched(table, rows, tuple(indices)), table.shape)

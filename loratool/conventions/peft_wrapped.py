@@ -1,0 +1,136 @@
+"""The state dict of a PEFT-wrapped model: the base under ``.base_layer.``, the adapter's name in every key.
+
+    base_model.model.X.base_layer.weight      base_model.model.X.lora_A.NAME.weight
+    base_model.model.X.original_module.*      base_model.model.X.modules_to_save.NAME.*
+
+`inject_adapter_in_model` (and what diffusers and transformers build on it) leaves out ``base_model.model.``. Neither
+alpha nor rank patterns are in it: they come from ``--config adapter_config.json`` or ``--alpha``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from loratool.adapter import Adapter
+from loratool.checkpoint import Checkpoint
+from loratool.conventions import peft
+from loratool.conventions.choices import Choices
+from loratool.errors import ChoiceNeeded, InvalidFile, Problem
+from loratool.tensors import TensorRef
+
+NAME = "peft-wrapped"
+TITLE = "PEFT-wrapped checkpoint"
+
+
+def detect(source: Checkpoint) -> bool:
+    return any(peft.WRAPPED_PART.match(name) for name in source.tensors)
+
+
+def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | None) -> Adapter:
+    config = choices.config or (source.side_json("adapter_config.json") if source.path.is_dir() else None)
+    # Initialisations that rewrite the base do no harm here: the rewritten base is in the same file.
+    checked = {key: value for key, value in (config or {}).items() if key != "init_lora_weights"}
+    peft.refuse_unsupported(checked, source)
+    parts, inside = _split(source, choices)
+    bias = str((config or {}).get("bias") or "none")
+    trained = {name: ref for name, ref in inside.items() if name.endswith(".bias") and _trained(name, bias, source)}
+    reader = peft.PeftReader({**trained, **parts}, config, choices, base or inside or None, str(source.path))
+    adapter = reader.adapter()
+    notes = [*source.notes, *adapter.notes]
+    if trained:
+        notes.append(f"bias={bias!r}: {len(trained)} biases were trained in place, the base's own are not in this file")
+    return replace(adapter, provenance={"convention": NAME}, notes=tuple(notes))
+
+
+def unwrap(source: Checkpoint, choices: Choices) -> Mapping[str, TensorRef]:
+    return _split(source, choices)[1]
+
+
+def adapters(source: Checkpoint) -> list[str]:
+    """The names of the adapters in a wrapped checkpoint."""
+    return sorted({match["adapter"] for name in source.tensors if (match := peft.WRAPPED_PART.match(name))})
+
+
+def _split(source: Checkpoint, choices: Choices) -> tuple[dict[str, TensorRef], dict[str, TensorRef]]:
+    """The chosen adapter's tensors by their saved names, and the base's by its own."""
+    chosen = _choose(source, choices)
+    parts: dict[str, TensorRef] = {}
+    rest: dict[str, TensorRef] = {}
+    for key, ref in source.tensors.items():
+        name = key.removeprefix(peft.PREFIX)
+        match = peft.WRAPPED_PART.match(name)
+        if match is None:
+            rest[name] = ref
+        elif match["adapter"] == chosen:
+            saved = match["before"].removesuffix(".modules_to_save") + (match["after"] or "")
+            parts[saved.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")] = ref
+    saved_modules = {name.partition(".modules_to_save.")[0] for name in source.tensors if ".modules_to_save." in name}
+    wrapped = {_wrapped_module(name) for name in source.tensors} - {""}
+    base = {}
+    for name, ref in rest.items():
+        clean = _base_name(name, wrapped, {module.removeprefix(peft.PREFIX) for module in saved_modules})
+        if clean in base and base[clean].digest() != ref.digest():
+            raise InvalidFile(
+                Problem("E-NAMES", f"{ref.name} and {base[clean].name} both stand for {clean}", str(source.path))
+            )
+        base[clean] = ref
+    return parts, base
+
+
+def _choose(source: Checkpoint, choices: Choices) -> str:
+    found = adapters(source)
+    if choices.adapter is not None:
+        if choices.adapter in found:
+            return choices.adapter
+        raise ChoiceNeeded(
+            Problem(
+                "E-ADAPTER",
+                f"there is no adapter {choices.adapter!r}",
+                str(source.path),
+                f"it holds {', '.join(found)}",
+            )
+        )
+    if len(found) > 1:
+        raise ChoiceNeeded(
+            Problem(
+                "E-ADAPTER",
+                f"it holds several adapters: {', '.join(found)}",
+                str(source.path),
+                "choose one with --adapter NAME",
+            )
+        )
+    return found[0]
+
+
+def _wrapped_module(name: str) -> str:
+    """The module that a PEFT key says is wrapped, without inner `base_layer` segments."""
+    match = peft.WRAPPED_PART.match(name.removeprefix(peft.PREFIX))
+    if match is None or match["saved"]:
+        return ""
+    module = match["before"].rpartition(".")[0].removesuffix(".token_adapter")
+    return ".".join(segment for segment in module.split(".") if segment != "base_layer")
+
+
+def _base_name(name: str, wrapped: set[str], saved: set[str]) -> str:
+    """The base's own name: without `base_layer`, `token_adapter` and `original_module` where PEFT put them.
+
+    A model may have modules of those names itself: they go only below a module that is wrapped.
+    """
+    kept: list[str] = []
+    for segment in name.split("."):
+        module = ".".join(kept)
+        if segment in ("base_layer", "token_adapter") and module in wrapped:
+            continue
+        if segment == "original_module" and module in saved:
+            continue
+        kept.append(segment)
+    return ".".join(kept)
+
+
+def _trained(name: str, bias: str, source: Checkpoint) -> bool:
+    """Whether a bias of the file was trained in place: all of them, or those of LoRA modules."""
+    if bias == "all":
+        return True
+    wrapped = {_wrapped_module(key) for key in source.tensors}
+    return bias == "lora_only" and name.removesuffix(".bias") in wrapped

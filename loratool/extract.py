@@ -1,0 +1,106 @@
+"""An adapter out of a wrapped checkpoint, bound to the base weights that lie in the same file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from loratool import conventions
+from loratool import format as native_format
+from loratool.adapter import Adapter, TensorIdentity
+from loratool.checkpoint import Checkpoint, Shard, open_checkpoint
+from loratool.conventions.choices import Choices
+from loratool.errors import ChoiceNeeded, OutputRefused, Problem, Unsupported
+from loratool.layout import output_files, output_index
+from loratool.merge import ProgressCallback, run_copy
+from loratool.plan import Plan
+from loratool.staging import refuse_existing
+from loratool.tensors import TensorRef
+from loratool.updates import Replace
+from loratool.version import TOOL
+
+
+@dataclass(frozen=True)
+class ExtractReport:
+    """What an extraction wrote."""
+
+    adapter: Adapter
+    convention: str
+    out: Path
+    base_out: Path | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "convention": self.convention,
+            "out": str(self.out),
+            "base_out": None if self.base_out is None else str(self.base_out),
+            "updates": len(self.adapter.updates),
+            "parameters": self.adapter.parameters,
+            "base_tensors_known": len(self.adapter.base.tensors),
+            "notes": list(self.adapter.notes),
+        }
+
+
+def run_extract(
+    wrapped: Path,
+    out: Path,
+    choices: Choices,
+    *,
+    convention: str | None = None,
+    base_out: Path | None = None,
+    progress: ProgressCallback | None = None,
+) -> ExtractReport:
+    """Write the adapter of a wrapped checkpoint as a native file, and with `base_out` its clean base as a folder."""
+    if problems := [p for path in (out, base_out) if path is not None and (p := refuse_existing(path)) is not None]:
+        raise OutputRefused(problems)
+    source = open_checkpoint(wrapped)
+    chosen = conventions.choose(source, convention)
+    base = chosen.unwrap(source, choices)
+    if not base:
+        raise Unsupported(
+            Problem(
+                "E-NO-BASE",
+                f"a {chosen.TITLE} has no base weights in it, so there is nothing to extract from",
+                str(wrapped),
+                "merge and inspect take it as it is",
+            )
+        )
+    adapter = chosen.read(source, choices, None)
+    if unknown := adapter.unknown_scales():
+        raise ChoiceNeeded(replace(native_format.unknown_alpha(unknown), where=str(wrapped)))
+    identity = replace(adapter.base, tensors=_identities(adapter, base))
+    adapter = replace(adapter, base=identity, provenance={**adapter.provenance, "tool": TOOL})
+    native_format.write(adapter, out)
+    if base_out is not None:
+        run_copy(_base_plan(source, base, base_out), progress)
+    return ExtractReport(adapter, chosen.NAME, out, base_out)
+
+
+def _identities(adapter: Adapter, base: Mapping[str, TensorRef]) -> dict[str, TensorIdentity]:
+    """Digests of the base tensors that the updates change.
+
+    A tensor that was trained in place has no base in the file: its "base" is the very value that replaces it.
+    """
+    own = {item.target.name: item.update.value.data for item in adapter.updates if isinstance(item.update, Replace)}
+    return {
+        name: TensorIdentity(base[name].digest(), base[name].dtype, base[name].shape)
+        for name in adapter.targets()
+        if name in base and own.get(name) != base[name].data
+    }
+
+
+def _base_plan(source: Checkpoint, base: Mapping[str, TensorRef], out: Path) -> Plan:
+    """The clean base, in shards like the wrapped checkpoint's."""
+    stored = {ref.name: clean for clean, ref in base.items()}
+    shards = tuple(
+        Shard(shard.path, {stored[name]: ref for name, ref in shard.tensors.items() if name in stored}, {}, None)
+        for shard in source.shards
+    )
+    checkpoint = Checkpoint(source.path, shards, base, source.index)
+    files = output_files(checkpoint, {})
+    if len(files) == 1:
+        files = (replace(files[0], name="model.safetensors"),)
+    companions = tuple(path for path in source.companions() if not path.name.startswith("adapter_"))
+    return Plan("extract", source.path, out, False, files, companions, output_index(checkpoint, files), (), "keep")

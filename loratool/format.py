@@ -1,0 +1,489 @@
+"""The native adapter file, ``spec/FORMAT.md`` 1.0: the only place that knows its key names and versions.
+
+One safetensors file; its `__metadata__` holds the key `loratool` with a canonical JSON manifest; every component of
+the n-th update of a target is a tensor named ``TARGET.N.COMPONENT``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import rfc8785
+
+from loratool.adapter import LAYOUTS, Adapter, BaseIdentity, Target, Targeted, TensorIdentity
+from loratool.container import Header, canonical_order, encode_header, is_int, read_header, strict_json
+from loratool.errors import ChoiceNeeded, InvalidFile, LoratoolError, Problem, Unsupported
+from loratool.staging import new_file
+from loratool.tensors import DTYPE_BITS, FLOATS, TensorRef
+from loratool.updates import KINDS, RULES, Add, Dora, Replace, ReplaceRows, Scaling, Update
+
+SUFFIX = ".lora.safetensors"
+METADATA_KEY = "loratool"
+FORMAT_NAME = "loratool"
+VERSION = "1.0"
+MAJOR = 1
+
+MAX_UPDATES = 1_000_000
+MAX_NAME = 1024  # UTF-8 bytes of a target
+MAX_RANK = 65_536
+MAX_MANIFEST = 50_000_000  # bytes
+
+FEATURES = {"dora", "loha", "lokr", "replace", "add", "replace_rows", "mid", "rows", "expert", "experts"}
+CORES = {"mid", "mid1", "mid2"}
+DIRECTIONS = ("lora", "loha", "lokr")
+
+_UPDATE_KEYS = {"target", "kind", "shape", "rows", "expert", "experts", "layout"}
+_SCALE_KEYS = {"rank", "alpha", "scaling", "scale"}
+_DORA_KEYS = {"direction", "axis"}
+
+# The sets of components a kind can have; the file's own tensors decide which one it is.
+_LORA = ({"A", "B"}, {"A", "B", "mid"})
+_LOHA = ({"A1", "B1", "A2", "B2"}, {"A1", "B1", "A2", "B2", "mid1", "mid2"})
+_LOKR = tuple(left | right for left in ({"w1"}, {"A1", "B1"}) for right in ({"w2"}, {"A2", "B2"}, {"A2", "B2", "mid2"}))
+COMPONENTS: dict[str, tuple[set[str], ...]] = {
+    "lora": _LORA,
+    "loha": _LOHA,
+    "lokr": _LOKR,
+    "replace": ({"value"},),
+    "add": ({"value"},),
+    "replace_rows": ({"index", "value"},),
+}
+
+
+def is_native(metadata: Mapping[str, str]) -> bool:
+    """Whether a safetensors file with this metadata says that it is an adapter of this format."""
+    return METADATA_KEY in metadata
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+class _Parsed(NamedTuple):
+    adapter: Adapter
+    manifest: dict[str, Any]
+
+
+def read(path: Path) -> Adapter:
+    """Read a native adapter; only its header is touched.
+
+    Raises InvalidFile with every broken rule, Unsupported for a version, feature or kind of a later format.
+    """
+    return _parse(read_header(path)).adapter
+
+
+def _parse(header: Header) -> _Parsed:
+    where = str(header.path)
+    text = header.metadata.get(METADATA_KEY)
+    if text is None:
+        raise InvalidFile(
+            Problem("E-MANIFEST", f"no {METADATA_KEY!r} in the metadata: not a loratool adapter", where, rule="R-010")
+        )
+    if len(text.encode("utf-8")) > MAX_MANIFEST:
+        raise InvalidFile(Problem("E-LIMIT", f"manifest is over {MAX_MANIFEST:,} bytes", where, rule="R-016"))
+    manifest = strict_json(text, where, "E-MANIFEST", "R-010")
+    if not isinstance(manifest, dict):
+        raise InvalidFile(Problem("E-MANIFEST", "the manifest is not a JSON object", where, rule="R-010"))
+    _check_version(manifest, where)
+    reader = _Reader(where, header.tensors)
+    adapter = reader.adapter(manifest)
+    problems = reader.problems or adapter.check()
+    if problems:
+        raise (Unsupported if {p.code for p in problems} <= {"E-FEATURE", "E-KIND"} else InvalidFile)(problems)
+    return _Parsed(adapter, manifest)
+
+
+def _check_version(manifest: dict[str, Any], where: str) -> None:
+    """Stop at another format or major version: none of the other rules would mean anything."""
+    version = manifest.get("version")
+    if manifest.get("format") != FORMAT_NAME or not isinstance(version, str):
+        raise InvalidFile(
+            Problem("E-MANIFEST", f"format is {manifest.get('format')!r}, version {version!r}", where, rule="R-011")
+        )
+    if not re.fullmatch(r"[1-9][0-9]*\.(0|[1-9][0-9]*)", version):
+        raise InvalidFile(Problem("E-MANIFEST", f"version {version!r} is not MAJOR.MINOR", where, rule="R-011"))
+    if version.split(".")[0] != str(MAJOR):
+        raise Unsupported(
+            Problem(
+                "E-VERSION",
+                f"format version {version}; this loratool reads {MAJOR}.x",
+                where,
+                "install a newer loratool",
+                "R-012",
+            )
+        )
+
+
+class _Reader:
+    """Turns a manifest into an Adapter and collects every broken rule on the way."""
+
+    def __init__(self, where: str, tensors: Mapping[str, TensorRef]) -> None:
+        self.where = where
+        self.tensors = tensors
+        self.used: set[str] = set()
+        self.problems: list[Problem] = []
+
+    def complain(self, code: str, rule: str, message: str) -> None:
+        self.problems.append(Problem(code, message, self.where, rule=rule))
+
+    def typed(self, what: str, value: object, kind: type, rule: str = "R-015") -> Any:
+        """The value if it has the JSON type, else a complaint and an empty value of that type."""
+        if isinstance(value, kind) and not isinstance(value, bool):
+            return value
+        self.complain("E-MANIFEST", rule, f"{what} must be {kind.__name__}, found {value!r:.80}")
+        return kind()
+
+    def known_keys(self, what: str, value: Mapping[str, Any], known: set[str]) -> None:
+        for key in value:
+            if key not in known and "." not in key:
+                self.complain("E-UNKNOWN-KEY", "R-014", f"{what} has the unknown key {key!r}")
+
+    def adapter(self, manifest: dict[str, Any]) -> Adapter:
+        self.known_keys("manifest", manifest, {"format", "version", "features", "updates", "base", "provenance"})
+        features = self.typed("features", manifest.get("features"), list)
+        if not all(isinstance(feature, str) for feature in features):
+            self.complain("E-MANIFEST", "R-013", "features must be strings")
+        else:
+            for feature in [f for f in features if f not in FEATURES]:
+                self.complain("E-FEATURE", "R-013", f"feature {feature!r} is not known to this reader")
+            if len(set(features)) < len(features):
+                self.complain("E-FEATURE", "R-013", "a feature is listed twice")
+        entries = self.typed("updates", manifest.get("updates"), list)
+        if not 1 <= len(entries) <= MAX_UPDATES and isinstance(manifest.get("updates"), list):
+            self.complain("E-LIMIT", "R-016", f"{len(entries)} updates; 1 to {MAX_UPDATES:,} are allowed")
+        seen: Counter[str] = Counter()
+        updates = [item for n, entry in enumerate(entries) if (item := self.targeted(n, entry, seen)) is not None]
+        if not self.problems:
+            for name in self.tensors.keys() - self.used:
+                self.complain("E-COMPONENTS", "R-030", f"tensor {name!r} belongs to no update")
+        base = self.base(self.typed("base", manifest.get("base"), dict), updates)
+        provenance = self.typed("provenance", manifest.get("provenance"), dict)
+        if not all(isinstance(value, str) for value in provenance.values()):
+            self.complain("E-MANIFEST", "R-042", "provenance values must be strings")
+        return Adapter(tuple(updates), base, provenance)
+
+    def targeted(self, n: int, entry: object, seen: Counter[str]) -> Targeted | None:
+        before = len(self.problems)
+        what = f"updates[{n}]"
+        entry = self.typed(what, entry, dict, "R-020")
+        name = self.typed(f"{what}.target", entry.get("target"), str, "R-020")
+        kind = self.typed(f"{what}.kind", entry.get("kind"), str, "R-020")
+        if len(self.problems) > before:
+            return None
+        ordinal, seen[name] = seen[name], seen[name] + 1
+        if not 1 <= len(name.encode("utf-8")) <= MAX_NAME or any(ord(c) < 0x20 or ord(c) == 0x7F for c in name):
+            self.complain("E-LIMIT", "R-016", f"{what}.target is empty, too long or has control characters")
+        if kind not in KINDS:
+            self.complain("E-KIND", "R-021", f"{what} ({name}) is of the unknown kind {kind!r}")
+            return None
+        is_dora = kind == Dora.kind
+        self.known_keys(what, entry, _UPDATE_KEYS | _SCALE_KEYS | (_DORA_KEYS if is_dora else set()))
+        target = self.target(what, name, entry)
+        direction = entry.get("direction") if is_dora else kind
+        if is_dora and (direction not in DIRECTIONS or not is_int(entry.get("axis")) or entry["axis"] not in (0, 1)):
+            self.complain("E-MANIFEST", "R-028", f"{what} needs a direction among {DIRECTIONS} and an axis 0 or 1")
+            return None
+        parts = self.components(what, f"{name}.{ordinal}.", str(direction), is_dora)
+        scaling = self.scaling(what, str(direction), entry, parts)
+        if len(self.problems) > before or target is None:
+            return None
+        magnitude = parts.pop("magnitude", None)
+        update: Update
+        if direction in (Replace.kind, ReplaceRows.kind):
+            update = KINDS[direction](**parts)
+        else:
+            update = KINDS[str(direction)](**parts, factors=scaling)  # type: ignore[call-arg]  # table of dataclasses
+        if magnitude is not None:
+            update = Dora(update, magnitude, entry["axis"])
+        return Targeted(target, update)
+
+    def target(self, what: str, name: str, entry: dict[str, Any]) -> Target | None:
+        shape, rows, expert, experts = (entry.get(key) for key in ("shape", "rows", "expert", "experts"))
+        layout = entry.get("layout", "")
+        good = isinstance(shape, list) and all(map(is_int, shape))
+        good &= rows is None or (isinstance(rows, list) and len(rows) == 2 and all(map(is_int, rows)))
+        good &= all(value is None or is_int(value) for value in (expert, experts))
+        good &= not any(key in entry and entry[key] is None for key in ("rows", "expert", "experts"))
+        if not good:
+            self.complain("E-MANIFEST", "R-020", f"{what} ({name}): shape, rows, expert, experts must be whole numbers")
+            return None
+        if layout not in LAYOUTS or ("layout" in entry and not layout):
+            self.complain("E-MANIFEST", "R-027", f"{what} ({name}): layout {layout!r} is not in_out or embedding")
+            return None
+        assert isinstance(shape, list)
+        return Target(name, tuple(shape), tuple(rows) if rows else None, expert, experts, layout)
+
+    def components(self, what: str, prefix: str, kind: str, is_dora: bool) -> dict[str, TensorRef]:
+        """The tensors of one update; exactly one of the kind's component sets must be there."""
+        extra = {"magnitude"} if is_dora else set()
+        every = set().union(*COMPONENTS[kind]) | extra
+        present = {part for part in every if prefix + part in self.tensors}
+        self.used |= {prefix + part for part in present}
+        if present - extra not in COMPONENTS[kind] or not extra <= present:
+            choices = " or ".join(", ".join(sorted(choice | extra)) for choice in COMPONENTS[kind])
+            self.complain(
+                "E-COMPONENTS",
+                "R-030",
+                f"{what} has the tensors {sorted(present)} under {prefix!r}; {kind} needs {choices}",
+            )
+            return {}
+        return {part: self.tensors[prefix + part] for part in sorted(present)}
+
+    def scaling(self, what: str, kind: str, entry: dict[str, Any], parts: Mapping[str, TensorRef]) -> Scaling:
+        """Rank, alpha, rule and scale of an update, and that they agree (R-024 to R-026)."""
+        rank, alpha, rule, scale = (entry.get(key) for key in ("rank", "alpha", "scaling", "scale"))
+        if kind in (Replace.kind, ReplaceRows.kind):
+            if _SCALE_KEYS & entry.keys():
+                self.complain("E-SCALE", "R-024", f"{what}: a {kind} has no {sorted(_SCALE_KEYS & entry.keys())}")
+            return Scaling()
+        for key in ("alpha", "scale"):
+            if key in entry and (not isinstance(entry[key], int | float) or isinstance(entry[key], bool)):
+                self.complain("E-MANIFEST", "R-020", f"{what}.{key} must be a number")
+                return Scaling()
+        if "rank" in entry and not is_int(rank):
+            self.complain("E-MANIFEST", "R-020", f"{what}.rank must be a whole number")
+            return Scaling()
+        if rank is not None and not 1 <= rank <= MAX_RANK:
+            self.complain("E-LIMIT", "R-016", f"{what}: rank {rank} is not within 1 to {MAX_RANK:,}")
+            return Scaling()
+        if scale is None or (rule != "none" and rule not in RULES) or (alpha is None) != (rule == "none"):
+            self.complain(
+                "E-SCALE",
+                "R-024",
+                f"{what} needs a scale, a scaling among none, {', '.join(RULES)}, and alpha unless none",
+            )
+            return Scaling()
+        whole = kind == Add.kind or {"w1", "w2"} <= parts.keys()
+        if kind == Add.kind and (rule != "none" or rank is not None):
+            self.complain("E-SCALE", "R-024", f"{what}: an add has scaling none, and no rank")
+        elif parts and whole != (rank is None):
+            self.complain("E-RANK", "R-026", f"{what}: rank is {rank}, its tensors have {'none' if whole else 'one'}")
+        elif whole and rule not in ("none", "alpha"):
+            self.complain("E-RANK", "R-026", f"{what}: scaling {rule} needs a rank, its tensors have none")
+        elif not math.isfinite(scale) or not _agrees(scale, rule, alpha, rank):
+            self.complain("E-SCALE", "R-025", f"{what}: scale {scale} is not {rule} of alpha {alpha}, rank {rank}")
+        return Scaling(rule, rank, None if alpha is None else float(alpha), float(scale))
+
+    def base(self, entry: dict[str, Any], updates: list[Targeted]) -> BaseIdentity:
+        self.known_keys("base", entry, {"name", "tensors"})
+        name, tensors = entry.get("name", ""), entry.get("tensors", {})
+        if not isinstance(name, str) or not isinstance(tensors, dict):
+            self.complain("E-BASE", "R-040", "base.name must be a string, base.tensors an object")
+            return BaseIdentity()
+        shapes = {item.target.name: item.target.shape for item in updates}
+        resized = {u.target.name for u in updates if u.update.kind == Replace.kind and u.target.covers_all}
+        found = {}
+        for target, value in tensors.items():
+            known = isinstance(value, dict)
+            if known:
+                self.known_keys(f"base.tensors[{target!r}]", value, {"digest", "dtype", "shape"})
+            if not (
+                known
+                and re.fullmatch(r"blake3:[0-9a-f]{64}", str(value.get("digest")))
+                and value.get("dtype") in DTYPE_BITS
+                and isinstance(value.get("shape"), list)
+                and all(map(is_int, value["shape"]))
+            ):
+                self.complain("E-BASE", "R-040", f"base.tensors[{target!r}] needs digest, dtype and shape")
+                continue
+            identity = TensorIdentity(value["digest"], value["dtype"], tuple(value["shape"]))
+            if target not in shapes and not self.problems:
+                self.complain("E-BASE", "R-040", f"base.tensors names {target!r}, which no update changes")
+            elif target in shapes and shapes[target] != identity.shape and target not in resized:
+                self.complain("E-BASE", "R-040", f"base.tensors and the updates give {target!r} different shapes")
+            found[target] = identity
+        return BaseIdentity(name, found)
+
+
+def _agrees(scale: float, rule: str, alpha: float | None, rank: int | None) -> bool:
+    if rule == "none" or alpha is None:
+        return True
+    expected = RULES[rule](alpha, rank or 1)
+    return abs(scale - expected) <= abs(expected) * 2**-40
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write(adapter: Adapter, path: Path) -> None:
+    """Write an adapter as one native file, whole or not at all. The same adapter gives the same bytes.
+
+    Raises ChoiceNeeded where a scale is unknown, InvalidFile where the adapter contradicts itself, OutputRefused
+    where `path` exists.
+    """
+    if unknown := adapter.unknown_scales():
+        raise ChoiceNeeded(unknown_alpha(unknown))
+    if adapter.doubts:
+        raise ChoiceNeeded(
+            [Problem("E-LAYOUT", d, hint="load it with its base: load(path, base=...)") for d in adapter.doubts]
+        )
+    if problems := adapter.check():
+        raise InvalidFile(problems)
+    tensors = _named_components(adapter)
+    order = canonical_order((name, tensor.dtype) for name, tensor in tensors.items())
+    manifest = rfc8785.dumps(manifest_of(adapter)).decode("utf-8")
+    with new_file(path) as file:
+        file.write(encode_header(((n, tensors[n].dtype, tensors[n].shape) for n in order), {METADATA_KEY: manifest}))
+        for name in order:
+            for chunk in tensors[name].chunks():
+                file.write(chunk)
+
+
+def unknown_alpha(items: list[Targeted]) -> Problem:
+    """The refusal of updates whose alpha nobody has said, naming them."""
+    names = [item.target.name for item in items]
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return Problem(
+        "E-ALPHA",
+        f"alpha is not stored in the checkpoint, so the scale of {len(names)} updates is unknown: {shown}",
+        hint="give --alpha X (or PATTERN=X per layer) with --scaling alpha/rank, alpha or alpha/sqrt(rank),"
+        " or --config adapter_config.json",
+    )
+
+
+def manifest_of(adapter: Adapter) -> dict[str, Any]:
+    """The manifest as a JSON document."""
+    base: dict[str, Any] = {}
+    if adapter.base.name:
+        base["name"] = adapter.base.name
+    if adapter.base.tensors:
+        base["tensors"] = {
+            name: {"digest": known.digest, "dtype": known.dtype, "shape": list(known.shape)}
+            for name, known in adapter.base.tensors.items()
+        }
+    return {
+        "format": FORMAT_NAME,
+        "version": VERSION,
+        "features": sorted(features_of(adapter)),
+        "updates": [_entry(item) for item in adapter.updates],
+        "base": base,
+        "provenance": dict(adapter.provenance),
+    }
+
+
+def features_of(adapter: Adapter) -> set[str]:
+    """The features a reader must know to read this adapter."""
+    found = set()
+    for item in adapter.updates:
+        update = item.update
+        found |= {update.kind, update.direction.kind if isinstance(update, Dora) else update.kind} - {"lora"}
+        found |= {key for key in ("rows", "expert", "experts") if getattr(item.target, key) is not None}
+        found |= {"mid"} if CORES & update.components().keys() else set()
+    return found
+
+
+def _entry(item: Targeted) -> dict[str, Any]:
+    target, update = item.target, item.update
+    entry: dict[str, Any] = {"target": target.name, "kind": update.kind, "shape": list(target.shape)}
+    optional: dict[str, Any] = {
+        "rows": list(target.rows) if target.rows else None,
+        "expert": target.expert,
+        "experts": target.experts,
+        "layout": target.layout or None,
+    }
+    if update.scaling is not None:
+        scaling = update.scaling
+        optional |= {"rank": scaling.rank, "alpha": scaling.alpha, "scaling": scaling.rule, "scale": scaling.scale}
+    if isinstance(update, Dora):
+        optional |= {"direction": update.direction.kind, "axis": update.axis}
+    return entry | {key: value for key, value in optional.items() if value is not None}
+
+
+def _named_components(adapter: Adapter) -> dict[str, TensorRef]:
+    named = {}
+    seen: Counter[str] = Counter()
+    for item in adapter.updates:
+        ordinal, seen[item.target.name] = seen[item.target.name], seen[item.target.name] + 1
+        for part, tensor in item.update.components().items():
+            named[f"{item.target.name}.{ordinal}.{part}"] = tensor
+    return named
+
+
+def content_digest(adapter: Adapter) -> str:
+    """BLAKE3 over what an adapter does: its entries and the bytes of their components, in a canonical order.
+
+    Base identity and provenance are left out, so an adapter keeps its digest from one convention to another.
+    """
+    from blake3 import blake3
+
+    hasher = blake3()
+    keyed = sorted(adapter.updates, key=lambda item: rfc8785.dumps(_entry(item)))
+    for item in keyed:
+        hasher.update(rfc8785.dumps(_entry(item)))
+        for part, tensor in sorted(item.update.components().items()):
+            hasher.update(f"\n{part} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            for chunk in tensor.chunks():
+                hasher.update(chunk)
+    return f"blake3:{hasher.hexdigest()}"
+
+
+# --- validating ------------------------------------------------------------------------------------------------------
+
+
+def validate(path: Path) -> list[Problem]:
+    """Every rule of the spec that a file breaks, the writer's duties and the values included; [] for a valid file."""
+    try:
+        header = read_header(path)
+    except LoratoolError as error:
+        return list(error.problems)
+    try:
+        parsed = _parse(header)
+    except LoratoolError as error:
+        return [*error.problems, *_canonical(header, None)]
+    return [*_canonical(header, parsed), *_values(parsed.adapter, str(path))]
+
+
+def _canonical(header: Header, parsed: _Parsed | None) -> Iterator[Problem]:
+    where = str(header.path)
+    if parsed:
+        wanted = sorted(features_of(parsed.adapter))
+        if parsed.manifest["features"] != wanted:
+            yield Problem(
+                "E-FEATURE",
+                f"features are {parsed.manifest['features']}, the updates use {wanted}",
+                where,
+                rule="R-017",
+            )
+        if rfc8785.dumps(parsed.manifest).decode("utf-8") != header.metadata[METADATA_KEY]:
+            yield Problem("E-CANONICAL", "the manifest is not in canonical JSON (RFC 8785)", where, rule="R-050")
+    entries = [(name, tensor.dtype, tensor.shape) for name, tensor in header.tensors.items()]
+    if list(header.tensors) != canonical_order((name, dtype) for name, dtype, _ in entries):
+        yield Problem("E-CANONICAL", "tensors are not in canonical order", where, rule="R-052")
+    if header.metadata.keys() == {METADATA_KEY}:
+        text = header.text.encode("utf-8")
+        if encode_header(entries, header.metadata)[8:] != text:
+            yield Problem("E-CANONICAL", "the header is not in canonical form", where, rule="R-051")
+    elif header.metadata:
+        yield Problem("E-CANONICAL", f"metadata has more keys than {METADATA_KEY!r}", where, rule="R-051")
+
+
+def _values(adapter: Adapter, where: str) -> Iterator[Problem]:
+    for item in adapter.updates:
+        for part, tensor in item.update.components().items():
+            if tensor.dtype in FLOATS:
+                if not bool(tensor.read().isfinite().all()):
+                    yield Problem(
+                        "E-NONFINITE",
+                        f"component {part} of {item.target.name} has NaN or infinity",
+                        where,
+                        rule="R-033",
+                    )
+            elif (problem := check_index(item, tensor)) is not None:
+                yield Problem(problem.code, problem.message, where, rule=problem.rule)
+
+
+def check_index(item: Targeted, index: TensorRef) -> Problem | None:
+    """Rule R-034: the rows to replace are increasing and inside the tensor."""
+    rows = index.read().tolist()
+    if rows == sorted(set(rows)) and rows and rows[0] >= 0 and rows[-1] < item.target.shape[0]:
+        return None
+    return Problem(
+        "E-RANGE",
+        f"the row index is not increasing within 0..{item.target.shape[0] - 1}",
+        item.target.name,
+        rule="R-034",
+    )

@@ -1,0 +1,162 @@
+"""The files of an output checkpoint: which bytes are copied from where, and which tensors are computed.
+
+Shard names, tensor order, dtypes and untouched bytes are the base's. Every task knows its own place in the output,
+so tasks can run in any order.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from loratool.adapter import Targeted
+from loratool.checkpoint import Checkpoint, Shard, read_json
+from loratool.container import encode_header
+from loratool.tensors import DTYPE_BITS, FileSpan, Shape, TensorRef
+
+
+class Weighted(NamedTuple):
+    """An update with the weight its adapter was given."""
+
+    item: Targeted
+    weight: float
+
+
+@dataclass(frozen=True)
+class NewTensor:
+    """What becomes of one tensor: computed from `source` (None: it is new, or its shape is) by `updates`.
+
+    `reversible` is whether the updates can be subtracted again: all are additive, and named for this tensor.
+    """
+
+    name: str
+    source: TensorRef | None
+    dtype: str
+    shape: Shape
+    updates: tuple[Weighted, ...] = ()
+    reversible: bool = True
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Bytes taken over as they are."""
+
+    source: TensorRef
+    offset: int
+
+
+@dataclass(frozen=True)
+class Change:
+    """A tensor computed block by block and written at `offset`."""
+
+    tensor: NewTensor
+    offset: int
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One weights file: its header, its size, and the tasks that fill it."""
+
+    name: str
+    header: bytes
+    size: int
+    tasks: tuple[Copy | Change, ...]
+    tensors: tuple[tuple[str, str, Shape], ...]  # (name, dtype, shape) in order of offset
+    metadata: Mapping[str, str]
+
+    def with_metadata(self, metadata: Mapping[str, str]) -> OutputFile:
+        """The same file with other metadata; tasks move with the header's length."""
+        header = encode_header(self.tensors, metadata)
+        shift = len(header) - len(self.header)
+        tasks = tuple(replace(task, offset=task.offset + shift) for task in self.tasks)
+        return replace(self, header=header, size=self.size + shift, tasks=tasks, metadata=metadata)
+
+
+def output_files(
+    base: Checkpoint,
+    changes: Mapping[str, NewTensor],
+    additions: Sequence[NewTensor] = (),
+    dropped: frozenset[str] = frozenset(),
+) -> tuple[OutputFile, ...]:
+    """The base's files with some tensors changed (by stored name), some added to the last file, some left out."""
+    return tuple(
+        _output_file(shard, changes, additions if shard is base.shards[-1] else (), dropped) for shard in base.shards
+    )
+
+
+def _output_file(
+    shard: Shard, changes: Mapping[str, NewTensor], additions: Sequence[NewTensor], dropped: frozenset[str]
+) -> OutputFile:
+    planned: list[TensorRef | NewTensor] = [
+        changes.get(name, ref) for name, ref in shard.tensors.items() if name not in dropped
+    ]
+    planned += additions
+    names = [name for name in shard.tensors if name not in dropped] + [new.name for new in additions]
+    tensors = tuple((name, item.dtype, item.shape) for name, item in zip(names, planned, strict=True))
+    metadata = shard.metadata if shard.header else {"format": "pt"}  # what transformers expects of a shard
+    header = encode_header(tensors, metadata)
+    if shard.header and tensors == tuple((name, ref.dtype, ref.shape) for name, ref in shard.tensors.items()):
+        with shard.path.open("rb") as file:
+            header = file.read(shard.header.size)  # nothing moves: the base's own header, to the byte
+    tasks: list[Copy | Change] = []
+    position = len(header)
+    for item in planned:
+        nbytes = item.nbytes if isinstance(item, TensorRef) else _nbytes(item)
+        if isinstance(item, NewTensor):
+            tasks.append(Change(item, position))
+        elif nbytes:
+            _append_copy(tasks, item, position)
+        position += nbytes
+    return OutputFile(output_name(shard.path), header, position, tuple(tasks), tensors, metadata)
+
+
+def _nbytes(tensor: NewTensor) -> int:
+    size = DTYPE_BITS[tensor.dtype]
+    for dim in tensor.shape:
+        size *= dim
+    return size // 8
+
+
+def _append_copy(tasks: list[Copy | Change], source: TensorRef, offset: int) -> None:
+    """Add a copy, joined to the one before if both are neighbours in one file."""
+    if isinstance(source.data, FileSpan) and not source.views:
+        source = _span(source.data.path, source.data.offset, source.nbytes)
+        last = tasks[-1] if tasks else None
+        if isinstance(last, Copy) and isinstance(last.source.data, FileSpan):
+            before, here = last.source.data, source.data
+            if before.path == here.path and before.offset + last.source.nbytes == here.offset:  # type: ignore[union-attr]
+                tasks[-1] = Copy(_span(before.path, before.offset, last.source.nbytes + source.nbytes), last.offset)
+                return
+    tasks.append(Copy(source, offset))
+
+
+def _span(path: Path, offset: int, nbytes: int) -> TensorRef:
+    return TensorRef(path.name, "U8", (nbytes,), FileSpan(path, offset), (nbytes,))
+
+
+def output_name(path: Path) -> str:
+    """The name a weights file gets in the output: pickles become safetensors, under the name loaders look for."""
+    if path.suffix == ".safetensors":
+        return path.name
+    return re.sub(r"^pytorch_model", "model", path.stem) + ".safetensors"
+
+
+def output_index(base: Checkpoint, files: Sequence[OutputFile]) -> tuple[str, bytes] | None:
+    """The index file (name, content) of a sharded output: the base's own bytes where they still hold."""
+    if base.index is None:
+        return None
+    weight_map = {name: file.name for file in files for name, _, _ in file.tensors}
+    total = sum(file.size - len(file.header) for file in files)
+    document = read_json(base.index)
+    metadata = document.get("metadata")
+    if document["weight_map"] == weight_map and isinstance(metadata, dict) and metadata.get("total_size") == total:
+        return base.index.name, base.index.read_bytes()
+    document["weight_map"] = dict(sorted(weight_map.items()))
+    document["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), "total_size": total}
+    document["metadata"].pop("total_parameters", None)  # not recounted
+    stem = base.index.name.removesuffix(".index.json")
+    return output_name(Path(stem)) + ".index.json", (json.dumps(document, indent=2) + "\n").encode("utf-8")

@@ -1,0 +1,403 @@
+"""Running a plan: the loop over row blocks, and the one dtype policy.
+
+Per block: stored bytes -> compute dtype -> every update of every adapter -> finite? -> rounded once -> written. What
+is between the targets is copied without being decoded. Nothing as large as a tensor is held, except its factors.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+from blake3 import blake3
+
+from loratool import receipt
+from loratool.errors import InvalidFile, Mismatch, Problem
+from loratool.layout import Change, Copy, NewTensor, OutputFile, Weighted
+from loratool.plan import BLOCK_BYTES, Plan, compute_dtype
+from loratool.receipt import ChangedTensor, Receipt
+from loratool.staging import staged
+from loratool.tensors import DTYPE_BITS, FileSpan, TensorRef, as_bytes, read_exactly, torch_dtype
+from loratool.updates import Block
+from loratool.version import TOOL
+
+if TYPE_CHECKING:
+    import torch
+
+ROLE_ORDER = ("replace", "add", "renormalise")  # section "Merging" of the spec
+
+
+class Progress(NamedTuple):
+    """One step of a running merge, for a progress callback."""
+
+    done: int  # bytes
+    total: int  # bytes
+    what: str  # the file being written
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+class Written(NamedTuple):
+    """What is known of a computed tensor once it is written."""
+
+    before: str | None  # digest of the source tensor; None for a new one
+    after: str
+    bound: float  # half a unit in the last place of the largest element before, and of the largest one after
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did. `receipt` is also in the output."""
+
+    plan: Plan
+    receipt: Receipt
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.plan.to_json(), "seconds": round(self.seconds, 3), "receipt": self.receipt.to_json()}
+
+
+@dataclass(frozen=True)
+class UnmergeReport:
+    """What an unmerge did: how many tensors are proven to be the base's again, and how far the others can be off."""
+
+    plan: Plan
+    restored: int  # tensors whose digest is the base's
+    total: int  # tensors that the merge had changed
+    bound: float  # largest possible error of an element; 0 if all are restored
+    seconds: float
+
+    @property
+    def exact(self) -> bool:
+        return self.restored == self.total
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **self.plan.to_json(),
+            "exact": self.exact,
+            "tensors_restored": self.restored,
+            "tensors_unmerged": self.total,
+            "error_bound": self.bound,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def run_merge(plan: Plan, progress: ProgressCallback | None = None) -> MergeReport:
+    """Write the output of a merge plan, with its receipt; whole or not at all."""
+    started = time.monotonic()
+    if plan.single:  # the receipt is in the header, which comes before the digests are known: keep its place
+        blank = _receipt(plan, {tensor.name: _BLANK for tensor in plan.changes})
+        plan = replace(plan, files=(_with_receipt(plan.files[0], blank),))
+    with _output(plan) as folder:
+        done = _receipt(plan, _write(plan, folder, progress))
+        if plan.single:
+            header = _with_receipt(plan.files[0], done).header
+            assert len(header) == len(plan.files[0].header), "digests have one length"
+            with (folder / plan.files[0].name).open("r+b") as file:
+                file.write(header)
+        else:
+            (folder / receipt.FILE_NAME).write_text(done.dumps(), encoding="utf-8")
+    return MergeReport(plan, done, time.monotonic() - started)
+
+
+def run_unmerge(plan: Plan, progress: ProgressCallback | None = None) -> UnmergeReport:
+    """Write the output of an unmerge plan, and compare it with the base's digests in the receipt."""
+    assert plan.receipt is not None
+    started = time.monotonic()
+    known = plan.receipt.tensors
+    with _output(plan) as folder:
+        written = _write(plan, folder, progress)
+        wrong = {name: found.bound for name, found in written.items() if found.after != known[name].base}
+        if plan.exact and wrong:
+            raise Mismatch(
+                Problem(
+                    "E-NOT-EXACT",
+                    f"{next(iter(wrong))} came out with other bytes than the base's: the"
+                    " base changed while it was read",
+                    str(plan.out),
+                )
+            )
+    seconds = time.monotonic() - started
+    return UnmergeReport(plan, len(written) - len(wrong), len(written), max(wrong.values(), default=0.0), seconds)
+
+
+_BLANK = Written("blake3:" + "0" * 64, "blake3:" + "0" * 64, 0.0)
+
+
+def _with_receipt(file: OutputFile, found: Receipt) -> OutputFile:
+    return file.with_metadata({**file.metadata, receipt.METADATA_KEY: found.dumps()})
+
+
+def _receipt(plan: Plan, written: Mapping[str, Written]) -> Receipt:
+    tensors = {}
+    for tensor in plan.changes:
+        source, found = tensor.source, written[tensor.name]
+        tensors[tensor.name] = ChangedTensor(
+            merged=found.after,
+            dtype=tensor.dtype,
+            shape=tensor.shape,
+            base=found.before if source else None,
+            base_dtype=source.dtype if source else tensor.dtype,
+            base_shape=source.shape if source else tensor.shape,
+            reversible=tensor.reversible,
+        )
+    return Receipt(TOOL, plan.dtype, plan.adapters, tensors)
+
+
+def run_copy(plan: Plan, progress: ProgressCallback | None = None) -> None:
+    """Write the output of a plan that changes no tensor: a clean base out of a wrapped checkpoint."""
+    with _output(plan) as folder:
+        _write(plan, folder, progress)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _output(plan: Plan) -> Iterator[Path]:
+    """The folder to write weights files into; what is in it is at `plan.out` when the block ends well."""
+    with staged(plan.out) as place:
+        if plan.single:
+            yield place.parent  # the one file is written under the output's own name
+        else:
+            place.mkdir()
+            for path in plan.companions:
+                (place / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(plan.source / path, place / path)
+            if plan.index is not None:
+                (place / plan.index[0]).write_bytes(plan.index[1])
+            yield place
+
+
+def _write(plan: Plan, folder: Path, progress: ProgressCallback | None) -> dict[str, Written]:
+    """Write the weights files of a plan; return what is known of each computed tensor, by name."""
+    total, done = plan.nbytes, 0
+    found: dict[str, Written] = {}
+    for file in plan.files:
+
+        def step(nbytes: int, name: str = file.name) -> None:
+            nonlocal done
+            done += nbytes
+            if progress is not None:
+                progress(Progress(done, total, name))
+
+        with (folder / file.name).open("wb", buffering=0) as out:
+            out.truncate(file.size)
+            _write_all(out, memoryview(file.header))
+            step(len(file.header))
+            for task in file.tasks:
+                out.seek(task.offset)
+                if isinstance(task, Copy):
+                    _copy(task.source, out, step)
+                else:
+                    found[task.tensor.name] = _change(task, out, step, measure=not plan.exact)
+    return found
+
+
+def _copy(source: TensorRef, out: BinaryIO, step: Callable[[int], None]) -> None:
+    """Copy bytes: in the kernel where source and system allow it."""
+    if isinstance(source.data, FileSpan) and hasattr(os, "copy_file_range"):
+        position, left = source.data.offset, source.nbytes
+        with source.data.path.open("rb", buffering=0) as file:
+            while left:
+                try:
+                    count = os.copy_file_range(file.fileno(), out.fileno(), min(left, 64 << 20), offset_src=position)
+                except OSError:
+                    break  # not between these file systems: what is left goes through memory
+                if count == 0:
+                    raise InvalidFile(Problem("E-CHANGED", "the file became shorter while it was read", str(file.name)))
+                position, left = position + count, left - count
+                step(count)
+        source = replace(source, shape=(left,), stored_shape=(left,), data=FileSpan(source.data.path, position))
+    for chunk in source.chunks() if source.nbytes else ():
+        _write_all(out, chunk)
+        step(len(chunk))
+
+
+def _write_all(out: BinaryIO, data: memoryview) -> None:
+    while data:
+        data = data[out.write(data) :]
+
+
+# --- arithmetic ------------------------------------------------------------------------------------------------------
+
+
+class _Opened(NamedTuple):
+    """An update that is open for one matrix, and the rows of the matrix it covers."""
+
+    block: Block
+    start: int
+    stop: int
+    weight: float
+    first_pass: bool
+
+
+def _change(task: Change, out: BinaryIO, step: Callable[[int], None], measure: bool) -> Written:
+    """Compute one tensor, a block of rows at a time, and write it at the current position of `out`.
+
+    With `measure`, the error that rounding may have left is bounded on the way.
+    """
+    tensor = task.tensor
+    before, after = blake3(), blake3()
+    largest = 0.0
+    matrices, rows, columns = _matrices(tensor)
+    with _Rows(tensor, columns) as source:
+        for matrix in range(matrices):
+            opened = [_open(weighted, tensor, matrix, rows) for weighted in _ordered(tensor, matrix)]
+            first = matrix * rows
+            if any(update.first_pass for update in opened):
+                for start, stop in _blocks(rows, columns, tensor):
+                    W = source.read(first + start, first + stop)[1]
+                    for update, part, offset in _inside(opened, W, start, stop):
+                        if update.first_pass:
+                            update.block.observe(part, offset)
+                        else:  # replacements come first: the norm is of what they leave
+                            update.block.apply(part, offset, update.weight)
+            for start, stop in _blocks(rows, columns, tensor):
+                stored, W = source.read(first + start, first + stop)
+                before.update(as_bytes(stored))
+                if opened or tensor.source is None or tensor.source.dtype != tensor.dtype:
+                    if measure:
+                        largest = max(largest, float(W.abs().max()))
+                    for update, part, offset in _inside(opened, W, start, stop):
+                        update.block.apply(part, offset, update.weight)
+                    if measure:
+                        largest = max(largest, float(W.abs().max()))
+                    stored = round_once(W, tensor.dtype)
+                    _refuse_nonfinite(stored, tensor)
+                data = as_bytes(stored)
+                after.update(data)
+                _write_all(out, data)
+                step(len(data))
+    bound = _half_ulp(largest, tensor.source.dtype if tensor.source else tensor.dtype) + _half_ulp(
+        largest, tensor.dtype
+    )
+    name = None if tensor.source is None else f"blake3:{before.hexdigest()}"
+    return Written(name, f"blake3:{after.hexdigest()}", bound)
+
+
+def _matrices(tensor: NewTensor) -> tuple[int, int, int]:
+    """A tensor as (matrices, rows, columns): one matrix per expert where updates see experts, else one."""
+    stacked = any(item.target.stacked for item, _ in tensor.updates)
+    shape = tensor.shape[1:] if stacked else tensor.shape
+    rows = shape[0] if shape else 1
+    columns = 1
+    for dim in shape[1:]:
+        columns *= dim
+    return tensor.shape[0] if stacked else 1, rows, columns
+
+
+def _ordered(tensor: NewTensor, matrix: int) -> list[Weighted]:
+    """The updates that touch a matrix: replacements, then deltas, then DoRA; in the adapters' order within each."""
+    touching = [w for w in tensor.updates if w.item.target.expert in (None, matrix)]
+    return sorted(touching, key=lambda w: ROLE_ORDER.index(w.item.update.role))
+
+
+def _open(weighted: Weighted, tensor: NewTensor, matrix: int, rows: int) -> _Opened:
+    target, update = weighted.item.target, weighted.item.update
+    expert = matrix if target.experts is not None else None
+    start, stop = target.rows or (0, rows)
+    block = update.open(torch_dtype(compute_dtype(tensor)), expert)
+    return _Opened(block, start, stop, weighted.weight, update.first_pass)
+
+
+def _inside(
+    opened: list[_Opened], W: torch.Tensor, start: int, stop: int
+) -> Iterator[tuple[_Opened, torch.Tensor, int]]:
+    """Each update with its rows of a block, and the number of the first of them within the update's region."""
+    for update in opened:
+        low, high = max(start, update.start), min(stop, update.stop)
+        if low < high:
+            yield update, W[low - start : high - start], low - update.start
+
+
+def _blocks(rows: int, columns: int, tensor: NewTensor) -> Iterator[tuple[int, int]]:
+    height = max(1, BLOCK_BYTES * 8 // (columns * DTYPE_BITS[tensor.dtype]))
+    for start in range(0, rows, height):
+        yield start, min(rows, start + height)
+
+
+class _Rows:
+    """Reads blocks of rows of a tensor: from its file into one reused buffer, or out of memory."""
+
+    def __init__(self, tensor: NewTensor, columns: int) -> None:
+        self.columns = columns
+        self.source = tensor.source
+        self.compute = torch_dtype(compute_dtype(tensor))
+
+    def __enter__(self) -> _Rows:
+        self.file: Any = None
+        self.held: Any = None
+        source = self.source
+        if source is not None and isinstance(source.data, FileSpan) and not source.views:
+            self.file = source.data.path.open("rb", buffering=0)
+        elif source is not None:
+            self.held = source.read().reshape(-1, self.columns)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.file is not None:
+            self.file.close()
+
+    def read(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows start:stop as stored and in the compute dtype, each [rows, columns]; zeros for a new tensor."""
+        import torch
+
+        if self.source is None:
+            return torch.empty(0), torch.zeros(stop - start, self.columns, dtype=self.compute)
+        if self.file is None:
+            stored = self.held[start:stop].contiguous()
+        else:
+            stored = torch.empty(stop - start, self.columns, dtype=torch_dtype(self.source.dtype))
+            width = self.columns * DTYPE_BITS[self.source.dtype] // 8
+            self.file.seek(self.source.data.offset + start * width)  # type: ignore[attr-defined]
+            read_exactly(self.file, as_bytes(stored), self.source.data.path)  # type: ignore[attr-defined]
+        return stored, stored.to(self.compute, copy=True)
+
+
+def round_once(values: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Round to the output dtype once, to nearest, ties to even.
+
+    torch goes from float64 to 16 bits through float32, which rounds twice; here the float32 in between is rounded to
+    odd, after which the second rounding is the only one that shows (Boldo and Melquiond, 2008).
+    """
+    import torch
+
+    if values.dtype == torch.float64 and DTYPE_BITS[dtype] == 16:
+        near = values.to(torch.float32)
+        even = (near.view(torch.int32) & 1) == 0
+        error = values - near.to(torch.float64)
+        toward = torch.where(error > 0, torch.inf, -torch.inf).to(torch.float32)
+        inexact = (error != 0) & near.isfinite()
+        values = torch.where(inexact & even, torch.nextafter(near, toward), near)
+    return values.to(torch_dtype(dtype))
+
+
+def _refuse_nonfinite(stored: torch.Tensor, tensor: NewTensor) -> None:
+    if not bool(stored.isfinite().all()):
+        raise Mismatch(
+            Problem(
+                "E-NONFINITE",
+                f"{tensor.name} would have NaN or infinity in {tensor.dtype}",
+                tensor.name,
+                "is the scale right? a wider --dtype may hold it",
+                "R-061",
+            )
+        )
+
+
+def _half_ulp(largest: float, dtype: str) -> float:
+    """Half a unit in the last place of numbers as large as `largest`."""
+    import torch
+
+    if largest == 0:
+        return 0.0
+    eps = torch.finfo(torch_dtype(dtype)).eps
+    return float(2.0 ** int(torch.tensor(largest).log2().floor()) * eps / 2)

@@ -1,0 +1,96 @@
+"""Which name of an adapter means which tensor of a base. Exact names first; a prefix only if one rule fits them all."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Collection, Iterable
+
+from loratool.errors import ChoiceNeeded, Problem
+
+# Whole-prefix renames between versions of one library (transformers moved the language model of its VLMs).
+RENAMED_PREFIXES = (("language_model.model.", "model.language_model."), ("language_model.lm_head.", "lm_head."))
+
+
+def parent(name: str) -> str:
+    """``a.b.weight`` -> ``a.b``."""
+    return name.rpartition(".")[0]
+
+
+def modules(names: Iterable[str]) -> set[str]:
+    """All modules that own one of the tensors, directly or not."""
+    found: set[str] = set()
+    for name in names:
+        while (name := parent(name)) and name not in found:
+            found.add(name)
+    return found
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """A sort key that puts layers.2 before layers.10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name) if part]
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """The most similar known names, for an error message; those with the same last segments first."""
+    tail = ".".join(name.split(".")[-2:])
+    same_tail = [other for other in known if other.endswith(tail)]
+    return difflib.get_close_matches(name, same_tail or list(known), count, cutoff=0.4)
+
+
+def missing(name: str, known: Iterable[str], where: str) -> Problem:
+    """The refusal of a target that the base does not have."""
+    near = nearest(name, known)
+    return Problem(
+        "E-TARGET",
+        f"the base has no {name!r}",
+        where,
+        f"near names in the base: {', '.join(near)}" if near else "is this the adapter's base?",
+    )
+
+
+def prefix_rule(wanted: Collection[str], known: Collection[str], where: str) -> tuple[Callable[[str], str], list[str]]:
+    """How to turn an adapter's names into the base's: a function, and a note if it changes anything.
+
+    Names that the base has stay. The others are matched by one prefix taken off or put on (a bare encoder's
+    ``encoder.`` against ``bert.encoder.``), and only if one such prefix finds most of them and no other finds as many.
+    Raises ChoiceNeeded if two prefixes do equally well. Names that stay unmatched are the plan's to report.
+    """
+    known = set(known)
+    lost = [name for name in wanted if name not in known]
+    scores: dict[tuple[str, str], int] = {}
+    for off, on in {rule for name in lost for rule in _rules(name, known)}:
+        scores[off, on] = sum(name.startswith(off) and on + name.removeprefix(off) in known for name in lost)
+    best = max(scores.values(), default=0)
+    fitting = sorted(rule for rule, score in scores.items() if score == best)
+    if 2 * best <= len(lost):
+        return (lambda name: name), []
+    if len(fitting) > 1:
+        probe = next(name for name in lost if name.startswith(fitting[0][0]))
+        candidates = ", ".join(repr(on + probe.removeprefix(off)) for off, on in fitting)
+        raise ChoiceNeeded(
+            Problem(
+                "E-AMBIGUOUS",
+                f"{probe!r} could be any of {candidates} of the base",
+                where,
+                "give the component that was trained as the base",
+            )
+        )
+    off, on = fitting[0]
+
+    def rename(name: str) -> str:
+        renamed = on + name.removeprefix(off)
+        return renamed if name not in known and name.startswith(off) and renamed in known else name
+
+    return rename, [f"adapter names matched to the base with the prefix {off!r} replaced by {on!r}"]
+
+
+def _rules(name: str, known: Collection[str]) -> list[tuple[str, str]]:
+    """Prefix rules (off, on) that turn `name` into a known name."""
+    found = [(off, on) for pair in RENAMED_PREFIXES for off, on in (pair, pair[::-1]) if name.startswith(off)]
+    segments = name.split(".")
+    for count in range(1, len(segments)):
+        if ".".join(segments[count:]) in known:
+            found.append((".".join(segments[:count]) + ".", ""))
+    found += [("", other.removesuffix(name)) for other in known if other.endswith("." + name)]
+    return sorted(found)

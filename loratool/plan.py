@@ -1,0 +1,601 @@
+"""Everything that is decided and checked before the first byte of an output is written.
+
+A plan reports all its problems at once. It is data: it can be printed (`--dry-run`), turned into JSON, and run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from loratool import conventions, receipt, staging
+from loratool.adapter import Adapter, Targeted, overlaps
+from loratool.checkpoint import Checkpoint, open_checkpoint
+from loratool.conventions.choices import Choices
+from loratool.errors import AnswerIsNo, ChoiceNeeded, LoratoolError, Mismatch, Problem
+from loratool.format import check_index, content_digest, unknown_alpha
+from loratool.layout import Change, NewTensor, OutputFile, Weighted, output_files, output_index, output_name
+from loratool.names import missing
+from loratool.receipt import MergedAdapter, Receipt
+from loratool.tensors import CHUNK, DTYPE_BITS, FLOATS, TensorRef
+from loratool.updates import Replace
+
+DTYPES = {"keep": None, "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+BLOCK_BYTES = 4 * CHUNK  # stored bytes of a row block; about five times that is in memory while it is computed
+NARROW = [dtype for dtype in FLOATS if DTYPE_BITS[dtype] <= 16]
+
+
+class Part(NamedTuple):
+    """One adapter of a merge, with its weight and the name it was given by."""
+
+    adapter: Adapter
+    weight: float
+    name: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a merge or an unmerge will do."""
+
+    verb: str
+    source: Path
+    out: Path
+    single: bool  # the output is one file, not a folder
+    files: tuple[OutputFile, ...]
+    companions: tuple[Path, ...]
+    index: tuple[str, bytes] | None
+    adapters: tuple[MergedAdapter, ...]
+    dtype: str
+    notes: tuple[str, ...] = ()
+    exact: bool = True
+    receipt: Receipt | None = None  # of the checkpoint that is unmerged
+
+    @property
+    def changes(self) -> list[NewTensor]:
+        return [task.tensor for file in self.files for task in file.tasks if isinstance(task, Change)]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+    @property
+    def memory(self) -> int:
+        """An upper bound of the bytes held at a time, beside the interpreter and torch."""
+        return max((_memory(tensor) for tensor in self.changes), default=0) + 2 * CHUNK
+
+    def to_json(self) -> dict[str, Any]:
+        changes = self.changes
+        return {
+            "verb": self.verb,
+            "source": str(self.source),
+            "out": str(self.out),
+            "exact": self.exact,
+            "dtype": self.dtype,
+            "adapters": [vars(adapter) for adapter in self.adapters],
+            "tensors_changed": len(changes),
+            "tensors_total": sum(len(file.tensors) for file in self.files),
+            "bytes_to_write": self.nbytes,
+            "memory_bound": self.memory,
+            "files": [{"name": file.name, "bytes": file.size} for file in self.files],
+            "companions": [path.as_posix() for path in self.companions],
+            "changes": [
+                {
+                    "tensor": tensor.name,
+                    "dtype": tensor.dtype,
+                    "shape": list(tensor.shape),
+                    "computed_in": compute_dtype(tensor),
+                    "updates": [
+                        {"kind": item.update.kind, "weight": weight, "rank": item.update.scaling.rank,
+                         "scale": item.update.scaling.scale}
+                        if item.update.scaling else {"kind": item.update.kind, "weight": weight}
+                        for item, weight in tensor.updates
+                    ],
+                }
+                for tensor in changes
+            ],
+            "notes": list(self.notes),
+        }  # fmt: skip
+
+
+def compute_dtype(tensor: NewTensor) -> str:
+    """float32 where both ends have 16 bits or less, float64 otherwise: the result then rounds once."""
+    stored = tensor.source.dtype if tensor.source else tensor.dtype
+    return "F32" if stored in NARROW and tensor.dtype in NARROW else "F64"
+
+
+def _memory(tensor: NewTensor) -> int:
+    width = DTYPE_BITS[compute_dtype(tensor)] // 8
+    factors = sum(ref.numel * width * 2 for item, _ in tensor.updates for ref in item.update.components().values())
+    return factors + 6 * BLOCK_BYTES * width // 2
+
+
+# --- merge -----------------------------------------------------------------------------------------------------------
+
+
+def plan_merge(
+    base_path: Path,
+    adapters: Sequence[tuple[Path | Adapter, float]],
+    out: Path,
+    *,
+    dtype: str = "keep",
+    allow_new: bool = False,
+    choices: Choices | None = None,
+) -> Plan:
+    """Check everything about a merge and lay out its files. Raises the errors of `loratool.errors`, all at once."""
+    if dtype not in DTYPES:
+        raise ChoiceNeeded(Problem("E-OPTION", f"dtype {dtype!r} is not one of {', '.join(DTYPES)}"))
+    base = open_checkpoint(base_path)
+    _refuse_base(base)
+    problems: list[Problem] = list(_output_problems(base, out))
+    parts, notes = _read_parts(adapters, base, choices or Choices(), problems)
+    notes = [*base.notes, *notes]
+    wanted = _by_tensor(base, parts, allow_new, problems, notes)
+    for part in parts:
+        problems += _base_mismatches(base, part)
+        problems += _bad_values(part, notes)
+    if problems:
+        raise Mismatch(problems)
+    changes, additions = _new_tensors(base, wanted, DTYPES[dtype])
+    single = _single(base, out)
+    files = output_files(base, changes, additions)
+    if single:
+        files = (replace(files[0], name=out.name),)
+    if dtype != "keep" and base.path.is_dir():
+        notes.append("config.json is copied as it is: its torch_dtype may name another dtype than the weights now have")
+    return Plan(
+        "merge",
+        base.path,
+        out,
+        single,
+        files,
+        tuple(_companions(base)),
+        output_index(base, files),
+        tuple(MergedAdapter(content_digest(p.adapter), p.weight, p.name, len(p.adapter.updates)) for p in parts),
+        dtype,
+        tuple(notes),
+    )
+
+
+def _single(base: Checkpoint, out: Path) -> bool:
+    return base.path.is_file() and out.suffix == ".safetensors"
+
+
+def _companions(base: Checkpoint) -> list[Path]:
+    return [path for path in base.companions() if path.name != receipt.FILE_NAME]
+
+
+def _refuse_base(base: Checkpoint) -> None:
+    if receipt.find(base) is not None:
+        raise Mismatch(
+            Problem(
+                "E-MERGED",
+                "this checkpoint is the result of a merge already: it has a receipt",
+                str(base.path),
+                "merge all adapters at once from the original base, or `loratool unmerge` it first",
+            )
+        )
+    for convention in conventions.matching(base):
+        raise Mismatch(
+            Problem(
+                "E-WRAPPED",
+                f"the base is itself a {convention.TITLE}",
+                str(base.path),
+                "`loratool extract ... --base-out DIR` writes the clean base",
+            )
+        )
+
+
+def _output_problems(source: Checkpoint, out: Path) -> Iterator[Problem]:
+    if (problem := staging.refuse_existing(out)) is not None:
+        yield problem
+    if out.suffix == ".safetensors" and source.path.is_dir():
+        yield Problem("E-OUTPUT", "the input is a folder, so the output is one too", str(out), "give a folder with -o")
+    names = [output_name(shard.path) for shard in source.shards]
+    if len(set(names)) < len(names):
+        yield Problem("E-OUTPUT", f"two weights files would have one name: {', '.join(names)}", str(source.path))
+
+
+def _read_parts(
+    adapters: Sequence[tuple[Path | Adapter, float]], base: Checkpoint, choices: Choices, problems: list[Problem]
+) -> tuple[list[Part], list[str]]:
+    """Read every adapter against the base; what is wrong with one does not hide what is wrong with the next."""
+    parts, notes = [], []
+    for adapter, weight in adapters:
+        try:
+            part = _part(adapter, weight, base, choices)
+        except LoratoolError as error:
+            problems += error.problems
+            continue
+        parts.append(part)
+        notes += [f"{part.name}: {note}" for note in part.adapter.notes]
+        if unknown := part.adapter.unknown_scales():
+            problem = unknown_alpha(unknown)
+            problems.append(
+                replace(problem, where=part.name, hint="extract it first: `loratool extract`, with --alpha")
+            )
+        problems += [Problem("E-LAYOUT", doubt, part.name, "read it with its base") for doubt in part.adapter.doubts]
+        problems += [replace(p, where=f"{part.name}: {p.where}") for p in part.adapter.check()]
+    return parts, notes
+
+
+def _part(adapter: Path | Adapter, weight: float, base: Checkpoint, choices: Choices) -> Part:
+    if isinstance(adapter, Adapter):
+        return Part(adapter, weight, adapter.provenance.get("convention", "adapter in memory"))
+    source = open_checkpoint(adapter)
+    return Part(conventions.choose(source).read(source, choices, base.tensors), weight, adapter.name)
+
+
+def _by_tensor(
+    base: Checkpoint, parts: Iterable[Part], allow_new: bool, problems: list[Problem], notes: list[str]
+) -> dict[str, list[Weighted]]:
+    """The updates of every tensor, over all adapters, in order; tied names resolved; what does not fit reported."""
+    wanted: dict[str, list[Weighted]] = {}
+    for part in parts:
+        for name, items in part.adapter.targets().items():
+            target = _resolve_tie(name, items, base, part, notes, problems)
+            if target is None:
+                continue
+            problems += _unfit(target, items, base, part, allow_new, notes)
+            # A weight of 0 is the identity: not even a zero changes its sign.
+            wanted.setdefault(target, []).extend(Weighted(item, part.weight) for item in items if part.weight != 0)
+    for name, weighted in wanted.items():
+        items = [item for item, _ in weighted]
+        found = list(overlaps(items))
+        if found and found[0].message not in {p.message for p in problems}:
+            problems += [replace(p, hint="merge one of the adapters, or unify them first") for p in found]
+        if len({item.target.stacked for item in items}) > 1:
+            problems.append(Problem("E-OVERLAP", "some updates see experts, others one tensor", name, rule="R-029"))
+    for name, kept in base.ties.items():
+        # Two names of one storage in a pickle: the tensor is one, so both names get its updates.
+        first, second = wanted.get(kept), wanted.get(name)
+        if name in base.tensors and (first or second):
+            wanted[name] = wanted[kept] = list(first or second or ())
+            notes.append(f"{name} and {kept} are one tensor in the base: both change")
+    notes += _tied_head(base, wanted)
+    return wanted
+
+
+def _resolve_tie(
+    name: str, items: list[Targeted], base: Checkpoint, part: Part, notes: list[str], problems: list[Problem]
+) -> str | None:
+    """The tensor that a name stands for; None where its updates are a copy of those of a tensor it is tied to."""
+    kept = base.ties.get(name)
+    others = part.adapter.targets()
+    if name not in base.tensors or kept in others:
+        # A tied head is often saved with its embedding: one update under two names is one update.
+        for other, theirs in others.items():
+            if other != name and other in base.tensors and (kept in (None, other)) and _same(items, theirs):
+                notes.append(f"{part.name}: {name} is tied to {other}; their one update is applied once")
+                return None
+        if kept in others:
+            problems.append(
+                Problem(
+                    "E-TIED",
+                    f"{name} and {kept} are one tensor in the base, and their updates differ",
+                    part.name,
+                    "save the base with untied embeddings first",
+                )
+            )
+            return None
+    if name not in base.tensors and kept is not None:
+        notes.append(f"{part.name}: {name} is stored as {kept} in the base")
+        return kept
+    return name
+
+
+def _same(items: list[Targeted], others: list[Targeted]) -> bool:
+    """Whether two lists of updates do the same, byte for byte, to tensors of one shape."""
+    if len(items) != len(others):
+        return False
+    for one, two in zip(items, others, strict=True):
+        left, right = one.update.components(), two.update.components()
+        if (one.target.shape, one.update.kind, one.update.scaling) != (
+            two.target.shape,
+            two.update.kind,
+            two.update.scaling,
+        ):
+            return False
+        if left.keys() != right.keys() or any(left[part].shape != right[part].shape for part in left):
+            return False
+        if any(left[part].digest() != right[part].digest() for part in left):
+            return False
+    return True
+
+
+def _unfit(
+    name: str, items: list[Targeted], base: Checkpoint, part: Part, allow_new: bool, notes: list[str]
+) -> Iterator[Problem]:
+    """Why the updates of a tensor can not be applied to the base."""
+    stored = base.tensors.get(name)
+    shape = items[0].target.shape
+    whole = any(item.update.kind == Replace.kind and item.target.covers_all for item in items)
+    if stored is None and not whole:
+        problem = missing(name, base.tensors, part.name)
+        if name.endswith("lm_head.weight"):
+            problem = replace(problem, hint="the base's head is tied to its embedding: save the base untied first")
+        yield problem
+    elif stored is None or (stored.shape != shape and whole):
+        what = f"{name} is new" if stored is None else f"{name} goes from {list(stored.shape)} to {list(shape)}"
+        if part.weight != 1:
+            yield Problem("E-TARGET", f"{what}: that needs weight 1, not {part.weight:g}", part.name)
+        elif not allow_new:
+            near = missing(name, base.tensors, part.name) if stored is None else None
+            yield Problem(
+                "E-TARGET",
+                f"{what} in the base",
+                part.name,
+                "--allow-new adds or resizes it" + (f"; {near.hint}" if near else ""),
+            )
+        else:
+            notes.append(f"{part.name}: {what}; config.json is not changed")
+    elif stored.shape != shape:
+        yield Problem(
+            "E-SHAPE",
+            f"{name} is {list(stored.shape)} in the base, {list(shape)} for the adapter",
+            part.name,
+            "is this the adapter's base?",
+        )
+    if stored is not None and stored.dtype not in FLOATS:
+        yield Problem(
+            "E-QUANTISED",
+            f"{name} is stored as {stored.dtype}: a quantised tensor can not be merged into",
+            part.name,
+            "merge into the 16-bit base the quantised one was made from",
+        )
+
+
+def _tied_head(base: Checkpoint, wanted: Mapping[str, object]) -> Iterator[str]:
+    """A changed embedding that is also the output head: what the file can not show must be said."""
+    config = base.side_json("config.json") if base.path.is_dir() else None
+    if not config or not config.get("tie_word_embeddings"):
+        return
+    heads = [name for name in base.tensors if name.endswith(("lm_head.weight", "embed_out.weight"))]
+    for name in wanted:
+        if not heads and name.endswith(("embed_tokens.weight", "wte.weight", "word_embeddings.weight")):
+            yield f"{name} is also the output head (tie_word_embeddings): the head changes with it"
+        if not heads and name.endswith("lm_head.weight"):
+            yield f"config.json says tie_word_embeddings: set it to false, or loaders will not use {name}"
+
+
+def _base_mismatches(base: Checkpoint, part: Part) -> Iterator[Problem]:
+    """Tensors that are not those the adapter was trained on (R-041)."""
+    for name, known in part.adapter.base.tensors.items():
+        stored = base.tensors.get(base.ties.get(name, name))
+        if stored is None:
+            continue
+        if (stored.dtype, stored.shape) != (known.dtype, known.shape):
+            yield Problem(
+                "E-BASE-MISMATCH",
+                f"{name} is {stored.dtype} {list(stored.shape)}, the adapter's base has"
+                f" {known.dtype} {list(known.shape)}",
+                part.name,
+                "use the base it was trained on",
+                "R-041",
+            )
+        elif stored.digest() != known.digest:
+            yield Problem(
+                "E-BASE-MISMATCH",
+                f"{name} has other bytes than the base the adapter was trained on",
+                part.name,
+                "use the base it was trained on",
+                "R-041",
+            )
+
+
+def _bad_values(part: Part, notes: list[str]) -> Iterator[Problem]:
+    """Non-finite numbers, impossible row numbers, and updates that change nothing."""
+    idle = []
+    for item in part.adapter.updates:
+        for name, ref in item.update.components().items():
+            if ref.dtype in FLOATS:
+                values = ref.read()
+                if not bool(values.isfinite().all()):
+                    yield Problem(
+                        "E-NONFINITE",
+                        f"{name} of {item.target.name} has NaN or infinity",
+                        part.name,
+                        "the adapter is broken: train or download it again",
+                        "R-033",
+                    )
+                elif item.update.kind == "lora" and not bool(values.any()):
+                    idle.append(item.target.name)
+            elif (problem := check_index(item, ref)) is not None:
+                yield replace(problem, where=f"{part.name}: {problem.where}")
+    if idle:
+        notes.append(f"{part.name}: {len(idle)} updates change nothing, a factor is all zero: {idle[0]}, ...")
+
+
+def _new_tensors(
+    base: Checkpoint, wanted: Mapping[str, list[Weighted]], dtype: str | None
+) -> tuple[dict[str, NewTensor], list[NewTensor]]:
+    """What becomes of each tensor: those with updates, and with a dtype given every floating-point one."""
+    changes, additions = {}, []
+    for name, stored in base.tensors.items():
+        updates = tuple(wanted.get(name, ()))
+        new_dtype = dtype if dtype and stored.dtype in FLOATS else stored.dtype
+        if updates or new_dtype != stored.dtype:
+            shape = updates[0].item.target.shape if updates else stored.shape
+            source = stored if shape == stored.shape else None
+            reversible = all(item.update.role == "add" and item.target.name == name for item, _ in updates)
+            changes[stored.name] = NewTensor(stored.name, source, new_dtype, shape, updates, reversible)
+    for name, weighted in wanted.items():
+        if name not in base.tensors and weighted:
+            value = next(ref for item, _ in weighted for ref in item.update.components().values())
+            additions.append(
+                NewTensor(name, None, dtype or value.dtype, weighted[0].item.target.shape, tuple(weighted))
+            )
+    return changes, additions
+
+
+# --- unmerge ---------------------------------------------------------------------------------------------------------
+
+
+def plan_unmerge(
+    merged_path: Path,
+    adapters: Sequence[tuple[Path | Adapter, float | None]],
+    out: Path,
+    *,
+    base_path: Path | None = None,
+    exact: bool = False,
+    choices: Choices | None = None,
+) -> Plan:
+    """Check everything about an unmerge. With a base it is exact; without one, additive updates are subtracted."""
+    merged = open_checkpoint(merged_path)
+    found = receipt.find(merged)
+    if found is None:
+        raise Mismatch(
+            Problem(
+                "E-RECEIPT",
+                "no merge receipt: nothing shows what was merged into it",
+                str(merged_path),
+                f"a merge by loratool leaves {receipt.FILE_NAME}",
+            )
+        )
+    problems = list(_output_problems(merged, out))
+    base = open_checkpoint(base_path) if base_path is not None else None
+    against = base or _unmerged_view(merged, found)
+    given = [(adapter, 1.0 if weight is None else weight) for adapter, weight in adapters]
+    parts, notes = _read_parts(given, against, choices or Choices(), problems)
+    parts = _matched(parts, [weight for _, weight in adapters], found, problems)
+    problems += _changed_since(merged, found)
+    if base is not None:
+        problems += _not_the_base(base, found)
+    else:
+        lost = [name for name, tensor in found.tensors.items() if not tensor.reversible and tensor.base is not None]
+        if lost or exact:
+            what = (
+                f"{len(lost)} tensors were replaced or renormalised, such as {lost[0]}"
+                if lost
+                else ("bits were rounded away")
+            )
+            raise AnswerIsNo(
+                [
+                    *problems,
+                    Problem(
+                        "E-NOT-EXACT",
+                        f"without the base this can not be taken out{'' if lost else ' exactly'}: {what}",
+                        str(merged_path),
+                        "give --base BASE",
+                    ),
+                ]
+            )
+    if problems:
+        raise Mismatch(problems)
+    changes, dropped = _old_tensors(merged, found, base, parts)
+    files = output_files(merged, changes, dropped=frozenset(dropped))
+    single = _single(merged, out)
+    if single:
+        bare = {key: value for key, value in files[0].metadata.items() if key != receipt.METADATA_KEY}
+        files = (replace(files[0], name=out.name).with_metadata(bare),)
+    return Plan(
+        "unmerge",
+        merged.path,
+        out,
+        single,
+        files,
+        tuple(_companions(merged)),
+        output_index(merged, files),
+        found.adapters,
+        "keep",
+        tuple(notes),
+        base is not None,
+        found,
+    )
+
+
+def _unmerged_view(merged: Checkpoint, found: Receipt) -> Checkpoint:
+    """The merged checkpoint with the tensors that the base had: names and shapes to bind adapters to."""
+    new = {name for name, tensor in found.tensors.items() if tensor.base is None}
+    return replace(merged, tensors={name: ref for name, ref in merged.tensors.items() if ref.name not in new})
+
+
+def _matched(parts: list[Part], weights: list[float | None], found: Receipt, problems: list[Problem]) -> list[Part]:
+    """The given adapters in the order and with the weights of the receipt; others, or missing ones, are problems."""
+    left = [(part, weight, content_digest(part.adapter)) for part, weight in zip(parts, weights, strict=False)]
+    ordered = []
+    for known in found.adapters:
+        hit = next((entry for entry in left if entry[2] == known.digest), None)
+        if hit is None:
+            problems.append(
+                Problem(
+                    "E-RECEIPT",
+                    f"the adapter {known.name!r} ({known.digest[:19]}...) was merged and is not among those given",
+                    hint="give every adapter that was merged",
+                )
+            )
+            continue
+        left.remove(hit)
+        if hit[1] is not None and hit[1] != known.weight:
+            problems.append(
+                Problem(
+                    "E-RECEIPT",
+                    f"{known.name!r} was merged with weight {known.weight:g}, not {hit[1]:g}",
+                    hint="leave the weight out: the receipt knows it",
+                )
+            )
+        ordered.append(hit[0]._replace(weight=known.weight))
+    problems += [
+        Problem(
+            "E-RECEIPT", f"{part.name} was not merged into this checkpoint", hint="`loratool inspect` shows the receipt"
+        )
+        for part, _, _ in left
+    ]
+    return ordered
+
+
+def _stored(checkpoint: Checkpoint) -> dict[str, tuple[str, TensorRef]]:
+    """A checkpoint's tensors by stored name, as receipts have them, with the clean name that adapters use."""
+    return {ref.name: (name, ref) for name, ref in checkpoint.tensors.items()}
+
+
+def _changed_since(merged: Checkpoint, found: Receipt) -> Iterator[Problem]:
+    stored = _stored(merged)
+    for name, known in found.tensors.items():
+        if name not in stored or stored[name][1].digest() != known.merged:
+            yield Problem(
+                "E-RECEIPT",
+                f"{name} is not what the merge wrote: it was changed since",
+                str(merged.path),
+                "unmerge the original output of the merge",
+            )
+
+
+def _not_the_base(base: Checkpoint, found: Receipt) -> Iterator[Problem]:
+    stored = _stored(base)
+    for name, known in found.tensors.items():
+        if known.base is not None and (name not in stored or stored[name][1].digest() != known.base):
+            what = "has other bytes" if name in stored else "is missing"
+            yield Problem(
+                "E-BASE-MISMATCH",
+                f"{name} {what} in this base; another one was merged",
+                str(base.path),
+                "give the base of this merge",
+                "R-041",
+            )
+
+
+def _old_tensors(
+    merged: Checkpoint, found: Receipt, base: Checkpoint | None, parts: list[Part]
+) -> tuple[dict[str, NewTensor], list[str]]:
+    """Each changed tensor on its way back: the base's own bytes, or the updates with opposite weights."""
+    stored, originals = _stored(merged), _stored(base) if base else {}
+    changes: dict[str, NewTensor] = {}
+    dropped = []
+    for name, known in found.tensors.items():
+        if known.base is None:
+            dropped.append(name)
+            continue
+        clean, ref = stored[name]
+        source, items = ref, tuple[Weighted, ...]()
+        if base is not None:
+            source = originals[name][1]
+        else:
+            items = tuple(
+                Weighted(item, -part.weight)
+                for part in reversed(parts)
+                for item in part.adapter.targets().get(clean, ())
+            )
+        changes[name] = NewTensor(name, source, known.base_dtype, known.base_shape, items)
+    return changes, dropped

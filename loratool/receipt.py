@@ -1,0 +1,124 @@
+"""The receipt of a merge: what went into what. It proves an unmerge, and stops a second merge of the same base."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loratool.checkpoint import Checkpoint, read_json
+from loratool.container import strict_json
+from loratool.errors import InvalidFile, Problem, Unsupported
+from loratool.tensors import DTYPE_BITS
+
+FILE_NAME = "loratool_receipt.json"  # beside a folder's weights
+METADATA_KEY = "loratool.receipt"  # in the header of a single file
+FORMAT_NAME = "loratool-receipt"
+VERSION = "1.0"
+FORMULA = "W' = round(replaced(W) + sum of weight * scale * delta), DoRA: magnitude * V / ||V||"
+
+
+@dataclass(frozen=True)
+class MergedAdapter:
+    """One adapter of a merge: its content digest, its weight, and what it was called."""
+
+    digest: str
+    weight: float
+    name: str
+    updates: int
+
+
+@dataclass(frozen=True)
+class ChangedTensor:
+    """One tensor that the merge changed: digests, dtypes and shapes before and after; `base` is None for a new one.
+
+    `reversible` is false where the change can not be computed backwards (replacements, DoRA).
+    """
+
+    merged: str
+    dtype: str
+    shape: tuple[int, ...]
+    base: str | None
+    base_dtype: str
+    base_shape: tuple[int, ...]
+    reversible: bool
+
+
+@dataclass(frozen=True)
+class Receipt:
+    tool: str
+    dtype: str
+    adapters: tuple[MergedAdapter, ...]
+    tensors: Mapping[str, ChangedTensor] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT_NAME,
+            "version": VERSION,
+            "tool": self.tool,
+            "formula": FORMULA,
+            "dtype": self.dtype,
+            "adapters": [vars(adapter) for adapter in self.adapters],
+            "tensors": {
+                name: {**vars(t), "shape": list(t.shape), "base_shape": list(t.base_shape)}
+                for name, t in sorted(self.tensors.items())
+            },
+        }
+
+    def dumps(self) -> str:
+        return json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n"
+
+
+def find(checkpoint: Checkpoint) -> Receipt | None:
+    """The receipt of a merged checkpoint, or None if it is not one. Raises InvalidFile for a broken receipt."""
+    if checkpoint.path.is_dir():
+        path = checkpoint.path / FILE_NAME
+        return _parse(read_json(path), path) if path.is_file() else None
+    text = checkpoint.metadata.get(METADATA_KEY)
+    return None if text is None else _parse(strict_json(text, str(checkpoint.path), "E-RECEIPT", ""), checkpoint.path)
+
+
+def _parse(document: Any, path: Path) -> Receipt:
+    try:
+        if document["format"] != FORMAT_NAME:
+            raise KeyError("format")
+        if not str(document["version"]).startswith("1."):
+            raise Unsupported(
+                Problem("E-VERSION", f"receipt version {document['version']}", str(path), "install a newer loratool")
+            )
+        adapters = tuple(
+            MergedAdapter(str(a["digest"]), float(a["weight"]), str(a["name"]), int(a["updates"]))
+            for a in document["adapters"]
+        )
+        tensors = {
+            str(name): ChangedTensor(
+                str(t["merged"]), _dtype(t["dtype"]), _shape(t["shape"]),
+                None if t["base"] is None else str(t["base"]), _dtype(t["base_dtype"]), _shape(t["base_shape"]),
+                bool(t["reversible"]),
+            )
+            for name, t in document["tensors"].items()
+        }  # fmt: skip
+        return Receipt(str(document["tool"]), str(document["dtype"]), adapters, tensors)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InvalidFile(
+            Problem(
+                "E-RECEIPT",
+                f"the merge receipt is broken: {error!r}",
+                str(path),
+                "restore the file, or merge again from the base",
+            )
+        ) from None
+
+
+def _dtype(value: object) -> str:
+    if value not in DTYPE_BITS:
+        raise ValueError(f"dtype {value!r}")
+    return str(value)
+
+
+def _shape(value: object) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(isinstance(dim, int) and dim >= 0 for dim in value):
+        raise ValueError(f"shape {value!r}")
+    return tuple(value)

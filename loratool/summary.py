@@ -1,0 +1,204 @@
+"""Facts about a file or folder, from headers alone: what `inspect` shows. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from loratool import conventions, receipt
+from loratool import format as native_format
+from loratool.adapter import Adapter, Targeted
+from loratool.checkpoint import Checkpoint, open_checkpoint
+from loratool.conventions.choices import Choices
+from loratool.names import natural
+from loratool.receipt import Receipt
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One update of an adapter."""
+
+    target: str
+    kind: str
+    shape: tuple[int, ...]
+    rank: int | None
+    alpha: float | None
+    scaling: str | None
+    scale: float | None
+    parameters: int
+    bytes: int
+    dtype: str
+    part: str = ""  # rows or expert, where the update is of a part of the tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """Updates that differ only in the numbers in their names."""
+
+    pattern: str
+    kind: str
+    count: int
+    rank: str
+    alpha: str
+    scale: str
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class BaseFit:
+    """How an adapter goes with a base, as far as headers can tell."""
+
+    path: str
+    bytes: int
+    share: float  # the adapter's tensor bytes / the base's
+    touched: tuple[str, ...]
+    missing: tuple[str, ...]
+    wrong_shape: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a path holds. Bytes add up: `file_bytes` == `header_bytes` + `tensor_bytes` for safetensors."""
+
+    path: str
+    what: str  # adapter, wrapped checkpoint, merged checkpoint, checkpoint
+    convention: str | None
+    title: str
+    format_version: str | None
+    files: int
+    file_bytes: int
+    header_bytes: int | None  # None for pickles
+    tensor_bytes: int
+    tensors: int
+    parameters: int
+    dtypes: Mapping[str, int]
+    base_name: str
+    base_digests: int
+    groups: tuple[Group, ...]
+    layers: tuple[Layer, ...]
+    adapter_parameters: int
+    adapter_bytes: int
+    fit: BaseFit | None
+    receipt: Receipt | None
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        document = asdict(replace(self, receipt=None))
+        document["receipt"] = None if self.receipt is None else self.receipt.to_json()
+        return document
+
+
+def inspect_path(
+    path: Path, base_path: Path | None = None, choices: Choices | None = None, convention: str | None = None
+) -> Summary:
+    """Say what is at a path. Raises the errors of reading it; an adapter's unknown scale is shown, not refused."""
+    choices = choices or Choices()
+    source = open_checkpoint(path)
+    base = open_checkpoint(base_path) if base_path is not None else None
+    chosen = None
+    if convention is not None or conventions.matching(source):
+        chosen = conventions.choose(source, convention)
+    adapter = chosen.read(source, choices, base.tensors if base else None) if chosen else None
+    wrapped = bool(chosen and chosen.unwrap(source, choices))
+    found = None if adapter else receipt.find(source)
+    layers = tuple(_layer(item) for item in adapter.updates) if adapter else ()
+    if adapter:
+        what = "wrapped checkpoint" if wrapped else "adapter"
+    else:
+        what = "merged checkpoint" if found else "checkpoint"
+    headers = [shard.header.size if shard.header else None for shard in source.shards]
+    known = [size for size in headers if size is not None]
+    notes = [*(adapter.notes if adapter else source.notes), *(adapter.doubts if adapter else ())]
+    if adapter and adapter.unknown_scales():
+        notes.append("alpha is not stored in it: extract needs --alpha or --config")
+    return Summary(
+        path=str(path),
+        what=what,
+        convention=chosen.NAME if chosen else None,
+        title=chosen.TITLE if chosen else what,
+        format_version=native_format.VERSION if chosen is conventions.native else None,
+        files=len(source.shards),
+        file_bytes=sum(shard.path.stat().st_size for shard in source.shards),
+        header_bytes=sum(known) if len(known) == len(headers) else None,
+        tensor_bytes=source.nbytes,
+        tensors=len(source.tensors),
+        parameters=sum(ref.numel for ref in source.tensors.values()),
+        dtypes=dict(Counter(ref.dtype for ref in source.tensors.values()).most_common()),
+        base_name=adapter.base.name if adapter else "",
+        base_digests=len(adapter.base.tensors) if adapter else 0,
+        groups=_groups(layers),
+        layers=layers,
+        adapter_parameters=sum(layer.parameters for layer in layers),
+        adapter_bytes=sum(layer.bytes for layer in layers),
+        fit=_fit(adapter, base) if adapter and base else None,
+        receipt=found,
+        notes=tuple(notes),
+    )
+
+
+def _layer(item: Targeted) -> Layer:
+    tensors = item.update.components().values()
+    scaling, target = item.update.scaling, item.target
+    parts = [f"rows {target.rows[0]}:{target.rows[1]}"] if target.rows else []
+    parts += [f"expert {target.expert}"] if target.expert is not None else []
+    parts += [f"{target.experts} experts"] if target.experts is not None else []
+    return Layer(
+        target=target.name,
+        kind=item.update.kind,
+        shape=target.shape,
+        rank=scaling.rank if scaling else None,
+        alpha=scaling.alpha if scaling else None,
+        scaling=scaling.rule if scaling and scaling.scale is not None else None,
+        scale=scaling.scale if scaling else None,
+        parameters=sum(ref.numel for ref in tensors),
+        bytes=sum(ref.nbytes for ref in tensors),
+        dtype="/".join(sorted({ref.dtype for ref in tensors})),
+        part=", ".join(parts),
+    )
+
+
+def _groups(layers: Iterable[Layer]) -> tuple[Group, ...]:
+    grouped: dict[tuple[str, str], list[Layer]] = {}
+    for layer in layers:
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", layer.target)
+        grouped.setdefault((pattern, layer.kind), []).append(layer)
+    return tuple(
+        Group(
+            pattern,
+            kind,
+            len(members),
+            _span(m.rank for m in members),
+            _span(m.alpha for m in members),
+            _span(m.scale for m in members),
+            sum(m.parameters for m in members),
+            sum(m.bytes for m in members),
+        )
+        for (pattern, kind), members in sorted(grouped.items(), key=lambda entry: natural(entry[0][0]))
+    )
+
+
+def _span(values: Iterable[float | None]) -> str:
+    """``16``, ``8..64`` or ``-``: the one value of a group, or its range."""
+    known = sorted({value for value in values if value is not None})
+    if not known:
+        return "-"
+    return f"{known[0]:g}" if len(known) == 1 else f"{known[0]:g}..{known[-1]:g}"
+
+
+def _fit(adapter: Adapter, base: Checkpoint) -> BaseFit:
+    targets = {item.target.name: item.target.shape for item in adapter.updates}
+    found = [name for name in targets if name in base.tensors]
+    adapter_bytes = sum(ref.nbytes for item in adapter.updates for ref in item.update.components().values())
+    return BaseFit(
+        path=str(base.path),
+        bytes=base.nbytes,
+        share=adapter_bytes / base.nbytes,
+        touched=tuple(found),
+        missing=tuple(name for name in targets if name not in base.tensors),
+        wrong_shape=tuple(name for name in found if base.tensors[name].shape != targets[name]),
+    )

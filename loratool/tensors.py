@@ -1,0 +1,198 @@
+"""A tensor that has not been read yet: its dtype, its shape, and where its bytes are.
+
+Adapters and checkpoints are made of these references, so that headers alone answer `inspect` (no torch import), and
+a merge holds only the rows it is working on. A reference can be viewed (transposed, reshaped, narrowed) without
+reading; the views are replayed when `read` fetches the numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from loratool.errors import InvalidFile, Problem
+
+if TYPE_CHECKING:
+    import torch
+
+# Bits per element of every dtype a safetensors header can name.
+DTYPE_BITS = {
+    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8,
+    "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "C64": 64, "F64": 64, "I64": 64, "U64": 64,
+}  # fmt: skip
+
+FLOATS = ("F64", "F32", "F16", "BF16")  # what a merge computes on
+
+_TORCH_NAMES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16", "I32": "int32", "U32": "uint32",
+    "I64": "int64", "U64": "uint64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+    "C64": "complex64", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}  # fmt: skip
+
+CHUNK = 1 << 20  # bytes moved at a time: large enough for sequential I/O, small enough for the cache
+
+Shape = tuple[int, ...]
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a safetensors dtype name.
+
+    >>> torch_dtype("BF16")
+    torch.bfloat16
+    """
+    import torch
+
+    dtype: torch.dtype = getattr(torch, _TORCH_NAMES[name])
+    return dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The safetensors name of a torch dtype."""
+    short = str(dtype).removeprefix("torch.")
+    return next(name for name, torch_name in _TORCH_NAMES.items() if torch_name == short)
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The raw bytes of a contiguous CPU tensor, in row-major order, without a copy."""
+    import torch
+
+    flat = tensor.detach().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+class Data(Protocol):
+    """Where the bytes of a stored tensor are."""
+
+    def load(self, dtype: str, shape: Shape) -> torch.Tensor: ...
+
+    def chunks(self, dtype: str, shape: Shape) -> Iterator[memoryview]: ...
+
+
+@dataclass(frozen=True)
+class FileSpan:
+    """Bytes of a file, from `offset` on."""
+
+    path: Path
+    offset: int
+
+    def load(self, dtype: str, shape: Shape) -> torch.Tensor:
+        import torch
+
+        tensor = torch.empty(shape, dtype=torch_dtype(dtype))
+        if tensor.numel():
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.offset)
+                read_exactly(file, as_bytes(tensor), self.path)
+        return tensor
+
+    def chunks(self, dtype: str, shape: Shape) -> Iterator[memoryview]:
+        left = math.prod(shape) * DTYPE_BITS[dtype] // 8
+        buffer = memoryview(bytearray(min(left, CHUNK)))
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.offset)
+            while left:
+                part = buffer[: min(left, len(buffer))]
+                read_exactly(file, part, self.path)
+                yield part
+                left -= len(part)
+
+
+@dataclass(frozen=True, eq=False)
+class InMemory:
+    """A tensor that somebody holds already."""
+
+    tensor: torch.Tensor
+
+    def load(self, dtype: str, shape: Shape) -> torch.Tensor:
+        return self.tensor.detach().cpu()
+
+    def chunks(self, dtype: str, shape: Shape) -> Iterator[memoryview]:
+        yield as_bytes(self.load(dtype, shape))
+
+
+def read_exactly(file: Any, buffer: memoryview, path: Path) -> None:
+    """Fill `buffer` from an unbuffered file; a short file is an error, not a short tensor."""
+    done = 0
+    while done < len(buffer):
+        count = file.readinto(buffer[done:])
+        if not count:
+            raise InvalidFile(Problem("E-CHANGED", "the file became shorter while it was read", str(path)))
+        done += count
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """One tensor of a file (or of memory), as stored, seen through zero or more views.
+
+    `name` is the name it is stored under, for messages. `dtype` is a safetensors dtype name; `shape` is the shape
+    after the views.
+    """
+
+    name: str
+    dtype: str
+    shape: Shape
+    data: Data
+    stored_shape: Shape
+    views: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, name: str = "") -> TensorRef:
+        """A reference to a tensor in memory."""
+        shape = tuple(tensor.shape)
+        return cls(name, dtype_name(tensor.dtype), shape, InMemory(tensor), shape)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * DTYPE_BITS[self.dtype] // 8
+
+    def permute(self, *dims: int) -> TensorRef:
+        return replace(self, shape=tuple(self.shape[d] for d in dims), views=(*self.views, ("permute", dims)))
+
+    @property
+    def T(self) -> TensorRef:
+        """The transposed view of a matrix: [a, b] -> [b, a]."""
+        return self.permute(1, 0)
+
+    def reshape(self, *shape: int) -> TensorRef:
+        return self if shape == self.shape else replace(self, shape=shape, views=(*self.views, ("reshape", shape)))
+
+    def narrow(self, dim: int, start: int, length: int) -> TensorRef:
+        shape = (*self.shape[:dim], length, *self.shape[dim + 1 :])
+        return replace(self, shape=shape, views=(*self.views, ("narrow", (dim, start, length))))
+
+    def select(self, index: int) -> TensorRef:
+        """The `index`-th slice along dim 0: [E, ...] -> [...]."""
+        return self.narrow(0, index, 1).reshape(*self.shape[1:])
+
+    def read(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Fetch the numbers: a CPU tensor of `shape`, converted to `dtype` if one is given."""
+        tensor = self.data.load(self.dtype, self.stored_shape)
+        for verb, arguments in self.views:
+            tensor = tensor.narrow(*arguments) if verb == "narrow" else getattr(tensor, verb)(arguments)
+        return tensor if dtype is None else tensor.to(dtype)
+
+    def chunks(self) -> Iterator[memoryview]:
+        """The raw little-endian bytes in row-major order, a piece at a time. A piece is only valid until the next."""
+        if self.views:
+            yield as_bytes(self.read())
+        else:
+            yield from self.data.chunks(self.dtype, self.stored_shape)
+
+    def digest(self) -> str:
+        """BLAKE3 of the raw bytes, as ``blake3:HEX``. The shape and dtype are not part of it."""
+        from blake3 import blake3
+
+        hasher = blake3()
+        for chunk in self.chunks():
+            hasher.update(chunk)
+        return f"blake3:{hasher.hexdigest()}"

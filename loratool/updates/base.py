@@ -1,0 +1,144 @@
+"""What every kind of update has in common: the scale, a few verbs, and the block of rows they work on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from loratool.errors import Problem
+from loratool.tensors import FLOATS, Shape, TensorRef
+
+if TYPE_CHECKING:
+    import torch
+
+# The scaling rules of the field, by name. `alpha` is the first edition of LLMs from scratch, `alpha/rank` the LoRA
+# paper (arXiv:2106.09685), `alpha/sqrt(rank)` rsLoRA (arXiv:2312.03732).
+RULES: dict[str, Callable[[float, int], float]] = {
+    "alpha": lambda alpha, rank: alpha,
+    "alpha/rank": lambda alpha, rank: alpha / rank,
+    "alpha/sqrt(rank)": lambda alpha, rank: alpha / math.sqrt(rank),
+}
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How strong an update is.
+
+    `scale` is what counts: the factor in front of the delta. `rule`, `alpha` and `rank` say where it comes from;
+    rule "none" is a bare scale. A scale of None means that the files do not hold alpha and nobody has said it yet:
+    such an update can be inspected, not merged or saved.
+    """
+
+    rule: str = "none"
+    rank: int | None = None
+    alpha: float | None = None
+    scale: float | None = 1.0
+
+    @classmethod
+    def by(cls, rule: str, alpha: float | None, rank: int) -> Scaling:
+        """The scale that `rule` gives: ``Scaling.by("alpha/rank", 32, 16).scale == 2.0``."""
+        return cls(rule, rank, alpha, None if alpha is None else RULES[rule](alpha, rank))
+
+    @property
+    def factor(self) -> float:
+        assert self.scale is not None, "an unknown scale is refused before any arithmetic"
+        return self.scale
+
+
+class Block(Protocol):
+    """An update with its factors in memory, in the compute dtype, ready for blocks of rows."""
+
+    def apply(self, W: torch.Tensor, start: int, weight: float) -> None:
+        """Change W in place: rows start.. of the update's region, flattened to [rows, columns]."""
+
+    def observe(self, W: torch.Tensor, start: int) -> None:
+        """Called on every block of rows before the first `apply`, if the update's `first_pass` is true."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """A change of one region (a whole tensor, a range of its rows, or one expert's matrix) of a base checkpoint.
+
+    Tensors are references (`TensorRef`), canonical in orientation: the first dimension is that of the stored base
+    tensor. With `experts`, every component has one more leading dimension.
+    """
+
+    kind: ClassVar[str]
+    role: ClassVar[str] = "add"  # or "replace", or "renormalise"
+    matrix: ClassVar[bool] = True  # whether the region must have at least two dimensions
+    index_components: ClassVar[tuple[str, ...]] = ()  # int64 instead of floating point
+
+    @property
+    def scaling(self) -> Scaling | None:
+        """None for updates that are not scaled (replacements)."""
+        return None
+
+    @property
+    def first_pass(self) -> bool:
+        """Whether all rows of the base must be seen before any can be written."""
+        return False
+
+    def components(self) -> dict[str, TensorRef]:
+        """The update's tensors by the component names of the spec; absent optional ones are left out."""
+        return {
+            field.name: value for field in fields(self) if isinstance(value := getattr(self, field.name), TensorRef)
+        }
+
+    def expected(self, region: Shape) -> Mapping[str, Shape]:
+        """The shape each component must have for a region of this shape, apart from a leading expert dimension."""
+        raise NotImplementedError
+
+    def ranks(self) -> list[int]:
+        """The inner dimension of each low-rank product, to compare with the declared rank."""
+        return []
+
+    def open(self, dtype: torch.dtype, expert: int | None) -> Block:
+        """Read the factors in the compute dtype; of one expert, where the update has an expert dimension."""
+        raise NotImplementedError
+
+    def check(self, region: Shape, experts: int | None) -> Iterator[Problem]:
+        """Every way in which the components do not fit `region` (rules R-026, R-031, R-032 of the spec)."""
+        lead = () if experts is None else (experts,)
+        components = self.components()
+        for name, tensor in components.items():
+            wanted = ("I64",) if name in self.index_components else FLOATS
+            if tensor.dtype not in wanted:
+                yield Problem("E-DTYPE", f"component {name} is {tensor.dtype}, not {' or '.join(wanted)}", rule="R-032")
+        if self.matrix and len(region) < 2:
+            yield Problem("E-SHAPE", f"{self.kind} changes a matrix, the region is {list(region)}", rule="R-031")
+            return
+        for name, shape in self.expected(region).items():
+            if name in components and components[name].shape != (*lead, *shape):
+                yield Problem(
+                    "E-SHAPE",
+                    f"component {name} is {list(components[name].shape)}, a region {list(region)} needs"
+                    f" {[*lead, *shape]}",
+                    rule="R-031",
+                )
+        declared = self.scaling.rank if self.scaling else None
+        for rank in self.ranks():
+            if rank != declared:
+                yield Problem("E-RANK", f"rank says {declared}, the factors have {rank}", rule="R-026")
+
+    def read(self, name: str, dtype: torch.dtype | None, expert: int | None) -> torch.Tensor:
+        """One component as a contiguous tensor, without the expert dimension."""
+        tensor: TensorRef = getattr(self, name)
+        return (tensor if expert is None else tensor.select(expert)).read(dtype).contiguous()
+
+
+class Additive:
+    """A block whose update is `W + weight * scale * delta`: subclasses only say what their delta is."""
+
+    scale: float
+
+    def delta(self, start: int, stop: int) -> torch.Tensor:
+        """Rows start:stop of the unscaled delta, [rows, columns]."""
+        raise NotImplementedError
+
+    def apply(self, W: torch.Tensor, start: int, weight: float) -> None:
+        W.add_(self.delta(start, start + W.shape[0]), alpha=weight * self.scale)
+
+    def observe(self, W: torch.Tensor, start: int) -> None:
+        """Nothing to learn from the base."""

@@ -1,0 +1,121 @@
+"""Updates that store whole tensors: a replacement, a difference, or some replaced rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from loratool.tensors import Shape, TensorRef
+from loratool.updates.base import Additive, Scaling, Update
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Replace(Update):
+    """W' = value. A weight w other than 1 moves W by w * (value - W).
+
+    Shapes: value is the region's. Trained heads, biases and norms are stored so.
+    """
+
+    kind: ClassVar[str] = "replace"
+    matrix: ClassVar[bool] = False
+    role: ClassVar[str] = "replace"
+    value: TensorRef
+
+    def expected(self, region: Shape) -> Mapping[str, Shape]:
+        return {"value": region}
+
+    def open(self, dtype: torch.dtype, expert: int | None) -> ReplaceBlock:
+        value = self.read("value", dtype, expert)
+        return ReplaceBlock(value.reshape(len(value) if value.dim() else 1, -1))
+
+
+@dataclass
+class ReplaceBlock:
+    value: torch.Tensor  # [rows, columns]
+
+    def apply(self, W: torch.Tensor, start: int, weight: float) -> None:
+        move(W, self.value[start : start + W.shape[0]], weight)
+
+    def observe(self, W: torch.Tensor, start: int) -> None:
+        """Nothing to learn from the base."""
+
+
+@dataclass(frozen=True)
+class Add(Update):
+    """W' = W + scale * value: a stored difference. Shapes: value is the region's."""
+
+    kind: ClassVar[str] = "add"
+    matrix: ClassVar[bool] = False
+    value: TensorRef
+    factors: Scaling
+
+    @property
+    def scaling(self) -> Scaling:
+        return self.factors
+
+    def expected(self, region: Shape) -> Mapping[str, Shape]:
+        return {"value": region}
+
+    def open(self, dtype: torch.dtype, expert: int | None) -> AddBlock:
+        value = self.read("value", dtype, expert)
+        return AddBlock(value.reshape(len(value) if value.dim() else 1, -1), self.factors.factor)
+
+
+@dataclass
+class AddBlock(Additive):
+    value: torch.Tensor  # [rows, columns]
+    scale: float
+
+    def delta(self, start: int, stop: int) -> torch.Tensor:
+        return self.value[start:stop]
+
+
+@dataclass(frozen=True)
+class ReplaceRows(Update):
+    """W'[index] = value: trained tokens of an embedding, say.
+
+    Shapes: index [k] int64, strictly increasing row numbers of the whole tensor; value [k, columns...].
+    """
+
+    kind: ClassVar[str] = "replace_rows"
+    matrix: ClassVar[bool] = False
+    role: ClassVar[str] = "replace"
+    index_components: ClassVar[tuple[str, ...]] = ("index",)
+    index: TensorRef
+    value: TensorRef
+
+    def expected(self, region: Shape) -> Mapping[str, Shape]:
+        count = self.index.shape[0] if len(self.index.shape) == 1 else 1
+        return {"index": (count,), "value": (count, *region[1:])}
+
+    def open(self, dtype: torch.dtype, expert: int | None) -> ReplaceRowsBlock:
+        value = self.read("value", dtype, expert)
+        return ReplaceRowsBlock(self.read("index", None, expert), value.reshape(len(value), -1))
+
+
+@dataclass
+class ReplaceRowsBlock:
+    index: torch.Tensor  # [k] int64
+    value: torch.Tensor  # [k, columns]
+
+    def apply(self, W: torch.Tensor, start: int, weight: float) -> None:
+        inside = (self.index >= start) & (self.index < start + W.shape[0])
+        rows = self.index[inside] - start
+        moved = W[rows]
+        move(moved, self.value[inside], weight)
+        W[rows] = moved
+
+    def observe(self, W: torch.Tensor, start: int) -> None:
+        """Nothing to learn from the base."""
+
+
+def move(W: torch.Tensor, value: torch.Tensor, weight: float) -> None:
+    """W + weight * (value - W), in place; exactly `value` for a weight of 1."""
+    if weight == 1:
+        W.copy_(value)
+    else:
+        W.add_(value - W, alpha=weight)

@@ -1,0 +1,68 @@
+"""LoHa: the Hadamard product of two low-rank products (FedPara, arXiv:2108.06098; LyCORIS, arXiv:2309.14859)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from loratool.tensors import Shape, TensorRef
+from loratool.updates.base import Additive, Scaling, Update
+from loratool.updates.lora import low_rank_shapes, with_core
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Loha(Update):
+    """delta = (B1 @ A1) * (B2 @ A2), elementwise.
+
+    Shapes: as LoRA's A and B, twice; both products with a Tucker core, or none.
+    """
+
+    kind: ClassVar[str] = "loha"
+    A1: TensorRef
+    B1: TensorRef
+    A2: TensorRef
+    B2: TensorRef
+    factors: Scaling
+    mid1: TensorRef | None = None
+    mid2: TensorRef | None = None
+
+    @property
+    def scaling(self) -> Scaling:
+        return self.factors
+
+    def expected(self, region: Shape) -> Mapping[str, Shape]:
+        core1, core2 = ("", "") if self.mid1 is None else ("mid1", "mid2")
+        return {
+            **low_rank_shapes(region, self.B1.shape[-1], core1, "B1", "A1"),
+            **low_rank_shapes(region, self.B2.shape[-1], core2, "B2", "A2"),
+        }
+
+    def ranks(self) -> list[int]:
+        return [self.B1.shape[-1], self.B2.shape[-1]]
+
+    def open(self, dtype: torch.dtype, expert: int | None) -> LohaBlock:
+        mid1 = None if self.mid1 is None else self.read("mid1", dtype, expert)
+        mid2 = None if self.mid2 is None else self.read("mid2", dtype, expert)
+        return LohaBlock(
+            with_core(self.read("A1", dtype, expert), mid1),
+            self.read("B1", dtype, expert),
+            with_core(self.read("A2", dtype, expert), mid2),
+            self.read("B2", dtype, expert),
+            self.factors.factor,
+        )
+
+
+@dataclass
+class LohaBlock(Additive):
+    A1: torch.Tensor  # [rank, columns]
+    B1: torch.Tensor  # [rows, rank]
+    A2: torch.Tensor
+    B2: torch.Tensor
+    scale: float
+
+    def delta(self, start: int, stop: int) -> torch.Tensor:
+        return (self.B1[start:stop] @ self.A1).mul_(self.B2[start:stop] @ self.A2)  # [rows, columns]

@@ -1,0 +1,77 @@
+"""LoRA: W + scale * (B @ A), for linear, embedding and convolution weights (arXiv:2106.09685)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from loratool.tensors import Shape, TensorRef
+from loratool.updates.base import Additive, Scaling, Update
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Lora(Update):
+    """A low-rank delta.
+
+    Shapes: A [rank, in...], B [out, rank], the region [out, in...]; a convolution's kernel dimensions are part of
+    `in...`. With `mid` [rank, rank, kernel...] (a Tucker core, arXiv:2309.14859) A is [rank, in].
+    """
+
+    kind: ClassVar[str] = "lora"
+    A: TensorRef
+    B: TensorRef
+    factors: Scaling
+    mid: TensorRef | None = None
+
+    @property
+    def scaling(self) -> Scaling:
+        return self.factors
+
+    def expected(self, region: Shape) -> Mapping[str, Shape]:
+        return low_rank_shapes(region, self.B.shape[-1], "" if self.mid is None else "mid")
+
+    def ranks(self) -> list[int]:
+        return [self.B.shape[-1]]
+
+    def open(self, dtype: torch.dtype, expert: int | None) -> LoraBlock:
+        mid = None if self.mid is None else self.read("mid", dtype, expert)
+        A = with_core(self.read("A", dtype, expert), mid)
+        return LoraBlock(A, self.read("B", dtype, expert), self.factors.factor)
+
+
+@dataclass
+class LoraBlock(Additive):
+    A: torch.Tensor  # [rank, columns]
+    B: torch.Tensor  # [rows, rank]
+    scale: float
+
+    def delta(self, start: int, stop: int) -> torch.Tensor:
+        return self.B[start:stop] @ self.A  # [rows, columns]
+
+    def apply(self, W: torch.Tensor, start: int, weight: float) -> None:
+        # W + scale * (B @ A), fused: no delta is ever materialised.
+        W.addmm_(self.B[start : start + W.shape[0]], self.A, alpha=weight * self.scale)
+
+
+def with_core(A: torch.Tensor, mid: torch.Tensor | None) -> torch.Tensor:
+    """The right factor as a matrix [rank, columns], with a Tucker core contracted into it if there is one.
+
+    A_core[m, j, k...] = sum over n of mid[m, n, k...] * A[n, j]   (LyCORIS `functional/general.py`, rebuild_tucker)
+    """
+    if mid is not None:
+        import torch
+
+        A = torch.einsum("mn...,nj->mj...", mid, A)  # [rank, in, kernel...]
+    return A.flatten(1)  # [rank, columns]
+
+
+def low_rank_shapes(region: Shape, rank: int, core: str, left: str = "B", right: str = "A") -> dict[str, Shape]:
+    """Component shapes of a low-rank product B @ A over `region` [out, in, kernel...], with an optional core."""
+    rows, *columns = region
+    if not core:
+        return {left: (rows, rank), right: (rank, *columns)}
+    return {left: (rows, rank), right: (rank, *columns[:1]), core: (rank, rank, *columns[1:])}
