@@ -124,7 +124,7 @@ def extract(
 @_typed
 def plan(
     base: PathLike,
-    adapters: Weighted | Sequence[Weighted],
+    adapters: AdapterLike | Sequence[Weighted],
     out: PathLike,
     *,
     dtype: str = "keep",
@@ -139,7 +139,7 @@ def plan(
 @_typed
 def merge(
     base: PathLike,
-    adapters: Weighted | Sequence[Weighted],
+    adapters: AdapterLike | Sequence[Weighted],
     out: PathLike,
     *,
     dtype: str = "keep",
@@ -149,7 +149,7 @@ def merge(
 ) -> MergeReport:
     """Write base + adapters as a checkpoint: W + sum of weight * scale * delta, rounded once.
 
-    `adapters` are paths or `Adapter`s, each alone or as (adapter, weight). `dtype` "keep", "bf16", "fp16" or "fp32".
+    `adapters` is a path or an `Adapter`, or a list of them, each alone or as (adapter, weight). `dtype` "keep", "bf16", "fp16" or "fp32".
     `allow_new` permits adapters to add tensors or resize them. Every problem is raised before a byte is written.
 
     >>> loratool.merge("base/", [("style/", 0.8), "task.lora.safetensors"], "merged/")  # doctest: +SKIP
@@ -160,7 +160,7 @@ def merge(
 @_typed
 def plan_of_unmerge(
     merged: PathLike,
-    adapters: Weighted | Sequence[Weighted],
+    adapters: AdapterLike | Sequence[Weighted],
     out: PathLike,
     *,
     base: PathLike | None = None,
@@ -177,7 +177,7 @@ def plan_of_unmerge(
 @_typed
 def unmerge(
     merged: PathLike,
-    adapters: Weighted | Sequence[Weighted],
+    adapters: AdapterLike | Sequence[Weighted],
     out: PathLike,
     *,
     base: PathLike | None = None,
@@ -198,7 +198,7 @@ def validate(path: PathLike) -> list[Problem]:
     return native_format.validate(Path(path))
 
 
-def _weighted(adapters: Weighted | Sequence[Weighted]) -> list[tuple[Path | Adapter, float | None]]:
-    listed: Sequence[Weighted] = [adapters] if isinstance(adapters, str | Path | Adapter | tuple) else adapters
+def _weighted(adapters: AdapterLike | Sequence[Weighted]) -> list[tuple[Path | Adapter, float | None]]:
+    listed: Sequence[Weighted] = [adapters] if isinstance(adapters, str | Path | Adapter) else adapters
     pairs = [entry if isinstance(entry, tuple) else (entry, None) for entry in listed]
     return [(adapter if isinstance(adapter, Adapter) else Path(adapter), weight) for adapter, weight in pairs]

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: one file, or shards with an index; safetensors or pickles. Lazy, and without any idea of LoRA."""
+"""Checkpoints on disk: one file, or shards with an index; safetensors or pickles. Lazy, with no idea of LoRA."""
 
 from __future__ import annotations
 
@@ -77,6 +77,7 @@ class Checkpoint:
             if path.is_file()
             and not path.name.endswith((*WEIGHT_SUFFIXES, ".index.json"))
             and not SKIPPED_FOLDERS & set(path.relative_to(self.path).parts)
+            and ".partial-" not in path.as_posix()  # left by a killed run
         )
 
     @cached_property

@@ -166,10 +166,10 @@ class _Reader:
             self.complain("E-MANIFEST", "R-042", "provenance values must be strings")
         return Adapter(tuple(updates), base, provenance)
 
-    def targeted(self, n: int, entry: object, seen: Counter[str]) -> Targeted | None:
+    def targeted(self, n: int, raw: object, seen: Counter[str]) -> Targeted | None:
         before = len(self.problems)
         what = f"updates[{n}]"
-        entry = self.typed(what, entry, dict, "R-020")
+        entry: dict[str, Any] = self.typed(what, raw, dict, "R-020")
         name = self.typed(f"{what}.target", entry.get("target"), str, "R-020")
         kind = self.typed(f"{what}.kind", entry.get("kind"), str, "R-020")
         if len(self.problems) > before:

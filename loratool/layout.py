@@ -124,18 +124,20 @@ def _nbytes(tensor: NewTensor) -> int:
 def _append_copy(tasks: list[Copy | Change], source: TensorRef, offset: int) -> None:
     """Add a copy, joined to the one before if both are neighbours in one file."""
     if isinstance(source.data, FileSpan) and not source.views:
-        source = _span(source.data.path, source.data.offset, source.nbytes)
+        span = source.data
+        source = _span(span, source.nbytes)
         last = tasks[-1] if tasks else None
         if isinstance(last, Copy) and isinstance(last.source.data, FileSpan):
-            before, here = last.source.data, source.data
-            if before.path == here.path and before.offset + last.source.nbytes == here.offset:  # type: ignore[union-attr]
-                tasks[-1] = Copy(_span(before.path, before.offset, last.source.nbytes + source.nbytes), last.offset)
+            before, nbytes = last.source.data, last.source.nbytes
+            if before.path == span.path and before.offset + nbytes == span.offset:
+                tasks[-1] = Copy(_span(before, nbytes + source.nbytes), last.offset)
                 return
     tasks.append(Copy(source, offset))
 
 
-def _span(path: Path, offset: int, nbytes: int) -> TensorRef:
-    return TensorRef(path.name, "U8", (nbytes,), FileSpan(path, offset), (nbytes,))
+def _span(data: FileSpan, nbytes: int) -> TensorRef:
+    """Raw bytes of a file."""
+    return TensorRef(data.path.name, "U8", (nbytes,), data, (nbytes,))
 
 
 def output_name(path: Path) -> str:

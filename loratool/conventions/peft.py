@@ -9,7 +9,7 @@ for trained heads and biases. Rank and alpha may differ per module (`rank_patter
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -107,8 +107,8 @@ def refuse_unsupported(config: Mapping[str, Any], source: Checkpoint) -> None:
                 f"init_lora_weights is {init!r}: it changes the base before training, so this adapter does"
                 " not belong to the base on disk",
                 str(source.path),
-                "save it again with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...), which makes a"
-                " plain LoRA of it; or extract it with the base inside from the wrapped checkpoint",
+                "save it again with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), which makes"
+                " a plain LoRA of it; or extract it, with the base inside, from the wrapped checkpoint",
             )
         )
     problems += [
@@ -141,6 +141,7 @@ class PeftReader:
     notes: list[str] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    rename: Callable[[str], str] = str  # the base's name for one of the adapter's modules; known once keys are sorted
 
     def adapter(self) -> Adapter:
         wrapped, whole = self._sort()
@@ -192,12 +193,10 @@ class PeftReader:
             raise Unsupported(self.problems)
         return list(found.values()), whole
 
-    def _match(self, wrapped: list[_Module], whole: Mapping[str, TensorRef]) -> Any:
+    def _match(self, wrapped: list[_Module], whole: Mapping[str, TensorRef]) -> Callable[[str], str]:
         """The rule that turns the adapter's module names into the base's."""
-        if self.base is None:
-            return lambda name: name
-        wanted = {parent(name) for name in whole} | {module.name for module in wrapped}
-        rename, notes = prefix_rule(wanted - {""}, modules(self.base), self.where)
+        wanted = ({parent(name) for name in whole} | {module.name for module in wrapped}) - {""}
+        rename, notes = prefix_rule(wanted, wanted if self.base is None else modules(self.base), self.where)
         self.notes += notes
         return rename
 
@@ -281,9 +280,11 @@ class PeftReader:
         layout = self._layout(module.name, (out, *A.shape[1:]), stored)
         update: Lora | Dora
         if layout == "in_out":
-            update, shape, axis = Lora(B.T, A.T, scaling), (A.shape[1], out), 1
+            update, axis = Lora(B.T, A.T, scaling), 1
+            shape: Shape = (A.shape[1], out)
         else:
-            update, shape, axis = Lora(A, B, scaling), (out, *A.shape[1:]), 0
+            update, axis = Lora(A, B, scaling), 0
+            shape = (out, *A.shape[1:])
         if magnitude is not None:
             update = Dora(update, magnitude.reshape(magnitude.numel), axis)
         yield Targeted(Target(name, shape, layout=layout), update)
@@ -349,7 +350,7 @@ class PeftReader:
     # -- what the config says -----------------------------------------------------------------------------------------
 
     def _scaling(self, module: str, rank: int) -> Scaling:
-        """alpha/r or alpha/sqrt(r); the rank is the tensors', since saving sorts the patterns and their first hit changes."""
+        """alpha/r or alpha/sqrt(r). The rank is the tensors': PEFT sorts patterns on saving, so hits change."""
         if self.config is None:
             return self.choices.scaling_of(module, rank)
         hits = [alpha for pattern, alpha in (self.config.get("alpha_pattern") or {}).items() if _hit(pattern, module)]
@@ -484,10 +485,10 @@ class PeftReader:
     def _square(self, module: str, stored: TensorRef, flag: bool) -> str:
         assert self.base is not None
         if len(stored.shape) == 3:
-            evidence = {"in_out"} if f"{module}_bias" in self.base else {""}  # gpt-oss: [in, out] beside `_bias`
-            return evidence.pop()
+            return "in_out" if f"{self.rename(parent(module))}.{module.rpartition('.')[2]}_bias" in self.base else ""
         leaf = module.rpartition(".")[2]
-        same_kind, anywhere = set(), set()
+        same_kind: set[str] = set()
+        anywhere: set[str] = set()
         for name, ref in self.base.items():
             if (layout := _shown_layout(name, ref, self.base)) is not None:
                 anywhere.add(layout)

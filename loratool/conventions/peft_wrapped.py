@@ -67,7 +67,7 @@ def _split(source: Checkpoint, choices: Choices) -> tuple[dict[str, TensorRef], 
             parts[saved.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")] = ref
     saved_modules = {name.partition(".modules_to_save.")[0] for name in source.tensors if ".modules_to_save." in name}
     wrapped = {_wrapped_module(name) for name in source.tensors} - {""}
-    base = {}
+    base: dict[str, TensorRef] = {}
     for name, ref in rest.items():
         clean = _base_name(name, wrapped, {module.removeprefix(peft.PREFIX) for module in saved_modules})
         if clean in base and base[clean].digest() != ref.digest():

@@ -30,9 +30,7 @@ def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | N
     wrapped = _wrapped(source)
     names = {module: f"{_unwrapped(module, wrapped)}.weight" for module in wrapped}
     choices.check_used([*wrapped], str(source.path))
-    rename, notes = (lambda name: name), list[str]()
-    if base is not None:
-        rename, notes = prefix_rule(names.values(), base, str(source.path))
+    rename, notes = prefix_rule(names.values(), names.values() if base is None else base, str(source.path))
     updates, problems = [], []
     for module in sorted(wrapped, key=natural):
         A, B = source.tensors[f"{module}.lora.A"], source.tensors[f"{module}.lora.B"]

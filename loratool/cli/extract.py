@@ -1,0 +1,68 @@
+"""loratool extract"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+import loratool
+from loratool.cli import options, output
+
+
+@click.command(
+    "extract",
+    epilog="""\b
+Examples:
+  loratool extract wrapped.pth -o my.lora.safetensors --alpha 16 --scaling alpha/rank
+  loratool extract wrapped.pth -o my.lora.safetensors --config adapter_config.json --base-out base/""",
+)
+@click.argument("wrapped", type=click.Path(path_type=Path))
+@options.out("The adapter file to write, usually NAME.lora.safetensors.")
+@options.alpha
+@click.option("--scaling", metavar="RULE", help="What alpha means: alpha/rank, alpha, or alpha/sqrt(rank).")
+@click.option("--config", type=click.Path(path_type=Path), help="A PEFT adapter_config.json with rank and alpha.")
+@click.option("--from", "convention", metavar="NAME", help="The convention, where several match.")
+@click.option("--adapter", metavar="NAME", help="Which adapter, where the checkpoint holds several.")
+@options.layout
+@click.option("--base-out", type=click.Path(path_type=Path), help="Also write the clean base checkpoint, as a folder.")
+@options.as_json
+@options.quiet
+def extract_command(
+    wrapped: Path,
+    out: Path,
+    alpha: dict[str, float] | None,
+    scaling: str | None,
+    config: Path | None,
+    convention: str | None,
+    adapter: str | None,
+    layout: dict[str, str],
+    base_out: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Get the adapter out of a LoRA-wrapped checkpoint, as a native file bound to its base.
+
+    A wrapped checkpoint stores the factors but not alpha: give --alpha and --scaling, or --config.
+    """
+    with output.progress(quiet or as_json) as callback:
+        report = loratool.extract(
+            wrapped,
+            out,
+            alpha=alpha,
+            scaling=scaling,
+            config=config,
+            convention=convention,
+            adapter=adapter,
+            layout=layout,
+            base_out=base_out,
+            progress=callback,
+        )
+    if as_json:
+        output.print_json("extract", report.to_json())
+    elif not quiet:
+        output.notes(report.adapter.notes)
+        count, parameters = len(report.adapter.updates), report.adapter.parameters
+        click.echo(f"{out}: {count} updates, {parameters:,} parameters, from a {report.convention} checkpoint")
+        if base_out is not None:
+            click.echo(f"{base_out}: the clean base")

@@ -1,0 +1,108 @@
+"""loratool inspect"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+import loratool
+from loratool.cli import options, output
+from loratool.summary import Summary
+
+
+@click.command(
+    "inspect",
+    epilog="""\b
+Examples:
+  loratool inspect my.lora.safetensors
+  loratool inspect adapter/ --base base/ --layers""",
+)
+@options.existing_path
+@click.option("--base", type=click.Path(path_type=Path), help="A base checkpoint: which of its tensors would change?")
+@click.option("--layers", is_flag=True, help="One row per update instead of one per group.")
+@click.option("--from", "convention", metavar="NAME", help="The convention, where several match.")
+@click.option("--adapter", metavar="NAME", help="Which adapter, where a checkpoint holds several.")
+@options.as_json
+def inspect_command(
+    path: Path, base: Path | None, layers: bool, convention: str | None, adapter: str | None, as_json: bool
+) -> None:
+    """Show what an adapter or checkpoint is, from its headers.
+
+    PATH is an adapter of any convention, a LoRA-wrapped checkpoint, a plain or a merged checkpoint.
+    """
+    summary = loratool.inspect(path, base=base, convention=convention, adapter=adapter)
+    if as_json:
+        output.print_json("inspect", summary.to_json())
+        return
+    output.facts(_facts(summary))
+    if summary.layers:
+        click.echo()
+        (_print_layers if layers else _print_groups)(summary)
+    output.notes(summary.notes)
+
+
+def _facts(summary: Summary) -> list[tuple[str, str]]:
+    version = f", format {summary.format_version}" if summary.format_version else ""
+    header = (
+        "" if summary.header_bytes is None else f" = header {summary.header_bytes:,} + data {summary.tensor_bytes:,}"
+    )
+    pairs = [
+        ("path", summary.path),
+        ("what", f"{summary.title}{version}" if summary.convention else summary.what),
+        (
+            "on disk",
+            f"{output.size(summary.file_bytes)}{header}" + (f" in {summary.files} files" * (summary.files > 1)),
+        ),
+        ("tensors", f"{summary.tensors:,} with {summary.parameters:,} parameters"),
+        ("dtypes", ", ".join(f"{dtype} x {count}" for dtype, count in summary.dtypes.items())),
+    ]
+    if summary.layers:
+        share = f", {summary.adapter_bytes:,} bytes"
+        pairs.append(("adapter", f"{len(summary.layers)} updates, {summary.adapter_parameters:,} parameters{share}"))
+        known = f"{summary.base_digests} tensors known by digest" if summary.base_digests else "not known by digest"
+        pairs.append(("base", ", ".join(filter(None, (summary.base_name, known)))))
+    if summary.fit:
+        fit = summary.fit
+        pairs.append(("of base", f"{fit.path}: {fit.share:.2%} of its {fit.bytes:,} bytes"))
+        pairs.append(("touches", f"{len(fit.touched)} base tensors: {_some(fit.touched)}"))
+        pairs.append(("missing", f"{len(fit.missing)}: {_some(fit.missing)}" if fit.missing else ""))
+        pairs.append(("wrong shape", f"{len(fit.wrong_shape)}: {_some(fit.wrong_shape)}" if fit.wrong_shape else ""))
+    if summary.receipt:
+        merged = ", ".join(f"{a.name}@{a.weight:g} ({a.digest[:15]}...)" for a in summary.receipt.adapters)
+        pairs.append(("merged", f"{merged} by {summary.receipt.tool}, {len(summary.receipt.tensors)} tensors changed"))
+    return pairs
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
+
+
+def _print_groups(summary: Summary) -> None:
+    rows = [
+        (g.pattern, g.kind, str(g.count), g.rank, g.alpha, g.scale, f"{g.parameters:,}", f"{g.bytes:,}")
+        for g in summary.groups
+    ]
+    columns = ("target", "kind", "count", "rank", "alpha", "scale", "parameters", "bytes")
+    output.print_table(columns, rows, numeric=range(2, 8))
+
+
+def _print_layers(summary: Summary) -> None:
+    def text(value: float | None) -> str:
+        return "-" if value is None else f"{value:g}"
+
+    rows = [
+        (
+            layer.target + (f" [{layer.part}]" if layer.part else ""),
+            layer.kind,
+            "x".join(map(str, layer.shape)),
+            text(layer.rank),
+            text(layer.alpha),
+            text(layer.scale),
+            layer.dtype,
+            f"{layer.bytes:,}",
+        )
+        for layer in summary.layers
+    ]
+    columns = ("target", "kind", "shape", "rank", "alpha", "scale", "dtype", "bytes")
+    output.print_table(columns, rows, numeric=(2, 3, 4, 5, 7))

@@ -1,0 +1,96 @@
+"""loratool merge"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+import loratool
+from loratool.cli import options, output
+from loratool.plan import DTYPES, Plan
+
+
+@click.command(
+    "merge",
+    epilog="""\b
+Examples:
+  loratool merge base/ my.lora.safetensors -o merged/
+  loratool merge base/ style/@0.8 task.lora.safetensors@0.5 -o merged/ --dry-run""",
+)
+@click.argument("base", type=click.Path(path_type=Path))
+@options.adapters
+@options.out("The checkpoint to write: a folder, or a .safetensors file if the base is one file.")
+@click.option(
+    "--dtype",
+    type=click.Choice([*DTYPES], case_sensitive=False),
+    default="keep",
+    show_default=True,
+    help="The dtype to write floating-point tensors in.",
+)
+@click.option("--allow-new", is_flag=True, help="Let adapters add tensors the base lacks, or resize them.")
+@options.layout
+@options.dry_run
+@options.as_json
+@options.quiet
+def merge_command(
+    base: Path,
+    adapters: tuple[tuple[Path, float | None], ...],
+    out: Path,
+    dtype: str,
+    allow_new: bool,
+    layout: dict[str, str],
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Merge adapters into a base checkpoint: W + sum of weight * scale * BA, rounded once.
+
+    ADAPTERs are of any convention, each with a weight (1 if none is given). Tensor names, dtypes, shards and companion
+    files stay the base's; a receipt of the merge is written beside them.
+    """
+    if dry_run:
+        plan = loratool.plan(base, adapters, out, dtype=dtype, allow_new=allow_new, layout=layout)
+        print_plan(plan, as_json)
+        return
+    with output.progress(quiet or as_json) as callback:
+        report = loratool.merge(base, adapters, out, dtype=dtype, allow_new=allow_new, layout=layout, progress=callback)
+    if as_json:
+        output.print_json("merge", report.to_json())
+    elif not quiet:
+        plan = report.plan
+        output.notes(plan.notes)
+        changed = f"{len(plan.changes)} of {sum(len(file.tensors) for file in plan.files)} tensors changed"
+        click.echo(f"{out}: {changed}, {output.size(plan.nbytes)} written in {report.seconds:.2f} s")
+
+
+def print_plan(plan: Plan, as_json: bool) -> None:
+    """A plan as JSON, or as a few lines and a table of what would change."""
+    document = plan.to_json()
+    if as_json:
+        output.print_json("plan", document)
+        return
+    exact = "" if plan.verb == "merge" else " (exact)" if plan.exact else " (approximate: the base is not given)"
+    output.facts(
+        [
+            ("plan", f"{plan.verb} {plan.source} -> {plan.out}{exact}"),
+            ("adapters", ", ".join(f"{a.name}@{a.weight:g}" for a in plan.adapters)),
+            ("changes", f"{document['tensors_changed']} of {document['tensors_total']} tensors; the others are copied"),
+            ("writes", f"{output.size(plan.nbytes)} in {len(plan.files)} files, {len(plan.companions)} companions"),
+            ("dtype", plan.dtype if plan.dtype != "keep" else "as stored, computed wider and rounded once"),
+            ("memory", f"at most {output.size(plan.memory)} beside torch"),
+        ]
+    )
+    rows = [
+        (
+            change["tensor"],
+            "x".join(map(str, change["shape"])),
+            change["dtype"],
+            ", ".join(f"{u['kind']}@{u['weight']:g}" for u in change["updates"]) or "restored from the base",
+        )
+        for change in document["changes"]
+    ]
+    click.echo()
+    output.print_table(("tensor", "shape", "dtype", "updates"), rows)
+    output.notes(plan.notes)
+    click.echo("nothing was written (--dry-run)")

@@ -1,0 +1,87 @@
+"""Arguments that several commands share, and how their text becomes values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+Context = click.Context
+Parameter = click.Parameter
+
+
+def _weighted(ctx: Context, param: Parameter, values: tuple[str, ...]) -> tuple[tuple[Path, float | None], ...]:
+    """``PATH`` or ``PATH@WEIGHT``. A path that exists as it stands is a path, whatever it contains."""
+    return tuple(_weighted_path(value) for value in values)
+
+
+def _weighted_path(value: str) -> tuple[Path, float | None]:
+    path, at, weight = value.rpartition("@")
+    if not at or Path(value).exists():
+        return Path(value), None
+    try:
+        number = float(weight)
+    except ValueError:
+        raise click.BadParameter(f"{value!r}: the weight after @ must be a number") from None
+    if not math.isfinite(number):
+        raise click.BadParameter(f"{value!r}: the weight must be finite")
+    return Path(path), number
+
+
+def _patterns(ctx: Context, param: Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    """``VALUE`` for every layer, or ``PATTERN=VALUE`` for those whose name matches; what is for all goes last."""
+    pairs = [value.rpartition("=") for value in values]
+    found = {pattern if equals else "*": text for pattern, equals, text in pairs}
+    return dict(sorted(found.items(), key=lambda pair: pair[0] == "*"))
+
+
+def _alphas(ctx: Context, param: Parameter, values: tuple[str, ...]) -> dict[str, float] | None:
+    try:
+        return {pattern: float(text) for pattern, text in _patterns(ctx, param, values).items()} or None
+    except ValueError as error:
+        raise click.BadParameter(f"not a number: {error}") from None
+
+
+def existing_path(function: F) -> F:
+    return click.argument("path", type=click.Path(path_type=Path))(function)
+
+
+def adapters(function: F) -> F:
+    return click.argument("adapters", nargs=-1, required=True, callback=_weighted, metavar="ADAPTER[@WEIGHT]...")(
+        function
+    )
+
+
+def alpha(function: F) -> F:
+    return click.option(
+        "--alpha",
+        multiple=True,
+        callback=_alphas,
+        metavar="[PATTERN=]X",
+        help="Alpha, for all layers or for those whose name matches a shell pattern; may be repeated.",
+    )(function)
+
+
+def out(help: str) -> Callable[[F], F]:
+    return click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help=help)
+
+
+def layout(function: F) -> F:
+    return click.option(
+        "--layout",
+        multiple=True,
+        callback=_patterns,
+        metavar="PATTERN=LAYOUT",
+        help="How the base stores square matrices that nothing else settles: in_out (Conv1D) or out_in (Linear).",
+    )(function)
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+quiet = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+dry_run = click.option("--dry-run", is_flag=True, help="Check everything and show the plan; write nothing.")

@@ -1,0 +1,68 @@
+"""loratool unmerge"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+import loratool
+from loratool.api import plan_of_unmerge
+from loratool.cli import options, output
+from loratool.cli.merge import print_plan
+from loratool.merge import UnmergeReport
+
+
+@click.command(
+    "unmerge",
+    epilog="""\b
+Examples:
+  loratool unmerge merged/ my.lora.safetensors --base base/ -o restored/
+  loratool unmerge merged/ my.lora.safetensors -o restored/ --dry-run""",
+)
+@click.argument("merged", type=click.Path(path_type=Path))
+@options.adapters
+@options.out("The checkpoint to write: a folder, or a .safetensors file if the merged one is.")
+@click.option("--base", type=click.Path(path_type=Path), help="The base: its tensors are restored bit for bit.")
+@click.option("--exact", is_flag=True, help="Refuse (exit 1) unless the result is bit-exact.")
+@options.layout
+@options.dry_run
+@options.as_json
+@options.quiet
+def unmerge_command(
+    merged: Path,
+    adapters: tuple[tuple[Path, float | None], ...],
+    out: Path,
+    base: Path | None,
+    exact: bool,
+    layout: dict[str, str],
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Take merged adapters out of a checkpoint that `loratool merge` wrote.
+
+    Its receipt knows the adapters, their weights and the base's digests. With --base the result is the base bit for
+    bit; without it the updates are subtracted, which is exact only up to rounding, and the output says how far.
+    """
+    if dry_run:
+        plan = plan_of_unmerge(merged, adapters, out, base=base, exact=exact, layout=layout)
+        print_plan(plan, as_json)
+        return
+    with output.progress(quiet or as_json) as callback:
+        report = loratool.unmerge(merged, adapters, out, base=base, exact=exact, layout=layout, progress=callback)
+    if as_json:
+        output.print_json("unmerge", report.to_json())
+    elif not quiet:
+        output.notes(report.plan.notes)
+        click.echo(_verdict(report))
+
+
+def _verdict(report: UnmergeReport) -> str:
+    what = f"{report.plan.out}: {report.restored} of {report.total} changed tensors are bit-equal to the base"
+    if report.exact:
+        return f"{what}: exact, proven by their digests ({report.seconds:.2f} s)"
+    return (
+        f"{what}: approximate, no element is off by more than {report.bound:.3g} ({report.seconds:.2f} s)\n"
+        "  help: --base BASE restores every bit"
+    )
