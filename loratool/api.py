@@ -149,7 +149,8 @@ def merge(
 ) -> MergeReport:
     """Write base + adapters as a checkpoint: W + sum of weight * scale * delta, rounded once.
 
-    `adapters` is a path or an `Adapter`, or a list of them, each alone or as (adapter, weight). `dtype` "keep", "bf16", "fp16" or "fp32".
+    `adapters` is a path or an `Adapter`, or a list of them, each alone or as (adapter, weight). `dtype` is "keep",
+    "bf16", "fp16" or "fp32".
     `allow_new` permits adapters to add tensors or resize them. Every problem is raised before a byte is written.
 
     >>> loratool.merge("base/", [("style/", 0.8), "task.lora.safetensors"], "merged/")  # doctest: +SKIP

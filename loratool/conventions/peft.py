@@ -401,7 +401,9 @@ class PeftReader:
         """The parameter that a module's factors belong to; keys name only the module."""
         owner = self.rename(module.name)
         named = [t.rpartition(".") for t in (self.config or {}).get("target_parameters") or []]
-        targeted = [last for head, _, last in named if module.name == head or module.name.endswith("." + head)]
+        targeted: list[str] = [
+            last for head, _, last in named if module.name == head or module.name.endswith("." + head)
+        ]
         below = [name.removeprefix(owner + ".") for name in self.base or () if parent(name) == owner]
         if not below:
             choices = targeted or ["weight"]
