@@ -98,6 +98,10 @@ class Targeted:
 
     def check(self) -> Iterator[Problem]:
         problems = list(self.target.check())
+        if not problems and self.update.dims == 2 and self.target.stacked and len(self.target.shape) < 3:
+            problems.append(
+                Problem("E-RANGE", f"shape {list(self.target.shape)} has no matrix per expert", rule="R-023")
+            )
         if not problems and self.update.kind == "replace_rows" and (self.target.stacked or self.target.rows):
             problems.append(Problem("E-RANGE", "replace_rows names rows of the whole tensor", rule="R-023"))
         if not problems:

@@ -112,7 +112,7 @@ def read_header(path: Path) -> Header:
     except UnicodeDecodeError as error:
         raise InvalidFile(Problem("E-HEADER", f"header is not UTF-8: {error}", where, rule="R-002")) from None
     document = strict_json(text, where, "E-HEADER", "R-002")
-    if not isinstance(document, dict) or not text.startswith("{"):
+    if not isinstance(document, dict) or not text.startswith("{") or not text.rstrip(" ").endswith("}"):
         raise InvalidFile(Problem("E-HEADER", "header is not a JSON object", where, rule="R-002"))
     metadata = document.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata  # the safetensors library reads null so
@@ -162,9 +162,10 @@ def _tensors(path: Path, document: Mapping[str, Any], start: int, data_size: int
 def _check_entry(name: str, entry: Any, where: str) -> Problem | None:
     if not (
         isinstance(entry, dict)
-        and isinstance(entry.get("dtype"), str)
-        and _is_shape(entry.get("shape"))
-        and _is_shape(entry.get("data_offsets"))
+        and entry.keys() == {"dtype", "shape", "data_offsets"}
+        and isinstance(entry["dtype"], str)
+        and _is_shape(entry["shape"])
+        and _is_shape(entry["data_offsets"])
         and len(entry["data_offsets"]) == 2
     ):
         return Problem(

@@ -240,6 +240,9 @@ class _Reader:
             if _SCALE_KEYS & entry.keys():
                 self.complain("E-SCALE", "R-024", f"{what}: a {kind} has no {sorted(_SCALE_KEYS & entry.keys())}")
             return Scaling()
+        if "scaling" in entry and not isinstance(rule, str):
+            self.complain("E-MANIFEST", "R-020", f"{what}.scaling must be a string")
+            return Scaling()
         for key in ("alpha", "scale"):
             if key in entry and (not isinstance(entry[key], int | float) or isinstance(entry[key], bool)):
                 self.complain("E-MANIFEST", "R-020", f"{what}.{key} must be a number")
@@ -325,7 +328,7 @@ def write(adapter: Adapter, path: Path) -> None:
         raise InvalidFile(problems)
     tensors = _named_components(adapter)
     order = canonical_order((name, tensor.dtype) for name, tensor in tensors.items())
-    manifest = rfc8785.dumps(manifest_of(adapter)).decode("utf-8")
+    manifest = _canonical_json(manifest_of(adapter))
     with new_file(path) as file:
         file.write(encode_header(((n, tensors[n].dtype, tensors[n].shape) for n in order), {METADATA_KEY: manifest}))
         for name in order:
@@ -376,6 +379,19 @@ def features_of(adapter: Adapter) -> set[str]:
     return found
 
 
+def _canonical_json(document: Any) -> str:
+    """RFC 8785. Whole numbers beyond 2^53 are doubles like any other number, which the library leaves to its caller."""
+
+    def doubles(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: doubles(child) for key, child in value.items()}
+        if isinstance(value, list):
+            return [doubles(child) for child in value]
+        return float(value) if is_int(value) and abs(value) >= 2**53 else value
+
+    return rfc8785.dumps(doubles(document)).decode("utf-8")
+
+
 def _entry(item: Targeted) -> dict[str, Any]:
     target, update = item.target, item.update
     entry: dict[str, Any] = {"target": target.name, "kind": update.kind, "shape": list(target.shape)}
@@ -411,9 +427,9 @@ def content_digest(adapter: Adapter) -> str:
     from blake3 import blake3
 
     hasher = blake3()
-    keyed = sorted(adapter.updates, key=lambda item: rfc8785.dumps(_entry(item)))
+    keyed = sorted(adapter.updates, key=lambda item: _canonical_json(_entry(item)).encode())
     for item in keyed:
-        hasher.update(rfc8785.dumps(_entry(item)))
+        hasher.update(_canonical_json(_entry(item)).encode())
         for part, tensor in sorted(item.update.components().items()):
             hasher.update(f"\n{part} {tensor.dtype} {list(tensor.shape)}\n".encode())
             for chunk in tensor.chunks():
@@ -448,7 +464,7 @@ def _canonical(header: Header, parsed: _Parsed | None) -> Iterator[Problem]:
                 where,
                 rule="R-017",
             )
-        if rfc8785.dumps(parsed.manifest).decode("utf-8") != header.metadata[METADATA_KEY]:
+        if _canonical_json(parsed.manifest) != header.metadata[METADATA_KEY]:
             yield Problem("E-CANONICAL", "the manifest is not in canonical JSON (RFC 8785)", where, rule="R-050")
     entries = [(name, tensor.dtype, tensor.shape) for name, tensor in header.tensors.items()]
     if list(header.tensors) != canonical_order((name, dtype) for name, dtype, _ in entries):

@@ -5,34 +5,25 @@ A plan reports all its problems at once. It is data: it can be printed (`--dry-r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from loratool import conventions, receipt, staging
-from loratool.adapter import Adapter, Targeted, overlaps
+from loratool.adapter import Adapter
+from loratool.binding import Binding, Part
 from loratool.checkpoint import Checkpoint, open_checkpoint
 from loratool.conventions.choices import Choices
-from loratool.errors import AnswerIsNo, ChoiceNeeded, LoratoolError, Mismatch, Problem
-from loratool.format import check_index, content_digest, unknown_alpha
+from loratool.errors import AnswerIsNo, ChoiceNeeded, Mismatch, Problem
+from loratool.format import content_digest
 from loratool.layout import Change, NewTensor, OutputFile, Weighted, output_files, output_index, output_name
-from loratool.names import missing
 from loratool.receipt import MergedAdapter, Receipt
 from loratool.tensors import CHUNK, DTYPE_BITS, FLOATS, TensorRef
-from loratool.updates import Replace
 
 DTYPES = {"keep": None, "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 BLOCK_BYTES = 4 * CHUNK  # stored bytes of a row block; about five times that is in memory while it is computed
 NARROW = [dtype for dtype in FLOATS if DTYPE_BITS[dtype] <= 16]
-
-
-class Part(NamedTuple):
-    """One adapter of a merge, with its weight and the name it was given by."""
-
-    adapter: Adapter
-    weight: float
-    name: str
 
 
 @dataclass(frozen=True)
@@ -128,16 +119,13 @@ def plan_merge(
         raise ChoiceNeeded(Problem("E-OPTION", f"dtype {dtype!r} is not one of {', '.join(DTYPES)}"))
     base = open_checkpoint(base_path)
     _refuse_base(base)
-    problems: list[Problem] = list(_output_problems(base, out))
-    parts, notes = _read_parts(adapters, base, choices or Choices(), problems)
-    notes = [*base.notes, *notes]
-    wanted = _by_tensor(base, parts, allow_new, problems, notes)
-    for part in parts:
-        problems += _base_mismatches(base, part)
-        problems += _bad_values(part, notes)
-    if problems:
+    binding = Binding(base, allow_new)
+    binding.read(adapters, choices or Choices())
+    binding.bind()
+    if problems := [*_output_problems(base, out), *binding.problems]:
         raise Mismatch(problems)
-    changes, additions = _new_tensors(base, wanted, DTYPES[dtype])
+    notes = [*base.notes, *binding.notes]
+    changes, additions = _new_tensors(base, binding.wanted, DTYPES[dtype])
     single = _single(base, out)
     files = output_files(base, changes, additions)
     if single:
@@ -152,7 +140,9 @@ def plan_merge(
         files,
         tuple(_companions(base)),
         output_index(base, files),
-        tuple(MergedAdapter(content_digest(p.adapter), p.weight, p.name, len(p.adapter.updates)) for p in parts),
+        tuple(
+            MergedAdapter(content_digest(p.adapter), p.weight, p.name, len(p.adapter.updates)) for p in binding.parts
+        ),
         dtype,
         tuple(notes),
     )
@@ -195,216 +185,6 @@ def _output_problems(source: Checkpoint, out: Path) -> Iterator[Problem]:
     names = [output_name(shard.path) for shard in source.shards]
     if len(set(names)) < len(names):
         yield Problem("E-OUTPUT", f"two weights files would have one name: {', '.join(names)}", str(source.path))
-
-
-def _read_parts(
-    adapters: Sequence[tuple[Path | Adapter, float]], base: Checkpoint, choices: Choices, problems: list[Problem]
-) -> tuple[list[Part], list[str]]:
-    """Read every adapter against the base; what is wrong with one does not hide what is wrong with the next."""
-    parts, notes = [], []
-    for adapter, weight in adapters:
-        try:
-            part = _part(adapter, weight, base, choices)
-        except LoratoolError as error:
-            problems += error.problems
-            continue
-        parts.append(part)
-        notes += [f"{part.name}: {note}" for note in part.adapter.notes]
-        if unknown := part.adapter.unknown_scales():
-            problem = unknown_alpha(unknown)
-            problems.append(
-                replace(problem, where=part.name, hint="extract it first: `loratool extract`, with --alpha")
-            )
-        problems += [Problem("E-LAYOUT", doubt, part.name, "read it with its base") for doubt in part.adapter.doubts]
-        problems += [replace(p, where=f"{part.name}: {p.where}") for p in part.adapter.check()]
-    return parts, notes
-
-
-def _part(adapter: Path | Adapter, weight: float, base: Checkpoint, choices: Choices) -> Part:
-    if isinstance(adapter, Adapter):
-        return Part(adapter, weight, adapter.provenance.get("convention", "adapter in memory"))
-    source = open_checkpoint(adapter)
-    return Part(conventions.choose(source).read(source, choices, base.tensors), weight, adapter.name)
-
-
-def _by_tensor(
-    base: Checkpoint, parts: Iterable[Part], allow_new: bool, problems: list[Problem], notes: list[str]
-) -> dict[str, list[Weighted]]:
-    """The updates of every tensor, over all adapters, in order; tied names resolved; what does not fit reported."""
-    wanted: dict[str, list[Weighted]] = {}
-    for part in parts:
-        for name, items in part.adapter.targets().items():
-            target = _resolve_tie(name, items, base, part, notes, problems)
-            if target is None:
-                continue
-            problems += _unfit(target, items, base, part, allow_new, notes)
-            # A weight of 0 is the identity: not even a zero changes its sign.
-            wanted.setdefault(target, []).extend(Weighted(item, part.weight) for item in items if part.weight != 0)
-    for name, weighted in wanted.items():
-        items = [item for item, _ in weighted]
-        found = list(overlaps(items))
-        if found and found[0].message not in {p.message for p in problems}:
-            problems += [replace(p, hint="merge one of the adapters, or unify them first") for p in found]
-        if len({item.target.stacked for item in items}) > 1:
-            problems.append(Problem("E-OVERLAP", "some updates see experts, others one tensor", name, rule="R-029"))
-    for name, kept in base.ties.items():
-        # Two names of one storage in a pickle: the tensor is one, so both names get its updates.
-        first, second = wanted.get(kept), wanted.get(name)
-        if name in base.tensors and (first or second):
-            wanted[name] = wanted[kept] = list(first or second or ())
-            notes.append(f"{name} and {kept} are one tensor in the base: both change")
-    notes += _tied_head(base, wanted)
-    return wanted
-
-
-def _resolve_tie(
-    name: str, items: list[Targeted], base: Checkpoint, part: Part, notes: list[str], problems: list[Problem]
-) -> str | None:
-    """The tensor that a name stands for; None where its updates are a copy of those of a tensor it is tied to."""
-    kept = base.ties.get(name)
-    others = part.adapter.targets()
-    if name not in base.tensors or kept in others:
-        # A tied head is often saved with its embedding: one update under two names is one update.
-        for other, theirs in others.items():
-            if other != name and other in base.tensors and (kept in (None, other)) and _same(items, theirs):
-                notes.append(f"{part.name}: {name} is tied to {other}; their one update is applied once")
-                return None
-        if kept in others:
-            problems.append(
-                Problem(
-                    "E-TIED",
-                    f"{name} and {kept} are one tensor in the base, and their updates differ",
-                    part.name,
-                    "save the base with untied embeddings first",
-                )
-            )
-            return None
-    if name not in base.tensors and kept is not None:
-        notes.append(f"{part.name}: {name} is stored as {kept} in the base")
-        return kept
-    return name
-
-
-def _same(items: list[Targeted], others: list[Targeted]) -> bool:
-    """Whether two lists of updates do the same, byte for byte, to tensors of one shape."""
-    if len(items) != len(others):
-        return False
-    for one, two in zip(items, others, strict=True):
-        left, right = one.update.components(), two.update.components()
-        if (one.target.shape, one.update.kind, one.update.scaling) != (
-            two.target.shape,
-            two.update.kind,
-            two.update.scaling,
-        ):
-            return False
-        if left.keys() != right.keys() or any(left[part].shape != right[part].shape for part in left):
-            return False
-        if any(left[part].digest() != right[part].digest() for part in left):
-            return False
-    return True
-
-
-def _unfit(
-    name: str, items: list[Targeted], base: Checkpoint, part: Part, allow_new: bool, notes: list[str]
-) -> Iterator[Problem]:
-    """Why the updates of a tensor can not be applied to the base."""
-    stored = base.tensors.get(name)
-    shape = items[0].target.shape
-    whole = any(item.update.kind == Replace.kind and item.target.covers_all for item in items)
-    if stored is None and not whole:
-        problem = missing(name, base.tensors, part.name)
-        if name.endswith("lm_head.weight"):
-            problem = replace(problem, hint="the base's head is tied to its embedding: save the base untied first")
-        yield problem
-    elif stored is None or (stored.shape != shape and whole):
-        what = f"{name} is new" if stored is None else f"{name} goes from {list(stored.shape)} to {list(shape)}"
-        if part.weight != 1:
-            yield Problem("E-TARGET", f"{what}: that needs weight 1, not {part.weight:g}", part.name)
-        elif not allow_new:
-            near = missing(name, base.tensors, part.name) if stored is None else None
-            yield Problem(
-                "E-TARGET",
-                f"{what} in the base",
-                part.name,
-                "--allow-new adds or resizes it" + (f"; {near.hint}" if near else ""),
-            )
-        else:
-            notes.append(f"{part.name}: {what}; config.json is not changed")
-    elif stored.shape != shape:
-        yield Problem(
-            "E-SHAPE",
-            f"{name} is {list(stored.shape)} in the base, {list(shape)} for the adapter",
-            part.name,
-            "is this the adapter's base?",
-        )
-    if stored is not None and stored.dtype not in FLOATS:
-        yield Problem(
-            "E-QUANTISED",
-            f"{name} is stored as {stored.dtype}: a quantised tensor can not be merged into",
-            part.name,
-            "merge into the 16-bit base the quantised one was made from",
-        )
-
-
-def _tied_head(base: Checkpoint, wanted: Mapping[str, object]) -> Iterator[str]:
-    """A changed embedding that is also the output head: what the file can not show must be said."""
-    config = base.side_json("config.json") if base.path.is_dir() else None
-    if not config or not config.get("tie_word_embeddings"):
-        return
-    heads = [name for name in base.tensors if name.endswith(("lm_head.weight", "embed_out.weight"))]
-    for name in wanted:
-        if not heads and name.endswith(("embed_tokens.weight", "wte.weight", "word_embeddings.weight")):
-            yield f"{name} is also the output head (tie_word_embeddings): the head changes with it"
-        if not heads and name.endswith("lm_head.weight"):
-            yield f"config.json says tie_word_embeddings: set it to false, or loaders will not use {name}"
-
-
-def _base_mismatches(base: Checkpoint, part: Part) -> Iterator[Problem]:
-    """Tensors that are not those the adapter was trained on (R-041)."""
-    for name, known in part.adapter.base.tensors.items():
-        stored = base.tensors.get(base.ties.get(name, name))
-        if stored is None:
-            continue
-        if (stored.dtype, stored.shape) != (known.dtype, known.shape):
-            yield Problem(
-                "E-BASE-MISMATCH",
-                f"{name} is {stored.dtype} {list(stored.shape)}, the adapter's base has"
-                f" {known.dtype} {list(known.shape)}",
-                part.name,
-                "use the base it was trained on",
-                "R-041",
-            )
-        elif stored.digest() != known.digest:
-            yield Problem(
-                "E-BASE-MISMATCH",
-                f"{name} has other bytes than the base the adapter was trained on",
-                part.name,
-                "use the base it was trained on",
-                "R-041",
-            )
-
-
-def _bad_values(part: Part, notes: list[str]) -> Iterator[Problem]:
-    """Non-finite numbers, impossible row numbers, and updates that change nothing."""
-    idle = []
-    for item in part.adapter.updates:
-        for name, ref in item.update.components().items():
-            if ref.dtype in FLOATS:
-                values = ref.read()
-                if not bool(values.isfinite().all()):
-                    yield Problem(
-                        "E-NONFINITE",
-                        f"{name} of {item.target.name} has NaN or infinity",
-                        part.name,
-                        "the adapter is broken: train or download it again",
-                        "R-033",
-                    )
-                elif item.update.kind == "lora" and not bool(values.any()):
-                    idle.append(item.target.name)
-            elif (problem := check_index(item, ref)) is not None:
-                yield replace(problem, where=f"{part.name}: {problem.where}")
-    if idle:
-        notes.append(f"{part.name}: {len(idle)} updates change nothing, a factor is all zero: {idle[0]}, ...")
 
 
 def _new_tensors(
@@ -457,8 +237,10 @@ def plan_unmerge(
     base = open_checkpoint(base_path) if base_path is not None else None
     against = base or _unmerged_view(merged, found)
     given = [(adapter, 1.0 if weight is None else weight) for adapter, weight in adapters]
-    parts, notes = _read_parts(given, against, choices or Choices(), problems)
-    parts = _matched(parts, [weight for _, weight in adapters], found, problems)
+    binding = Binding(against)
+    binding.read(given, choices or Choices())
+    problems += binding.problems
+    parts = _matched(binding.parts, [weight for _, weight in adapters], found, problems)
     problems += _changed_since(merged, found)
     if base is not None:
         problems += _not_the_base(base, found)
@@ -499,7 +281,7 @@ def plan_unmerge(
         output_index(merged, files),
         found.adapters,
         "keep",
-        tuple(notes),
+        tuple(binding.notes),
         base is not None,
         found,
     )

@@ -58,13 +58,20 @@ def unwrap(source: Checkpoint, choices: Choices) -> Mapping[str, TensorRef]:
 
 
 def _wrapped(source: Checkpoint) -> Collection[str]:
-    """Modules that hold a pair of factors. Other modules may well be called `linear` or `lora`."""
-    suffix = ".lora.A"
-    return {
-        name.removesuffix(suffix)
-        for name in source.tensors
-        if name.endswith(suffix) and f"{name.removesuffix(suffix)}.lora.B" in source.tensors
+    """Modules that hold a pair of factors. Other modules may well be called `linear` or `lora`.
+
+    Raises InvalidFile for one factor beside a wrapped weight: its update would be lost.
+    """
+    factors = {
+        factor: {n.removesuffix(f".lora.{factor}") for n in source.tensors if n.endswith(f".lora.{factor}")}
+        for factor in "AB"
     }
+    halves = sorted(m for m in factors["A"] ^ factors["B"] if f"{m}.linear.weight" in source.tensors)
+    if halves:
+        raise InvalidFile(
+            [Problem("E-COMPONENTS", f"{m} has only one of lora.A and lora.B", str(source.path)) for m in halves]
+        )
+    return factors["A"] & factors["B"]
 
 
 def _unwrapped(name: str, owners: Collection[str]) -> str:

@@ -67,7 +67,7 @@ class Update:
 
     kind: ClassVar[str]
     role: ClassVar[str] = "add"  # or "replace", or "renormalise"
-    matrix: ClassVar[bool] = True  # whether the region must have at least two dimensions
+    dims: ClassVar[int] = 2  # how many dimensions the region must have at least
     index_components: ClassVar[tuple[str, ...]] = ()  # int64 instead of floating point
 
     @property
@@ -106,8 +106,13 @@ class Update:
             wanted = ("I64",) if name in self.index_components else FLOATS
             if tensor.dtype not in wanted:
                 yield Problem("E-DTYPE", f"component {name} is {tensor.dtype}, not {' or '.join(wanted)}", rule="R-032")
-        if self.matrix and len(region) < 2:
-            yield Problem("E-SHAPE", f"{self.kind} changes a matrix, the region is {list(region)}", rule="R-031")
+        if len(region) < self.dims:
+            what = f"a {self.kind} update needs {self.dims} dimensions, its region is {list(region)}"
+            yield Problem("E-SHAPE", what, rule="R-022")
+            return
+        declared = self.scaling.rank if self.scaling else None
+        if found := sorted({rank for rank in self.ranks() if rank != declared}):
+            yield Problem("E-RANK", f"rank says {declared}, the factors have {found[0]}", rule="R-026")
             return
         for name, shape in self.expected(region).items():
             if name in components and components[name].shape != (*lead, *shape):
@@ -117,10 +122,6 @@ class Update:
                     f" {[*lead, *shape]}",
                     rule="R-031",
                 )
-        declared = self.scaling.rank if self.scaling else None
-        for rank in self.ranks():
-            if rank != declared:
-                yield Problem("E-RANK", f"rank says {declared}, the factors have {rank}", rule="R-026")
 
     def read(self, name: str, dtype: torch.dtype | None, expert: int | None) -> torch.Tensor:
         """One component as a contiguous tensor, without the expert dimension."""

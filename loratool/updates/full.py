@@ -21,7 +21,7 @@ class Replace(Update):
     """
 
     kind: ClassVar[str] = "replace"
-    matrix: ClassVar[bool] = False
+    dims: ClassVar[int] = 0
     role: ClassVar[str] = "replace"
     value: TensorRef
 
@@ -49,7 +49,7 @@ class Add(Update):
     """W' = W + scale * value: a stored difference. Shapes: value is the region's."""
 
     kind: ClassVar[str] = "add"
-    matrix: ClassVar[bool] = False
+    dims: ClassVar[int] = 0
     value: TensorRef
     factors: Scaling
 
@@ -82,14 +82,14 @@ class ReplaceRows(Update):
     """
 
     kind: ClassVar[str] = "replace_rows"
-    matrix: ClassVar[bool] = False
+    dims: ClassVar[int] = 1
     role: ClassVar[str] = "replace"
     index_components: ClassVar[tuple[str, ...]] = ("index",)
     index: TensorRef
     value: TensorRef
 
     def expected(self, region: Shape) -> Mapping[str, Shape]:
-        count = self.index.shape[0] if len(self.index.shape) == 1 else 1
+        count = min(max(1, *self.index.shape, 1), region[0])
         return {"index": (count,), "value": (count, *region[1:])}
 
     def open(self, dtype: torch.dtype, expert: int | None) -> ReplaceRowsBlock:

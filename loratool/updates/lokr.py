@@ -41,10 +41,9 @@ class Lokr(Update):
         rows, columns, *kernel = region
         left, right = self.w1 or self.B1, self.w1 or self.A1
         assert left is not None and right is not None, "the components of a kind are complete before it is checked"
-        a, c = (left.shape[-2], right.shape[-1])
-        b, d = rows // max(a, 1), columns // max(c, 1)
-        if a * b != rows or c * d != columns:  # no second factor can fit: ask for a first one that divides
-            return {"w1": (rows, columns), "B1": (rows, self.ranks()[0]), "A1": (self.ranks()[0], columns)}
+        a, c = (*left.shape[-2:-1], 1)[0], (*right.shape[-1:], 1)[0]
+        a, c = (a if a and rows % a == 0 else rows), (c if c and columns % c == 0 else columns)
+        b, d = rows // a, columns // c
         shapes: dict[str, Shape] = {"w1": (a, c), "w2": (b, d, *kernel)}
         if self.B1 is not None:
             rank = self.B1.shape[-1]
@@ -65,16 +64,14 @@ class Lokr(Update):
         else:
             w1 = self.read("B1", dtype, expert) @ self.read("A1", dtype, expert)  # [a, c]
         if self.w2 is not None:
-            w2 = self.read("w2", dtype, expert).flatten(2)
+            w2 = self.read("w2", dtype, expert)  # [b, d, kernel...]
         else:
             mid = None if self.mid2 is None else self.read("mid2", dtype, expert)
             A2 = self.read("A2", dtype, expert)
             d = A2.shape[1]
             A2 = with_core(A2, mid)  # [rank, d * kernel]
             w2 = (self.read("B2", dtype, expert) @ A2).reshape(-1, d, A2.shape[1] // d)
-        if w2.dim() == 2:
-            w2 = w2.unsqueeze(2)
-        return LokrBlock(w1, w2, self.factors.factor)
+        return LokrBlock(w1, w2.reshape(w2.shape[0], w2.shape[1], -1), self.factors.factor)
 
 
 @dataclass

@@ -1,0 +1,241 @@
+"""Do these adapters fit this base? Every update gets its tensor, and every reason why one can not is collected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from loratool import conventions
+from loratool.adapter import Adapter, Targeted, overlaps
+from loratool.checkpoint import Checkpoint, open_checkpoint
+from loratool.conventions.choices import Choices
+from loratool.errors import LoratoolError, Problem
+from loratool.format import check_index, unknown_alpha
+from loratool.layout import Weighted
+from loratool.names import missing
+from loratool.tensors import FLOATS, TensorRef
+from loratool.updates import Replace, ReplaceRows
+
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+HEADS = ("lm_head.weight", "embed_out.weight")
+UNTIE = "save the base with untied embeddings first (transformers: tie_word_embeddings=False)"
+
+
+class Part(NamedTuple):
+    """One adapter of a merge, with its weight and the name it was given by."""
+
+    adapter: Adapter
+    weight: float
+    name: str
+
+
+@dataclass
+class Binding:
+    """Adapters bound to a base, one after the other; `problems` and `notes` grow on the way."""
+
+    base: Checkpoint
+    allow_new: bool = False
+    parts: list[Part] = field(default_factory=list)
+    wanted: dict[str, list[Weighted]] = field(default_factory=dict)  # by the base's clean names
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    paired: set[str] = field(default_factory=set)  # tensors whose tied copy the adapter holds as well
+
+    def read(self, adapters: Sequence[tuple[Path | Adapter, float]], choices: Choices) -> None:
+        """Read every adapter against the base; what is wrong with one does not hide what is wrong with the next."""
+        for adapter, weight in adapters:
+            try:
+                part = self._part(adapter, weight, choices)
+            except LoratoolError as error:
+                self.problems += error.problems
+                continue
+            self.parts.append(part)
+            self.notes += [f"{part.name}: {note}" for note in part.adapter.notes]
+            self.problems += self._incomplete(part)
+
+    def bind(self) -> None:
+        """Give every update of the adapters its tensor of the base, and check that it fits."""
+        for part in self.parts:
+            for name, items in part.adapter.targets().items():
+                target = self._untied(name, items, part)
+                if target is None:
+                    continue
+                self.problems += self._unfit(target, items, part)
+                # A weight of 0 is the identity: not even a zero changes its sign.
+                weighted = [Weighted(item, part.weight) for item in items if part.weight != 0]
+                self.wanted.setdefault(target, []).extend(weighted)
+            self.problems += self._other_base(part)
+            self.problems += self._bad_values(part)
+        self.problems += self._conflicts()
+        self._spread_ties()
+        self.problems += self._tied_head()
+
+    # -- one adapter --------------------------------------------------------------------------------------------------
+
+    def _part(self, adapter: Path | Adapter, weight: float, choices: Choices) -> Part:
+        if isinstance(adapter, Adapter):
+            return Part(adapter, weight, adapter.provenance.get("convention", "adapter in memory"))
+        source = open_checkpoint(adapter)
+        return Part(conventions.choose(source).read(source, choices, self.base.tensors), weight, adapter.name)
+
+    def _incomplete(self, part: Part) -> Iterator[Problem]:
+        """What an adapter leaves open, or contradicts itself in."""
+        if unknown := part.adapter.unknown_scales():
+            hint = "extract it first: `loratool extract`, with --alpha"
+            yield replace(unknown_alpha(unknown), where=part.name, hint=hint)
+        for doubt in part.adapter.doubts:
+            yield Problem("E-LAYOUT", doubt, part.name, "read it with its base")
+        for problem in part.adapter.check():
+            yield replace(problem, where=f"{part.name}: {problem.where}")
+
+    def _unfit(self, name: str, items: list[Targeted], part: Part) -> Iterator[Problem]:
+        """Why the updates of a tensor can not be applied to the base."""
+        stored = self.base.tensors.get(name)
+        shape = items[0].target.shape
+        whole = any(item.update.kind == Replace.kind and item.target.covers_all for item in items)
+        if stored is None and not whole:
+            problem = missing(name, self.base.tensors, part.name)
+            yield (
+                replace(problem, hint=f"the base's head is its embedding: {UNTIE}") if name.endswith(HEADS) else problem
+            )
+        elif stored is None or (whole and stored.shape != shape):
+            yield from self._new(name, stored, items, part)
+        elif stored.shape != shape:
+            what = f"{name} is {list(stored.shape)} in the base, {list(shape)} for the adapter"
+            yield Problem("E-SHAPE", what, part.name, "is this the adapter's base?")
+        if stored is not None and stored.dtype not in FLOATS:
+            what = f"{name} is stored as {stored.dtype}: a quantised tensor can not be merged into"
+            yield Problem("E-QUANTISED", what, part.name, "merge into the 16-bit base that it was made from")
+
+    def _new(self, name: str, stored: TensorRef | None, items: list[Targeted], part: Part) -> Iterator[Problem]:
+        """A tensor that the base lacks, or has in another size: only with consent."""
+        shape = list(items[0].target.shape)
+        what = (
+            f"the base has no {name}" if stored is None else f"{name} is {list(stored.shape)} in the base, not {shape}"
+        )
+        if part.weight != 1:
+            yield Problem("E-TARGET", f"{what}: adding it needs weight 1, not {part.weight:g}", part.name)
+        elif not self.allow_new:
+            near = f"; {missing(name, self.base.tensors, '').hint}" if stored is None else ""
+            yield Problem("E-TARGET", what, part.name, f"--allow-new adds or resizes it{near}")
+        else:
+            self.notes.append(f"{part.name}: {what}: it is written as {shape}; config.json is not changed")
+
+    def _other_base(self, part: Part) -> Iterator[Problem]:
+        """Tensors that are not those the adapter was trained on (R-041)."""
+        for name, known in part.adapter.base.tensors.items():
+            stored = self.base.tensors.get(self.base.ties.get(name, name))
+            if stored is None:
+                continue  # a missing target is reported as such
+            if (stored.dtype, stored.shape) != (known.dtype, known.shape):
+                found = f"{stored.dtype} {list(stored.shape)}, not {known.dtype} {list(known.shape)}"
+            elif stored.digest() != known.digest:
+                found = "of other bytes"
+            else:
+                continue
+            what = f"this is not the base that the adapter was trained on: {name} is {found}"
+            yield Problem("E-BASE-MISMATCH", what, part.name, "merge into the base it was trained on", "R-041")
+
+    def _bad_values(self, part: Part) -> Iterator[Problem]:
+        """Non-finite numbers and impossible row numbers; updates that change nothing are noted."""
+        idle = []
+        for item in part.adapter.updates:
+            for name, ref in item.update.components().items():
+                if ref.dtype in FLOATS:
+                    values = ref.read()
+                    if not bool(values.isfinite().all()):
+                        what = f"{name} of {item.target.name} has NaN or infinity"
+                        yield Problem("E-NONFINITE", what, part.name, "train or download the adapter again", "R-033")
+                    elif item.update.kind == "lora" and not bool(values.any()):
+                        idle.append(item.target.name)
+                elif (problem := check_index(item, ref)) is not None:
+                    yield replace(problem, where=f"{part.name}: {problem.where}")
+        if idle:
+            self.notes.append(f"{part.name}: {len(idle)} updates change nothing, a factor is all zero: {idle[0]} ...")
+
+    # -- ties ---------------------------------------------------------------------------------------------------------
+
+    def _untied(self, name: str, items: list[Targeted], part: Part) -> str | None:
+        """The tensor that a name stands for; None where its updates are a copy of those of a tensor it is tied to."""
+        kept, others = self.base.ties.get(name), part.adapter.targets()
+        if name in self.base.tensors and kept not in others:
+            return name
+        # A tied head is often saved with its embedding: one update under two names is one update.
+        for other, theirs in others.items():
+            if other != name and other in self.base.tensors and kept in (None, other) and _same(items, theirs):
+                self.notes.append(f"{part.name}: {name} is tied to {other}; their one update is applied once")
+                self.paired.add(other)
+                return None
+        if kept in others:
+            what = f"{name} and {kept} are one tensor in the base, and their updates differ"
+            self.problems.append(Problem("E-TIED", what, part.name, UNTIE))
+            return None
+        if kept is not None:
+            self.notes.append(f"{part.name}: {name} is stored as {kept} in the base")
+        return kept or name
+
+    def _spread_ties(self) -> None:
+        """Two names of one storage in a pickle are one tensor: both names get its updates."""
+        for name, kept in self.base.ties.items():
+            updates = self.wanted.get(kept) or self.wanted.get(name)
+            if name in self.base.tensors and updates:
+                self.wanted[name] = self.wanted[kept] = updates
+                self.notes.append(f"{name} and {kept} are one tensor in the base: both change")
+
+    def _tied_head(self) -> Iterator[Problem]:
+        """An embedding that is also the output head, though no tensor of the base shows it."""
+        config = self.base.side_json("config.json") if self.base.path.is_dir() else None
+        if not (config or {}).get("tie_word_embeddings") or any(name.endswith(HEADS) for name in self.base.tensors):
+            return
+        for name, updates in self.wanted.items():
+            if name.endswith(HEADS):
+                self.notes.append(f"config.json says tie_word_embeddings: set it to false, or loaders ignore {name}")
+            elif name.endswith(EMBEDDINGS) and name not in self.paired:
+                if any(self._replaces(item, name) for item, _ in updates):
+                    what = f"{name} is also the output head, and only the embedding was trained"
+                    yield Problem("E-TIED", what, hint=UNTIE)
+                else:
+                    self.notes.append(f"{name} is also the output head (tie_word_embeddings): the head changes with it")
+
+    def _replaces(self, item: Targeted, name: str) -> bool:
+        """Whether a whole tensor is replaced by another one (PEFT also saves untouched copies)."""
+        stored, update = self.base.tensors.get(name), item.update
+        return isinstance(update, Replace) and (stored is None or stored.digest() != update.value.digest())
+
+    # -- all adapters -------------------------------------------------------------------------------------------------
+
+    def _conflicts(self) -> Iterator[Problem]:
+        """Updates of different adapters whose sum is not defined; within one adapter, its own check has found them."""
+        for name, weighted in self.wanted.items():
+            items = [item for item, _ in weighted]
+            if not any(list(overlaps(part.adapter.targets().get(name, []))) for part in self.parts):
+                rows = [item for item in items if item.update.kind == ReplaceRows.kind]
+                exclusive = [item for item in items if item not in rows[1:]] if _disjoint(rows) else items
+                for problem in overlaps(exclusive):
+                    yield replace(problem, hint="merge only one of the adapters")
+            if len({item.target.stacked for item in items}) > 1:
+                yield Problem("E-OVERLAP", "some updates see experts in it, others one tensor", name, rule="R-029")
+
+
+def _disjoint(items: list[Targeted]) -> bool:
+    """Whether updates of single rows, of several adapters, name different rows."""
+    rows = [row for item in items for row in item.update.components()["index"].read().tolist()]
+    return len(set(rows)) == len(rows)
+
+
+def _same(items: list[Targeted], others: list[Targeted]) -> bool:
+    """Whether two lists of updates do the same, byte for byte, to tensors of one shape."""
+
+    def header(item: Targeted) -> tuple[object, ...]:
+        shapes = {part: ref.shape for part, ref in item.update.components().items()}
+        return item.target.shape, item.update.kind, item.update.scaling, shapes
+
+    if [header(item) for item in items] != [header(item) for item in others]:
+        return False
+    return all(
+        ref.digest() == two.update.components()[part].digest()
+        for one, two in zip(items, others, strict=True)
+        for part, ref in one.update.components().items()
+    )

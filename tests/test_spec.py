@@ -1,0 +1,374 @@
+"""The specification agrees with itself, and loratool agrees with the specification.
+
+FORMAT.md, its schema, the vectors and the reference reader are checked against each other first; the
+tests at the end run the library over the same vectors.
+"""
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+SPEC = Path(__file__).parent.parent / "spec"
+VECTORS = SPEC / "vectors" / "1.0"
+FORMAT = (SPEC / "FORMAT.md").read_text(encoding="utf-8")
+INDEX = json.loads((VECTORS / "manifest.json").read_text(encoding="utf-8"))
+SCHEMA = json.loads((SPEC / "schema" / "manifest-1.schema.json").read_text(encoding="utf-8"))
+
+VALID, MERGES, INVALID = INDEX["valid"], INDEX["merge"], INDEX["invalid"]
+AS_MERGE = [{**case, "adapters": [{"file": case["file"], "weight": 1}]} for case in VALID]
+REFUSED = [case for case in MERGES if "code" in case]
+GOOD = AS_MERGE + [case for case in MERGES if "code" not in case]
+
+sys.path.insert(0, str(SPEC))  # the reference reader is a script beside its neighbours, no package
+from reference_container import BITS, container, numbers  # noqa: E402 - needs the line above
+from reference_merge import rounded  # noqa: E402 - needs the line above
+from reference_reader import FEATURES, FORMS  # noqa: E402 - needs the line above
+
+
+def by_name(cases):
+    return pytest.mark.parametrize("case", cases, ids=[case["name"] for case in cases])
+
+
+def run(*command):
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+
+
+def rules():
+    """{id: (duty, text)} of FORMAT.md: a rule is a list item that starts with its id."""
+    found = re.findall(r"^- \*\*(R-\d{3})\*\* ([RVW])\. (.*?)(?=^- \*\*|^$)", FORMAT, re.M | re.S)
+    ids = [rule for rule, _, _ in found]
+    assert len(set(ids)) == len(ids)
+    return {rule: (duty, text) for rule, duty, text in found}
+
+
+def table(heading):
+    """The rows of the first table after a heading, as lists of cells."""
+    text = FORMAT.split(heading, 1)[1].split("\n## ")[0].split("\n### ")[0]
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows[2:]]
+
+
+def cited():
+    """Every rule id of the manifest of vectors."""
+    several = [rule for case in VALID + MERGES for rule in case["rules"]]
+    return {*several, *(case["rule"] for case in INVALID), *(r for c in INVALID for r in c["also"])}
+
+
+# ---------------------------------------------------------------- generator and reference reader
+
+
+def test_vectors_are_what_the_generator_writes():
+    done = run(SPEC / "vectors" / "generate.py", "--check")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["FORMAT.md", "vectors/1.0/manifest.json", "vectors/1.0/invalid/hole.lora.safetensors", "new"],
+)
+def test_generator_check_names_what_differs(tmp_path, name):
+    copy = shutil.copytree(SPEC, tmp_path / "spec")
+    path = copy / name if name != "new" else copy / "vectors" / "1.0" / "valid" / "new.json"
+    before = path.read_bytes() if path.exists() else b""
+    # the last digit of the worked example lies inside the part of FORMAT.md that is generated
+    at = before.rfind(b'"version":"1.0"') if name == "FORMAT.md" else len(before) - 1
+    path.write_bytes(before[:at] + b"!" + before[at + 1 :])
+    done = run(copy / "vectors" / "generate.py", "--check")
+    assert done.returncode == 1
+    assert done.stdout.splitlines() == [f"differs: {path.relative_to(copy)}"]
+
+
+def test_generator_writes_what_it_checks(tmp_path):
+    copy = shutil.copytree(SPEC, tmp_path / "spec")
+    shutil.rmtree(copy / "vectors" / "1.0" / "valid")
+    (copy / "vectors" / "1.0" / "left-over").write_bytes(b"")
+    assert run(copy / "vectors" / "generate.py").returncode == 0
+    assert run(copy / "vectors" / "generate.py", "--check").returncode == 0
+
+
+def test_reference_reader_passes_all_vectors():
+    done = run(SPEC / "reference_reader.py", VECTORS)
+    judged = 2 * len(VALID) + len(INVALID) + sum("needs" not in case for case in MERGES)
+    assert done.stdout.splitlines() == [f"{judged} passed, 0 failed"], done.stderr
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("valid", {"merged": "valid/loha.merged.safetensors"}),
+        ("valid", {"expected": "valid/loha.expected.json"}),
+        ("merge", {"code": "E-RANK"}),
+        ("invalid", {"code": "E-OTHER"}),
+        ("invalid", {"file": "valid/loha.lora.safetensors"}),
+    ],
+)
+def test_reference_run_notices_a_wrong_vector(tmp_path, kind, change):
+    copy = shutil.copytree(VECTORS, tmp_path / "1.0")
+    index = json.loads((copy / "manifest.json").read_text(encoding="utf-8"))
+    index[kind][0].update(change)
+    (copy / "manifest.json").write_text(json.dumps(index), encoding="utf-8")
+    done = run(SPEC / "reference_reader.py", copy)
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1].endswith(" passed, 1 failed")
+    assert done.stdout.startswith(f"failed: {index[kind][0]['name']}\n")
+
+
+def imports_of(path):
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    direct = {a.name for node in nodes if isinstance(node, ast.Import) for a in node.names}
+    return direct | {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+
+
+def test_reference_reader_is_small_and_needs_numpy_only():
+    ours = ("reference_reader", "reference_container", "reference_merge")
+    for name in ours:
+        used = {module.split(".")[0] for module in imports_of(SPEC / f"{name}.py")}
+        assert used - set(sys.stdlib_module_names) <= {"numpy", *ours}
+    assert len((SPEC / "reference_reader.py").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_generator_shares_no_code_with_an_implementation():
+    used = {
+        module.split(".")[0] for name in ("generate", "cases") for module in imports_of(SPEC / "vectors" / f"{name}.py")
+    }
+    assert used - set(sys.stdlib_module_names) == {"numpy", "blake3", "cases"}
+
+
+# ---------------------------------------------------------------- FORMAT.md, manifest, schema
+
+
+def test_every_rule_has_a_vector_or_a_waiver():
+    waived = {row[0] for row in table("### Waivers")}
+    assert waived <= set(rules())
+    assert cited() | waived == set(rules())
+    assert not cited() & waived
+
+
+def test_every_must_has_an_id():
+    """Outside the rules the key words of a duty do not appear in the normative sections."""
+    text = re.sub(r"^```.*?^```", "", FORMAT, flags=re.M | re.S)
+    text = re.sub(r"^- \*\*R-\d{3}\*\*.*?(?=^- \*\*|^$)", "", text, flags=re.M | re.S)
+    for section in text.split("\n## ")[2:]:
+        assert not re.search(r"\b(MUST|SHALL)\b", section), section.splitlines()[0]
+
+
+def test_codes_are_those_of_the_table():
+    of_code = {row[0].strip("`"): set(row[1].split()) for row in table("## 13. Error codes")}
+    used = {case["code"] for case in INVALID + REFUSED}
+    assert used == set(of_code)
+    for case in INVALID:
+        assert case["rule"] in of_code[case["code"]], case["name"]
+    assert {(c, r) for c, ids in of_code.items() for r in ids} == {
+        (code, rule) for rule, (_, text) in rules().items() for code in re.findall(r"`(E-[A-Z-]+)`", text)
+    }
+
+
+@by_name(INVALID)
+def test_duty_is_that_of_the_rule(case):
+    duty, _ = rules()[case["rule"]]
+    assert case["duty"] == {"R": "reader", "V": "validator"}[duty]
+    assert (VECTORS / case["file"]).read_bytes() != (VECTORS / case["from"]).read_bytes()
+
+
+def test_every_file_of_the_vectors_is_listed():
+    listed = {"manifest.json"}
+    for case in VALID + MERGES + INVALID:
+        listed |= {case[k] for k in ("file", "expected", "base", "merged", "truth") if k in case}
+    files = {p.relative_to(VECTORS).as_posix() for p in VECTORS.rglob("*") if p.is_file()}
+    assert listed == files
+
+
+def validator(part=""):
+    root = {"$ref": f"#/$defs/{part}", "$defs": SCHEMA["$defs"]} if part else SCHEMA
+    return jsonschema.Draft202012Validator(root)
+
+
+def test_examples_are_valid_under_the_schema():
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    examples = re.findall(r"^```json(.*?)\n(.*?)^```", FORMAT, re.M | re.S)
+    names = [name.strip() for name, _ in examples]
+    assert {"manifest", "update", "base"} == set(names)
+    for name, text in examples:
+        validator(name.strip().replace("manifest", "")).validate(json.loads(text))
+    kinds = {json.loads(text)["kind"] for name, text in examples if name.strip() == "update"}
+    assert kinds == {*FORMS, "dora"}
+
+
+def test_schema_is_anchored_and_has_the_lists_of_the_format():
+    def patterns(node):
+        if isinstance(node, dict):
+            yield from (node["pattern"],) if isinstance(node.get("pattern"), str) else ()
+            yield from node.get("patternProperties", {})
+            for value in node.values():
+                yield from patterns(value)
+        elif isinstance(node, list):
+            for value in node:
+                yield from patterns(value)
+
+    forbidden = SCHEMA["$defs"]["update"]["properties"]["target"]["not"]["pattern"]
+    for pattern in set(patterns(SCHEMA)) - {forbidden}:
+        assert pattern.startswith("^"), pattern
+        assert pattern.endswith("$") or pattern == "^[^.]*\\.", pattern
+    assert set(SCHEMA["properties"]["features"]["items"]["enum"]) == FEATURES
+    update = SCHEMA["$defs"]["update"]["properties"]
+    assert set(update["kind"]["enum"]) == {*FORMS, "dora"}
+    assert set(SCHEMA["$defs"]["identity"]["properties"]["dtype"]["enum"]) == set(BITS)
+    documented = {
+        dtype: int(bits) for bits, names in table("## 3. Container") for dtype in re.findall(r"`(\w+)`", names)
+    }
+    assert documented == BITS
+    assert {row[0].strip("`") for row in table("### 5.1 Keys")} == set(update)
+    assert {row[0].strip("`") for row in table("## 4. Manifest")} == set(SCHEMA["properties"])
+    registry = (SPEC / "registry" / "kinds.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \| 1\.0", registry, re.M)) == {*FORMS, "dora"}
+
+
+@by_name(VALID)
+def test_schema_accepts(case):
+    validator().validate(json.loads((VECTORS / case["expected"]).read_text("utf-8"))["manifest"])
+
+
+@by_name(INVALID)
+def test_schema_rejects_what_it_can_see(case):
+    raw = (VECTORS / case["file"]).read_bytes()
+    try:
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        manifest = json.loads(header["__metadata__"]["loratool"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        assert not case["schema"]
+    else:
+        assert validator().is_valid(manifest) != case["schema"]
+
+
+@by_name(VALID)
+def test_safetensors_opens(case):
+    for key in ("file", "base", "merged", "truth"):
+        path = VECTORS / case[key]
+        _, tensors = container(path)
+        with safe_open(path, framework="pt") as opened:
+            assert set(opened.keys()) == set(tensors)
+            for name, (dtype, shape, data) in tensors.items():
+                tensor = opened.get_tensor(name)
+                assert list(tensor.shape) == shape
+                assert tensor.double().numpy().tolist() == numbers(dtype, shape, data).tolist()
+
+
+def within_tolerance(case, merged):
+    """The targets of a merge that are not within the tolerance of FORMAT.md, section 8."""
+    _, truth = container(VECTORS / case["truth"])
+    _, wanted = container(VECTORS / case["merged"])
+    bad = []
+    for name, stored in wanted.items():
+        found = merged[name]
+        assert found[:2] == stored[:2], name
+        if f"exact.{name}" not in truth:
+            if found[2] != stored[2]:
+                bad.append(name)
+            continue
+        exact, band = (numbers(*truth[f"{key}.{name}"]) for key in ("exact", "band"))
+        low, high = rounded(exact - band, stored[0]), rounded(exact + band, stored[0])
+        value = numbers(*found)
+        if not ((low <= value) & (value <= high)).all():
+            bad.append(name)
+    assert set(merged) == set(wanted)
+    return bad
+
+
+@by_name(GOOD)
+def test_expected_result_is_within_the_tolerance(case):
+    _, merged = container(VECTORS / case["merged"])
+    assert within_tolerance(case, merged) == []
+
+
+@by_name([case for case in GOOD if case["name"] in ("worked", "loha", "dora_axis0", "replace")])
+def test_tolerance_notices_the_next_number(case):
+    _, merged = container(VECTORS / case["merged"])
+    for name in [n for n in merged if f"exact.{n}" in container(VECTORS / case["truth"])[1]]:
+        dtype, shape, data = merged[name]
+        top = np.frombuffer(data, {2: "<u2", 4: "<u4"}[len(data) // int(np.prod(shape))]).copy()
+        top[0] += 4
+        assert within_tolerance(case, {**merged, name: (dtype, shape, top.tobytes())}) == [name]
+
+
+# ---------------------------------------------------------------- loratool on the vectors
+
+
+@by_name(VALID)
+def test_loratool_finds_nothing_in_a_valid_file(case):
+    import loratool
+
+    assert loratool.validate(VECTORS / case["file"]) == []
+
+
+@by_name(VALID)
+def test_loratool_writes_the_canonical_bytes(case, tmp_path):
+    import loratool
+
+    if case["name"] in ("vendor_keys", "higher_minor", "scale_tolerance"):
+        pytest.skip("a reader keeps neither vendor keys nor a higher version")
+    loratool.save(loratool.load(VECTORS / case["file"]), tmp_path / "a.lora.safetensors")
+    written = (tmp_path / "a.lora.safetensors").read_bytes()
+    assert written == (VECTORS / case["file"]).read_bytes()
+
+
+@by_name(INVALID)
+def test_loratool_finds_the_fault(case):
+    import loratool
+
+    found = {(finding.code, finding.rule) for finding in loratool.validate(VECTORS / case["file"])}
+    assert (case["code"], case["rule"]) in found
+
+
+@by_name(INVALID)
+def test_loratool_refuses_to_load(case):
+    import loratool
+
+    path = VECTORS / case["file"]
+    if case["duty"] == "reader":
+        with pytest.raises(loratool.LoratoolError) as caught:
+            loratool.load(path, convention="native")
+        assert caught.value.code == case["code"]
+    elif case["also"] == ["R-055"]:
+        assert loratool.load(path).updates
+
+
+@by_name(GOOD)
+def test_loratool_merges_within_the_tolerance(case, tmp_path):
+    import loratool
+
+    adapters = [(VECTORS / a["file"], a["weight"]) for a in case["adapters"]]
+    out = tmp_path / "merged.safetensors"
+    loratool.merge(VECTORS / case["base"], adapters, out, allow_new=case["consent"])
+    assert within_tolerance(case, container(out)[1]) == []
+
+
+@by_name(REFUSED)
+def test_loratool_refuses_to_merge(case, tmp_path):
+    import loratool
+
+    adapters = [(VECTORS / a["file"], a["weight"]) for a in case["adapters"]]
+    out = tmp_path / "merged.safetensors"
+    with pytest.raises(loratool.LoratoolError) as caught:
+        loratool.merge(VECTORS / case["base"], adapters, out, allow_new=case["consent"])
+    assert caught.value.code == case["code"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@by_name([case for case in INVALID if case["rule"] in ("R-033", "R-034")])
+def test_loratool_merge_checks_the_values(case, tmp_path):
+    import loratool
+
+    base = VECTORS / case["from"].replace(".lora.", ".base.")
+    with pytest.raises(loratool.LoratoolError) as caught:
+        loratool.merge(base, [(VECTORS / case["file"], 1)], tmp_path / "merged.safetensors")
+    assert caught.value.code == case["code"]
