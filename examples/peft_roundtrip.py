@@ -17,7 +17,7 @@ def main(base: str) -> None:
     task = Task(base)
     config = LoraConfig(r=8, lora_alpha=16, target_modules=r"encoder\..*\.(query|key|value|dense)")
     model = get_peft_model(load_model(base), config)
-    fine_tune(model, task, steps=8)
+    fine_tune(model, task, steps=6)
     model.save_pretrained("peft-adapter")
 
     loratool.merge(base, ["peft-adapter"], "peft-merged")

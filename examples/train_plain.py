@@ -63,7 +63,7 @@ def main(folder: str, wrapped: str, reference: str) -> None:
     print(f"training {trained:,} LoRA numbers (rank {RANK}, alpha {ALPHA:g}, scale alpha/rank)")
 
     start = time.perf_counter()
-    fine_tune(model, task, steps=20)
+    fine_tune(model, task, steps=12)
     print(f"trained for {time.perf_counter() - start:.0f} s")
     print(f"held-out accuracy: {before:.1%} before, {accuracy(model, task):.1%} after")
 

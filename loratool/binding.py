@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from loratool.errors import LoratoolError, Problem
 from loratool.format import check_index, unknown_alpha
 from loratool.layout import Weighted
 from loratool.names import missing
-from loratool.tensors import FLOATS, TensorRef
+from loratool.tensors import FLOATS, TensorRef, extremes
 from loratool.updates import Replace, ReplaceRows
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
@@ -145,10 +146,11 @@ class Binding:
             for name, ref in item.update.components().items():
                 if ref.dtype in FLOATS:
                     values = ref.read()
-                    if not bool(values.isfinite().all()):
+                    low, high = extremes(values)
+                    if not (math.isfinite(low) and math.isfinite(high)):
                         what = f"{name} of {item.target.name} has NaN or infinity"
                         yield Problem("E-NONFINITE", what, part.name, "train or download the adapter again", "R-033")
-                    elif item.update.kind == "lora" and not bool(values.any()):
+                    elif item.update.kind == "lora" and low == high == 0:
                         idle.append(item.target.name)
                 elif (problem := check_index(item, ref)) is not None:
                     yield replace(problem, where=f"{part.name}: {problem.where}")

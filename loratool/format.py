@@ -19,7 +19,7 @@ from loratool.adapter import LAYOUTS, Adapter, BaseIdentity, Target, Targeted, T
 from loratool.container import Header, canonical_order, encode_header, is_int, read_header, strict_json
 from loratool.errors import ChoiceNeeded, InvalidFile, LoratoolError, Problem, Unsupported
 from loratool.staging import new_file
-from loratool.tensors import DTYPE_BITS, FLOATS, TensorRef
+from loratool.tensors import DTYPE_BITS, FLOATS, TensorRef, all_finite
 from loratool.updates import KINDS, RULES, Add, Dora, Replace, ReplaceRows, Scaling, Update
 
 SUFFIX = ".lora.safetensors"
@@ -481,7 +481,7 @@ def _values(adapter: Adapter, where: str) -> Iterator[Problem]:
     for item in adapter.updates:
         for part, tensor in item.update.components().items():
             if tensor.dtype in FLOATS:
-                if not bool(tensor.read().isfinite().all()):
+                if not all_finite(tensor.read()):
                     yield Problem(
                         "E-NONFINITE",
                         f"component {part} of {item.target.name} has NaN or infinity",

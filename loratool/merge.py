@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,13 +25,14 @@ from loratool.layout import Change, Copy, NewTensor, OutputFile, Weighted
 from loratool.plan import BLOCK_BYTES, Plan, compute_dtype
 from loratool.receipt import ChangedTensor, Receipt
 from loratool.staging import staged
-from loratool.tensors import DTYPE_BITS, FileSpan, TensorRef, as_bytes, read_exactly, torch_dtype
+from loratool.tensors import DTYPE_BITS, FileSpan, TensorRef, all_finite, as_bytes, extremes, read_exactly, torch_dtype
 from loratool.updates import Block
 from loratool.version import TOOL
 
 if TYPE_CHECKING:
     import torch
 
+WORKERS = min(8, os.cpu_count() or 1)
 ROLE_ORDER = ("replace", "add", "renormalise")  # section "Merging" of the spec
 
 
@@ -178,27 +181,61 @@ def _output(plan: Plan) -> Iterator[Path]:
 
 def _write(plan: Plan, folder: Path, progress: ProgressCallback | None) -> dict[str, Written]:
     """Write the weights files of a plan; return what is known of each computed tensor, by name."""
-    total, done = plan.nbytes, 0
-    found: dict[str, Written] = {}
+    meter = _Meter(plan.nbytes, progress)
+    tasks: list[tuple[Path, Copy | Change]] = []
     for file in plan.files:
-
-        def step(nbytes: int, name: str = file.name) -> None:
-            nonlocal done
-            done += nbytes
-            if progress is not None:
-                progress(Progress(done, total, name))
-
-        with (folder / file.name).open("wb", buffering=0) as out:
+        path = folder / file.name
+        with path.open("wb", buffering=0) as out:
             out.truncate(file.size)
             _write_all(out, memoryview(file.header))
-            step(len(file.header))
-            for task in file.tasks:
-                out.seek(task.offset)
-                if isinstance(task, Copy):
-                    _copy(task.source, out, step)
-                else:
-                    found[task.tensor.name] = _change(task, out, step, measure=not plan.exact)
-    return found
+        meter.step(len(file.header), file.name)
+        tasks += [(path, task) for task in file.tasks]
+    found: dict[str, Written] = {}
+    # torch on one thread per worker: blocks are too small to be worth its own threads, which wait for each other.
+    with ThreadPoolExecutor(WORKERS, initializer=_single_threaded) as pool:
+        running = [pool.submit(_run, path, task, meter, not plan.exact) for path, task in tasks]
+        try:
+            for done in as_completed(running):
+                if (written := done.result()) is not None:
+                    found[written[0]] = written[1]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return {tensor.name: found[tensor.name] for tensor in plan.changes}
+
+
+def _single_threaded() -> None:
+    import torch
+
+    torch.set_num_threads(1)  # of this thread: OpenMP keeps the number per thread
+
+
+class _Meter:
+    """Counts the bytes that the workers have written, and tells the progress callback."""
+
+    def __init__(self, total: int, progress: ProgressCallback | None) -> None:
+        self.done, self.total, self.progress = 0, total, progress
+        self.lock = threading.Lock()
+
+    def step(self, nbytes: int, what: str) -> None:
+        with self.lock:
+            self.done += nbytes
+            if self.progress is not None:
+                self.progress(Progress(self.done, self.total, what))
+
+
+def _run(path: Path, task: Copy | Change, meter: _Meter, measure: bool) -> tuple[str, Written] | None:
+    """One task of a plan, in a worker: it knows its place in the output."""
+    with path.open("r+b", buffering=0) as out:
+        out.seek(task.offset)
+
+        def step(nbytes: int) -> None:
+            meter.step(nbytes, path.name)
+
+        if isinstance(task, Copy):
+            _copy(task.source, out, step)
+            return None
+        return task.tensor.name, _change(task, out, step, measure)
 
 
 def _copy(source: TensorRef, out: BinaryIO, step: Callable[[int], None]) -> None:
@@ -248,30 +285,29 @@ def _change(task: Change, out: BinaryIO, step: Callable[[int], None], measure: b
     before, after = blake3(), blake3()
     largest = 0.0
     matrices, rows, columns = _matrices(tensor)
-    with _Rows(tensor, columns) as source:
+    with _Rows(tensor, rows, columns) as source:
         for matrix in range(matrices):
             opened = [_open(weighted, tensor, matrix, rows) for weighted in _ordered(tensor, matrix)]
             first = matrix * rows
             if any(update.first_pass for update in opened):
                 for start, stop in _blocks(rows, columns, tensor):
-                    W = source.read(first + start, first + stop)[1]
+                    W = source.widened(source.read(first + start, first + stop), stop - start)
                     for update, part, offset in _inside(opened, W, start, stop):
                         if update.first_pass:
                             update.block.observe(part, offset)
                         else:  # replacements come first: the norm is of what they leave
                             update.block.apply(part, offset, update.weight)
             for start, stop in _blocks(rows, columns, tensor):
-                stored, W = source.read(first + start, first + stop)
+                stored = source.read(first + start, first + stop)
                 before.update(as_bytes(stored))
                 if opened or tensor.source is None or tensor.source.dtype != tensor.dtype:
+                    W = source.widened(stored, stop - start)
                     if measure:
-                        largest = max(largest, float(W.abs().max()))
+                        largest = max(largest, *map(abs, extremes(W)))
                     for update, part, offset in _inside(opened, W, start, stop):
                         update.block.apply(part, offset, update.weight)
-                    if measure:
-                        largest = max(largest, float(W.abs().max()))
-                    stored = round_once(W, tensor.dtype)
-                    _refuse_nonfinite(stored, tensor)
+                    largest = max(largest, _largest_finite(W, tensor))
+                    stored = round_once(W, source.out[: stop - start])
                 data = as_bytes(stored)
                 after.update(data)
                 _write_all(out, data)
@@ -318,25 +354,36 @@ def _inside(
             yield update, W[low - start : high - start], low - update.start
 
 
+def _height(rows: int, columns: int, tensor: NewTensor) -> int:
+    """How many rows make a block."""
+    return min(rows, max(1, BLOCK_BYTES * 8 // (columns * DTYPE_BITS[tensor.dtype])))
+
+
 def _blocks(rows: int, columns: int, tensor: NewTensor) -> Iterator[tuple[int, int]]:
-    height = max(1, BLOCK_BYTES * 8 // (columns * DTYPE_BITS[tensor.dtype]))
+    height = _height(rows, columns, tensor)
     for start in range(0, rows, height):
         yield start, min(rows, start + height)
 
 
 class _Rows:
-    """Reads blocks of rows of a tensor: from its file into one reused buffer, or out of memory."""
+    """Blocks of rows of a tensor, in buffers that are used again for every block: stored, computed, to be written."""
 
-    def __init__(self, tensor: NewTensor, columns: int) -> None:
-        self.columns = columns
+    def __init__(self, tensor: NewTensor, rows: int, columns: int) -> None:
+        import torch
+
+        height = _height(rows, columns, tensor)
         self.source = tensor.source
-        self.compute = torch_dtype(compute_dtype(tensor))
+        self.columns = columns
+        self.stored = torch.empty(height, columns, dtype=torch_dtype(tensor.source.dtype if tensor.source else "U8"))
+        self.W = torch.empty(height, columns, dtype=torch_dtype(compute_dtype(tensor)))
+        self.out = torch.empty(height, columns, dtype=torch_dtype(tensor.dtype))
 
     def __enter__(self) -> _Rows:
-        self.file: Any = None
-        self.held: Any = None
+        self.file: BinaryIO | None = None
+        self.held: torch.Tensor | None = None
         source = self.source
         if source is not None and isinstance(source.data, FileSpan) and not source.views:
+            self.span = source.data
             self.file = source.data.path.open("rb", buffering=0)
         elif source is not None:
             self.held = source.read().reshape(-1, self.columns)
@@ -346,51 +393,53 @@ class _Rows:
         if self.file is not None:
             self.file.close()
 
-    def read(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows start:stop as stored and in the compute dtype, each [rows, columns]; zeros for a new tensor."""
-        import torch
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Rows start:stop as stored, [rows, columns]; none for a new tensor."""
+        if self.file is not None:
+            stored = self.stored[: stop - start]
+            self.file.seek(self.span.offset + start * self.columns * stored.element_size())
+            read_exactly(self.file, as_bytes(stored), self.span.path)
+            return stored
+        return self.stored[:0] if self.held is None else self.held[start:stop].contiguous()
 
-        if self.source is None:
-            return torch.empty(0), torch.zeros(stop - start, self.columns, dtype=self.compute)
-        if self.file is None:
-            stored = self.held[start:stop].contiguous()
-        else:
-            stored = torch.empty(stop - start, self.columns, dtype=torch_dtype(self.source.dtype))
-            width = self.columns * DTYPE_BITS[self.source.dtype] // 8
-            self.file.seek(self.source.data.offset + start * width)  # type: ignore[attr-defined]
-            read_exactly(self.file, as_bytes(stored), self.source.data.path)  # type: ignore[attr-defined]
-        return stored, stored.to(self.compute, copy=True)
+    def widened(self, stored: torch.Tensor, rows: int) -> torch.Tensor:
+        """A block in the compute dtype, [rows, columns]; zeros for a new tensor."""
+        W = self.W[:rows]
+        return W.copy_(stored) if self.source is not None else W.zero_()
 
 
-def round_once(values: torch.Tensor, dtype: str) -> torch.Tensor:
-    """Round to the output dtype once, to nearest, ties to even.
+def round_once(values: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Round into `out`, of the same shape and the output's dtype: once, to nearest, ties to even.
 
     torch goes from float64 to 16 bits through float32, which rounds twice; here the float32 in between is rounded to
     odd, after which the second rounding is the only one that shows (Boldo and Melquiond, 2008).
     """
     import torch
 
-    if values.dtype == torch.float64 and DTYPE_BITS[dtype] == 16:
+    if values.dtype == torch.float64 and out.element_size() == 2:
         near = values.to(torch.float32)
         even = (near.view(torch.int32) & 1) == 0
         error = values - near.to(torch.float64)
         toward = torch.where(error > 0, torch.inf, -torch.inf).to(torch.float32)
         inexact = (error != 0) & near.isfinite()
         values = torch.where(inexact & even, torch.nextafter(near, toward), near)
-    return values.to(torch_dtype(dtype))
+    return out.copy_(values)
 
 
-def _refuse_nonfinite(stored: torch.Tensor, tensor: NewTensor) -> None:
-    if not bool(stored.isfinite().all()):
+def _largest_finite(W: torch.Tensor, tensor: NewTensor) -> float:
+    """The largest magnitude of a computed block, which must be finite in the output's dtype as well.
+
+    Rounding is monotonic: if the extremes stay finite, so does everything between them.
+    """
+    import torch
+
+    ends = torch.tensor(extremes(W), dtype=W.dtype)
+    if not all_finite(round_once(ends, torch.empty(2, dtype=torch_dtype(tensor.dtype)))):
+        what = f"{tensor.name} would have NaN or infinity in {tensor.dtype}"
         raise Mismatch(
-            Problem(
-                "E-NONFINITE",
-                f"{tensor.name} would have NaN or infinity in {tensor.dtype}",
-                tensor.name,
-                "is the scale right? a wider --dtype may hold it",
-                "R-061",
-            )
+            Problem("E-NONFINITE", what, tensor.name, "is the scale right? a wider --dtype may hold it", "R-061")
         )
+    return float(ends.abs().max())
 
 
 def _half_ulp(largest: float, dtype: str) -> float:

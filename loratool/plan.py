@@ -5,6 +5,7 @@ A plan reports all its problems at once. It is data: it can be printed (`--dry-r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from loratool.receipt import MergedAdapter, Receipt
 from loratool.tensors import CHUNK, DTYPE_BITS, FLOATS, TensorRef
 
 DTYPES = {"keep": None, "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
-BLOCK_BYTES = 4 * CHUNK  # stored bytes of a row block; about five times that is in memory while it is computed
+BLOCK_BYTES = CHUNK  # stored bytes of a row block: small enough for it and its wider copy to stay in the cache
 NARROW = [dtype for dtype in FLOATS if DTYPE_BITS[dtype] <= 16]
 
 
@@ -99,7 +100,8 @@ def compute_dtype(tensor: NewTensor) -> str:
 def _memory(tensor: NewTensor) -> int:
     width = DTYPE_BITS[compute_dtype(tensor)] // 8
     factors = sum(ref.numel * width * 2 for item, _ in tensor.updates for ref in item.update.components().values())
-    return factors + 6 * BLOCK_BYTES * width // 2
+    rows = max(BLOCK_BYTES, math.prod(tensor.shape[1:]) * 8)  # a block is at least one row
+    return factors + 6 * rows * width // 2
 
 
 # --- merge -----------------------------------------------------------------------------------------------------------

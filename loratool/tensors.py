@@ -8,7 +8,7 @@ reading; the views are replayed when `read` fetches the numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -66,6 +66,18 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
 
 
+def extremes(values: torch.Tensor) -> tuple[float, float]:
+    """The smallest and the largest element; NaN if there is any. One pass, where `isfinite().all()` takes several."""
+    if not values.numel():
+        return 0.0, 0.0
+    low, high = values.detach().aminmax()
+    return float(low), float(high)
+
+
+def all_finite(values: torch.Tensor) -> bool:
+    return all(math.isfinite(value) for value in extremes(values))
+
+
 class Data(Protocol):
     """Where the bytes of a stored tensor are."""
 
@@ -114,6 +126,19 @@ class InMemory:
 
     def chunks(self, dtype: str, shape: Shape) -> Iterator[memoryview]:
         yield as_bytes(self.load(dtype, shape))
+
+
+@dataclass(frozen=True, eq=False)
+class Computed:
+    """A tensor that is made when it is needed, out of others or of numbers in a config."""
+
+    make: Callable[[], torch.Tensor]
+
+    def load(self, dtype: str, shape: Shape) -> torch.Tensor:
+        return self.make()
+
+    def chunks(self, dtype: str, shape: Shape) -> Iterator[memoryview]:
+        yield as_bytes(self.make())
 
 
 def read_exactly(file: Any, buffer: memoryview, path: Path) -> None:

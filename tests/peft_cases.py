@@ -203,6 +203,7 @@ LAYOUT = [
     row("llama-tied", tied_llama, 1, target_modules=["q_proj"]),
     row("llama-tied-embedding", tied_llama, 2, target_modules=["embed_tokens", "q_proj"]),
     row("net-conv", Net, 5, target_modules=[*CONVOLUTIONS, "emb"], names="memory"),
+    # torch's attention: out_proj's delta counts twice in PEFT, in the forward as in the merge
     row("net-attention", Net, 2, target_modules=["mha"], names="memory"),
     row("net-attention-out", Net, 1, target_modules=["out_proj"], names="memory"),
 ]
@@ -237,6 +238,16 @@ FULL = [
         names="memory",
     ),
     row("net-head", Net, 5, target_modules=["fc"], modules_to_save=["head"], names="memory"),
+    # of each bias in the head the file has three, one of them under the adapter's name
+    row(
+        "net-head-bias-all",
+        Net,
+        13,
+        target_modules=["fc"],
+        modules_to_save=["head"],
+        bias="all",
+        names="memory",
+    ),
     row("llama-norms", llama, 4, target_modules=["q_proj"], modules_to_save=["norm"]),
     row(
         "llama-saved-embeddings",
@@ -492,12 +503,16 @@ def _trained_in_place(case: Case, wrapped: State, base: State) -> frozenset[str]
     bias = case.config.get("bias", "none")
     if bias == "none":
         return frozenset()
+    kept = {
+        key.removeprefix("base_model.model.").replace(".original_module.", ".")
+        for key in wrapped
+        if ".original_module." in key
+    }
     names = set()
     for name in base:
         module = name.removesuffix(".bias")
         targeted = f"base_model.model.{module}.base_layer.bias" in wrapped
-        replaced = f"base_model.model.{module}.original_module.bias" in wrapped
-        if name.endswith(".bias") and (targeted or bias == "all") and not replaced:
+        if name.endswith(".bias") and (targeted or bias == "all") and name not in kept:
             names.add(name)
     return frozenset(names)
 

@@ -29,7 +29,7 @@ made_from() {
     cat tests/constraints.txt
 }
 
-if ! made_from | cmp -s - "$venv/made-from"; then
+if [ "$(made_from)" != "$(cat "$venv/made-from" 2>/dev/null)" ]; then
     echo "== making .venv-test"
     rm -rf "$venv"
     "$python" -m venv "$venv"

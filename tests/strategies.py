@@ -7,17 +7,24 @@ rules, dtypes), which is where mistakes are.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loratool import Adapter, Target, Targeted, TensorRef
 from loratool.updates import Add, Dora, Loha, Lokr, Lora, Replace, ReplaceRows, Scaling, Update
+
+# The same examples in every run; HYPOTHESIS_PROFILE=explore looks further, with new ones each time.
+settings.register_profile("quick", max_examples=25, deadline=None, derandomize=True)
+settings.register_profile("explore", max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 State = dict[str, Tensor]
 Shape = tuple[int, ...]
@@ -197,6 +204,14 @@ regions = st.one_of(
 small = st.one_of(st.just(()), st.tuples(st.integers(1, 6)), matrices)
 
 
+def pick(forms: Sequence[str]) -> st.SearchStrategy[str]:
+    """A form, each family (lora, loha, lokr, dora, ...) as likely as the others."""
+    families: dict[str, list[str]] = {}
+    for form in forms:
+        families.setdefault(form[:4], []).append(form)
+    return st.sampled_from([*families.values()]).flatmap(st.sampled_from)
+
+
 @st.composite
 def updates(draw: st.DrawFn, form: str, region: Shape, experts: int | None = None) -> Update:
     make = Maker(draw(seeds), draw(dtypes), experts)
@@ -206,7 +221,7 @@ def updates(draw: st.DrawFn, form: str, region: Shape, experts: int | None = Non
 @st.composite
 def whole_tensor(draw: st.DrawFn, name: str, forms: Sequence[str]) -> list[Targeted]:
     """Updates of a whole tensor that may be combined: deltas, or a replacement with a delta or a DoRA."""
-    first = draw(st.sampled_from(forms))
+    first = draw(pick(forms))
     shape = draw(small.filter(len) if first == "replace_rows" else small if first in FULL_FORMS else regions)
     target = Target(name, shape, layout=draw(layouts) if len(shape) == 2 else "")
     items = [Targeted(target, draw(updates(first, shape)))]
@@ -214,7 +229,7 @@ def whole_tensor(draw: st.DrawFn, name: str, forms: Sequence[str]) -> list[Targe
         more = [f for f in forms if (f in ADDITIVE if first in ADDITIVE or first.startswith("replace") else False)]
         more += [f for f in forms if f.startswith("dora")] if first.startswith("replace") else []
         if more:
-            items.insert(draw(st.integers(0, 1)), Targeted(target, draw(updates(draw(st.sampled_from(more)), shape))))
+            items.insert(draw(st.integers(0, 1)), Targeted(target, draw(updates(draw(pick(more)), shape))))
     return items
 
 
@@ -228,7 +243,7 @@ def fused_rows(draw: st.DrawFn, name: str, forms: Sequence[str]) -> list[Targete
     items, start = [], 0
     for height in heights:
         if draw(st.booleans()) or (not items and start + height == shape[0]):
-            form = draw(st.sampled_from(possible))
+            form = draw(pick(possible))
             items.append(
                 Targeted(Target(name, shape, (start, start + height)), draw(updates(form, (height, *columns))))
             )
@@ -245,10 +260,10 @@ def stacked_experts(draw: st.DrawFn, name: str, forms: Sequence[str]) -> list[Ta
     possible = [form for form in forms if form != "replace_rows"]
     if draw(st.booleans()):
         target = Target(name, (count, *matrix), rows, experts=count)
-        return [Targeted(target, draw(updates(draw(st.sampled_from(possible)), region, count)))]
+        return [Targeted(target, draw(updates(draw(pick(possible)), region, count)))]
     chosen = draw(st.sets(st.integers(0, count - 1), min_size=1))
     return [
-        Targeted(Target(name, (count, *matrix), rows, expert=n), draw(updates(draw(st.sampled_from(possible)), region)))
+        Targeted(Target(name, (count, *matrix), rows, expert=n), draw(updates(draw(pick(possible)), region)))
         for n in sorted(chosen)
     ]
 

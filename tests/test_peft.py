@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 import peft_cases
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from models import (
     HIDDEN,
     Net,
@@ -176,7 +179,17 @@ WRAPPINGS: dict[str, Callable[[nn.Module], dict[str, Any]]] = {
     "DataParallel": lambda m: _bare(nn.DataParallel(m)),
     "compile": lambda m: _bare(torch.compile(m)),
     "compile-in-DataParallel": lambda m: {"state_dict": _bare(nn.DataParallel(torch.compile(m)))},
+    "compile-of-layers": lambda m: _bare(_with_compiled_layers(m)),
+    "average": lambda m: _bare(torch.optim.swa_utils.AveragedModel(m)),
 }
+
+
+def _with_compiled_layers(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model)
+    for name in ("fc", "head"):
+        module = model.get_submodule(f"base_model.model.{name}")
+        model.set_submodule(f"base_model.model.{name}", torch.compile(module))
+    return model
 
 
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
@@ -646,6 +659,128 @@ def test_a_grown_vocabulary_needs_consent(form: str, config: dict[str, Any], tmp
     assert got["model.embed_tokens.weight"].shape == (43, HIDDEN)
     for name, value in got.items():
         assert_rounded(value, want[name], name=name)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]], ids=["plain", "head"])
+def test_embeddings_saved_along_are_those_of_the_base(targets: list[str], saved: bool, tmp_path: Path) -> None:
+    peft = peft_cases.peft()
+    torch.manual_seed(10)
+    model = llama()
+    base = save_base(model, tmp_path / "base")
+    with quiet():
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets))
+        fill(wrapped, seed=3)
+        wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers=saved)
+    state = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    whole = {name for name in state if ".lora_" not in name}
+    assert bool(whole) == saved
+    loratool.merge(base, [tmp_path / "adapter"], tmp_path / "out")
+    want = merge_with_peft(copy.deepcopy(wrapped).double())
+    got = read(tmp_path / "out")
+    assert len(changed(read(base), got)) == len(targets)
+    for name, value in got.items():
+        assert_rounded(value, want[name], name=name)
+
+
+# --- names that need a prefix -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bare", ["adapter", "base"])
+def test_a_bare_encoder_and_a_whole_model_find_each_other(bare: str, tmp_path: Path) -> None:
+    """Trained on BertModel, merged into BertFor..., or the other way round: `bert.` on one side."""
+    peft = peft_cases.peft()
+    torch.manual_seed(12)
+    model = bert()
+    whole, encoder = save_base(model, tmp_path / "whole"), save_base(model.bert, tmp_path / "bare")
+    trained = model.bert if bare == "adapter" else model
+    config = peft.LoraConfig(r=2, target_modules=["query", "word_embeddings"])
+    with quiet():
+        wrapped = peft.get_peft_model(trained, config)
+        fill(wrapped, seed=6)
+        wrapped.save_pretrained(tmp_path / "adapter")
+    want = merge_with_peft(copy.deepcopy(wrapped).double())
+    base = whole if bare == "adapter" else encoder
+    loratool.merge(base, [tmp_path / "adapter"], tmp_path / "out")
+    got = read(tmp_path / "out")
+    assert len(changed(read(base), got)) == 2
+    for name, value in got.items():
+        other = name.removeprefix("bert.") if bare == "adapter" else f"bert.{name}"
+        if other in want:
+            assert_rounded(value, want[other], name=name)
+        else:
+            assert torch.equal(value, read(base)[name])
+
+
+# --- patterns that overlap ----------------------------------------------------------------------
+
+
+def test_the_alpha_of_overlapping_patterns_is_that_of_the_file(tmp_path: Path) -> None:
+    """Saving sorts the patterns. Which one was meant in training is lost: PEFT itself, reading the
+    file again, takes the first, and so does loratool.
+    """
+    peft = peft_cases.peft()
+    torch.manual_seed(13)
+    patterns = {"q_proj": 3, "layers.0.self_attn.q_proj": 20}
+    model = llama()
+    base = save_base(model, tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], alpha_pattern=patterns)
+    with quiet():
+        wrapped = peft.get_peft_model(copy.deepcopy(model), config)
+        fill(wrapped, seed=6)
+        wrapped.save_pretrained(tmp_path / "adapter")
+        again = peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    want = merge_with_peft(again.double())[name]
+    assert not torch.allclose(want, merge_with_peft(wrapped.double())[name])
+    report = loratool.merge(base, [tmp_path / "adapter"], tmp_path / "out")
+    assert_rounded(read(tmp_path / "out")[name], want, name=name)
+    assert any("alpha_pattern" in note for note in report.plan.notes)
+
+
+# --- any mixture of it all ----------------------------------------------------------------------
+
+MODULES = ["emb", "conv1", "conv2", "point", "conv3", "fc", "fc2", "head.0"]
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "r": draw(st.integers(1, 9)),
+        "lora_alpha": draw(st.sampled_from([1, 3, 16, 0.5])),
+        "target_modules": draw(st.lists(st.sampled_from(MODULES), min_size=1, unique=True)),
+        "use_rslora": draw(st.booleans()),
+        "use_dora": draw(st.booleans()),
+        "bias": draw(st.sampled_from(["none", "all", "lora_only"])),
+        "rank_pattern": draw(st.dictionaries(st.sampled_from(MODULES), st.integers(1, 6))),
+        "alpha_pattern": draw(st.dictionaries(st.sampled_from(MODULES), st.integers(1, 30))),
+    }
+    if "head.0" not in config["target_modules"] and draw(st.booleans()):
+        config["modules_to_save"] = ["head"]
+    biased = not {"emb", "point"} & set(config["target_modules"])
+    config["lora_bias"] = biased and not config["use_dora"] and draw(st.booleans())
+    if config["lora_bias"]:
+        config["bias"] = "none"
+    return config
+
+
+@pytest.mark.parametrize("form", ["native", "pth"])
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(config=configs(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_any_mixture_is_merged_as_peft_does(form: str, config: dict[str, Any], dtype: torch.dtype) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        case = row("mixture", Net, 0, names="memory", base_dtype=dtype, **config)
+        made = build(case, folder / "made")
+        adapter = adapter_in(form, made, folder)
+        loratool.merge(made.base, [adapter], folder / "out")
+        got, base = read(folder / "out"), made.base_state
+        assert sorted(got) == sorted(base)
+        for tensor, value in got.items():
+            assert value.dtype == base[tensor].dtype
+            assert_rounded(value, made.exact[tensor], name=tensor)
+        loratool.unmerge(folder / "out", [adapter], folder / "back", base=made.base)
+        assert_same_bits(read(folder / "back"), base)
 
 
 # --- nothing is dropped -------------------------------------------------------------------------

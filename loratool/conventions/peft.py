@@ -18,7 +18,7 @@ from loratool.checkpoint import Checkpoint
 from loratool.conventions.choices import Choices
 from loratool.errors import ChoiceNeeded, InvalidFile, LoratoolError, Mismatch, Problem, Unsupported
 from loratool.names import modules, natural, parent, prefix_rule
-from loratool.tensors import Shape, TensorRef, as_bytes
+from loratool.tensors import Computed, Shape, TensorRef
 from loratool.updates import Add, Dora, Lora, Replace, ReplaceRows, Scaling
 
 if TYPE_CHECKING:
@@ -122,10 +122,14 @@ def refuse_unsupported(config: Mapping[str, Any], source: Checkpoint) -> None:
 
 @dataclass
 class _Module:
-    """The parts that were saved for one wrapped module. `depth` counts wrappers inside (MoE parameters nest)."""
+    """The parts that were saved for one wrapped module.
+
+    `depth` counts wrappers inside it (MoE parameters nest); `nested` is whether it lies inside another wrapped module.
+    """
 
     name: str
     depth: int = 0
+    nested: bool = False
     parts: dict[str, TensorRef] = field(default_factory=dict)
 
 
@@ -169,9 +173,9 @@ class PeftReader:
         for key, ref in self.parts.items():
             match = _PART.match(key)
             if match:
-                name, depth = _without_layers(match["module"])
+                module = _without_layers(match["module"])
                 part = match["part"].removeprefix("token_adapter.")
-                found.setdefault((name, depth), _Module(name, depth)).parts[part] = ref
+                found.setdefault((module.name, module.depth), module).parts[part] = ref
             elif foreign := _FOREIGN.search("." + key):
                 self.problems.append(
                     Problem(
@@ -267,6 +271,13 @@ class PeftReader:
         out, rank, *_ = B.shape
         B = B.reshape(out, rank)
         scaling = self._scaling(module.name if parameter == "weight" else f"{module.name}.{parameter}", rank)
+        if module.nested:
+            # nn.MultiheadAttention's out_proj: PEFT 0.21 adds its delta twice, in forward and merge alike, so this is
+            # what was trained (peft/tuners/lora/layer.py, MultiheadAttention.merge).
+            self.notes.append(
+                f"{module.name}: PEFT applies this delta twice (MultiheadAttention), and so does the merge"
+            )
+            scaling = Scaling("none", rank, None, None if scaling.scale is None else 2 * scaling.scale)
         if A.shape[0] != rank or (stored is not None and len(A.shape) > 2 and stored.shape[1:2] != A.shape[1:2]):
             raise Unsupported(
                 Problem(
@@ -323,8 +334,6 @@ class PeftReader:
 
     def _token_rows(self, module: _Module, rows: TensorRef) -> Targeted:
         """Trained rows replace those of the table, despite their name; the config has their numbers, in any order."""
-        import torch
-
         indices = self._token_indices(module.name)
         name = self._tensor(module)
         stored = self._stored(name)
@@ -333,10 +342,9 @@ class PeftReader:
                 Problem("E-SHAPE", f"{len(indices)} token indices for rows {list(rows.shape)}", self.where)
             )
         order = sorted(range(len(indices)), key=indices.__getitem__)
-        index = TensorRef.of(torch.tensor([indices[i] for i in order], dtype=torch.int64), "trainable_token_indices")
-        values = rows
+        index, values = _row_numbers([indices[i] for i in order]), rows
         if order != list(range(len(order))):
-            values = TensorRef.of(rows.read()[order], rows.name)
+            values = TensorRef(rows.name, rows.dtype, rows.shape, Computed(lambda: rows.read()[order]), rows.shape)
         tokens = stored.shape[0] if stored is not None else max(indices) + 1
         return Targeted(Target(name, (tokens, rows.shape[1]), layout="embedding"), ReplaceRows(index, values))
 
@@ -536,32 +544,34 @@ def _hit(pattern: str, module: str) -> bool:
         raise InvalidFile(Problem("E-CONFIG", f"pattern {pattern!r} is not a regular expression: {error}")) from None
 
 
-def _without_layers(module: str) -> tuple[str, int]:
-    """A module path without `base_layer` segments, and how many trailing ones there were."""
-    segments = module.split(".")
-    depth = 0
-    while segments and segments[-1] == "base_layer":
-        segments.pop()
-        depth += 1
-    return ".".join(segment for segment in segments if segment != "base_layer"), depth
-
-
-@dataclass(frozen=True, eq=False)
-class _Patched:
-    """A stored table with some of its rows replaced."""
-
-    table: TensorRef
-    rows: TensorRef
-    indices: tuple[int, ...]
-
-    def load(self, dtype: str, shape: Shape) -> torch.Tensor:
-        tensor = self.table.read().clone()
-        tensor[list(self.indices)] = self.rows.read(tensor.dtype)
-        return tensor
-
-    def chunks(self, dtype: str, shape: Shape) -> Iterator[memoryview]:
-        yield as_bytes(self.load(dtype, shape))
+def _without_layers(path: str) -> _Module:
+    """A module's own path, without the `base_layer` segments that wrapping put into it."""
+    segments = path.split(".")
+    inner = len(segments)
+    while inner and segments[inner - 1] == "base_layer":
+        inner -= 1
+    own = [segment for segment in segments[:inner] if segment != "base_layer"]
+    return _Module(".".join(own), len(segments) - inner, nested=len(own) < inner)
 
 
 def _patched(table: TensorRef, rows: TensorRef, indices: list[int]) -> TensorRef:
-    return TensorRef(table.name, table.dtype, table.shape, _Patched(table, rows, tuple(indices)), table.shape)
+    """A stored table with some of its rows replaced."""
+
+    def make() -> torch.Tensor:
+        tensor = table.read().clone()  # [tokens, dim]
+        tensor[indices] = rows.read(tensor.dtype)
+        return tensor
+
+    return TensorRef(table.name, table.dtype, table.shape, Computed(make), table.shape)
+
+
+def _row_numbers(indices: list[int]) -> TensorRef:
+    """Row numbers of a config as an int64 tensor [k]."""
+
+    def make() -> torch.Tensor:
+        import torch
+
+        return torch.tensor(indices, dtype=torch.int64)
+
+    shape = (len(indices),)
+    return TensorRef("trainable_token_indices", "I64", shape, Computed(make), shape)
