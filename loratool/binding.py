@@ -84,7 +84,7 @@ class Binding:
     def _incomplete(self, part: Part) -> Iterator[Problem]:
         """What an adapter leaves open, or contradicts itself in."""
         if unknown := part.adapter.unknown_scales():
-            hint = "extract it first: `loratool extract`, with --alpha"
+            hint = "extract it first: `loratool extract` with --alpha and --scaling"
             yield replace(unknown_alpha(unknown), where=part.name, hint=hint)
         for doubt in part.adapter.doubts:
             yield Problem("E-LAYOUT", doubt, part.name, "read it with its base")
@@ -193,7 +193,9 @@ class Binding:
             return
         for name, updates in self.wanted.items():
             if name.endswith(HEADS):
-                self.notes.append(f"config.json says tie_word_embeddings: set it to false, or loaders ignore {name}")
+                self.notes.append(
+                    f"config.json says tie_word_embeddings: a loader that ties may ignore {name}; set it to false"
+                )
             elif name.endswith(EMBEDDINGS) and name not in self.paired:
                 if any(self._replaces(item, name) for item, _ in updates):
                     what = f"{name} is also the output head, and only the embedding was trained"

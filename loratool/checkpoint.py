@@ -22,6 +22,7 @@ PREFERRED = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bi
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "module")
 # Segments that wrappers leave in names: torch.compile, FSDP1, activation checkpointing.
 WRAPPER_SEGMENTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+EMA_COUNTER = "n_averaged"  # of torch's AveragedModel
 SKIPPED_FOLDERS = {".git", ".cache", "__pycache__"}
 
 
@@ -243,7 +244,9 @@ def _state_dict(tree: Tree, path: Path) -> dict[str, TensorRef]:
 def _clean(stored: list[tuple[str, TensorRef]], path: Path) -> tuple[dict[str, TensorRef], tuple[str, ...]]:
     """Names without what wrappers add: marked segments anywhere, a leading `module.` only if every name has it."""
     names = {name: ".".join(s for s in name.split(".") if s not in WRAPPER_SEGMENTS) for name, _ in stored}
-    while names and all(name.startswith("module.") or name == "n_averaged" for name in names.values()):
+    if all(name.startswith("module.") or name == EMA_COUNTER for name in names.values()):
+        names.pop(EMA_COUNTER, None)  # beside an averaged model, not part of it
+    while names and all(name.startswith("module.") for name in names.values()):
         names = {name: clean.removeprefix("module.") for name, clean in names.items()}
     by_clean: dict[str, list[str]] = defaultdict(list)
     for name, clean in names.items():
@@ -255,4 +258,4 @@ def _clean(stored: list[tuple[str, TensorRef]], path: Path) -> tuple[dict[str, T
         )
     changed = sum(name != clean for name, clean in names.items())
     notes = (f"{changed} names cleaned of wrapper prefixes (module., _orig_mod., FSDP)",) if changed else ()
-    return {names[name]: tensor for name, tensor in stored}, notes
+    return {names[name]: tensor for name, tensor in stored if name in names}, notes

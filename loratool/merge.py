@@ -94,6 +94,8 @@ class UnmergeReport:
 
 def run_merge(plan: Plan, progress: ProgressCallback | None = None) -> MergeReport:
     """Write the output of a merge plan, with its receipt; whole or not at all."""
+    import torch  # noqa: F401  # before the clock starts: seconds are those of the work
+
     started = time.monotonic()
     if plan.single:  # the receipt is in the header, which comes before the digests are known: keep its place
         blank = _receipt(plan, {tensor.name: _BLANK for tensor in plan.changes})
@@ -112,6 +114,8 @@ def run_merge(plan: Plan, progress: ProgressCallback | None = None) -> MergeRepo
 
 def run_unmerge(plan: Plan, progress: ProgressCallback | None = None) -> UnmergeReport:
     """Write the output of an unmerge plan, and compare it with the base's digests in the receipt."""
+    import torch  # noqa: F401  # before the clock starts
+
     assert plan.receipt is not None
     started = time.monotonic()
     known = plan.receipt.tensors

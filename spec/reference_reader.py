@@ -1,13 +1,10 @@
-"""FORMAT.md 1.0 in one file of Python and numpy, whole files in memory: the proof that the document suffices.
-
-`python reference_reader.py vectors/1.0` reads, merges or refuses every vector; BLAKE3 is all that it lacks.
-"""
+"""FORMAT.md 1.0 in one file of Python and numpy, to show that the document suffices. read() and merge() refuse what
+it refuses, the canonical form apart. `python reference_reader.py vectors/1.0` runs all vectors that need no BLAKE3."""
 
 import json
 import math
 import re
 import sys
-from itertools import accumulate, combinations
 from pathlib import Path
 
 import numpy as np
@@ -16,32 +13,34 @@ BITS = {f"{letter}{bits}": bits for letter in "UIF" for bits in (16, 32, 64)} | 
 BITS |= dict.fromkeys(["BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"], 8)
 BITS |= {"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
 NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8"}
-DIGITS = {"F64": (53, 1024), "F32": (24, 128), "F16": (11, 16), "BF16": (8, 128)}  # and all values are below 2^that
+DIGITS = {"F64": (53, 1024), "F32": (24, 128), "F16": (11, 16), "BF16": (8, 128)}  # bits, and all are below 2^this
+RULES = {"alpha": lambda rank: 1, "alpha/rank": lambda rank: 1 / rank, "alpha/sqrt(rank)": lambda rank: rank**-0.5}
+# Types are patterns for the JSON text of a value; a member that is absent has the text "".
+STR, INT, NUM, ANY = r'"(?:[^"\\]|\\.)*"', r"-?\d+", r"-?(?:\d.*|Infinity)", [0, 2**53]
+INTS, STRS, TEXTS = rf"\[({INT}(, {INT})*)?\]", rf"\[({STR}(, )?)*\]", rf"\{{({STR}: {STR}(, )?)*\}}"
+ENTRY = rf'\{{"data_offsets": \[\d+, \d+\], "dtype": {STR}, "shape": {INTS.replace("-?", "")}\}}'
+HEAD = {"format": '"loratool"', "version": r'"[1-9][0-9]*\.(0|[1-9][0-9]*)"', "features": STRS}
+MANIFEST = {**HEAD, "updates": r"\[.*\]", "base": r"\{.*\}", "provenance": TEXTS}
+PLACE = {"rows": rf"(\[{INT}, {INT}\])?", "expert": f"({INT})?", "experts": f"({INT})?"}
+SCALE = {"rank": f"({INT})?", "alpha": f"({NUM})?", "scaling": f"({STR})?", "scale": f"({NUM})?"}
+UPDATE = {"target": STR, "kind": STR, "shape": INTS, "layout": '("in_out"|"embedding")?', **PLACE, **SCALE}
+DORA = {**UPDATE, "direction": '"(lora|loha|lokr)"', "axis": "[01]"}
+BASE = {"name": f"({STR})?", "tensors": r"(\{.*\})?"}
+IDENTITY = {"digest": '"blake3:[0-9a-f]{64}"', "dtype": f'"({"|".join(BITS)})"', "shape": INTS.replace("-?", "")}
 # The components of a kind with their axes: a small letter is one axis, a capital any number. n, C, c, K, R, T are
 # those of FORMAT.md, r is the rank, m the length of the magnitude, any other letter is free.
-FORMS = {
-    "lora": ["B:nr A:rC", "B:nr A:rc mid:rrK"],
-    "loha": ["B1:nr A1:rC B2:nr A2:rC", "B1:nr A1:rc mid1:rrK B2:nr A2:rc mid2:rrK"],
-    "lokr": [f"{w1} {w2}" for w1 in ("w1:ax", "B1:ar A1:rx") for w2 in ("w2:byK", "B2:br A2:ryK", "B2:br A2:ry mid2:rrK")],
-    "replace": ["value:R"],
-    "add": ["value:R"],
-    "replace_rows": ["index:k value:kT"],
-}
-COMPONENTS = re.findall(r"\w+(?=:)", " ".join(["magnitude:m", *sum(FORMS.values(), [])]))
-RULES = {"alpha": lambda rank: 1, "alpha/rank": lambda rank: 1 / rank, "alpha/sqrt(rank)": lambda rank: rank**-0.5}
-# The members of objects and their types; float is any number, [t] an array of t, {t} an object of t.
-ENTRY = {"dtype": str, "shape": [int], "data_offsets": [int]}
-MANIFEST = {"format": str, "version": str, "features": [str], "updates": list, "base": dict, "provenance": {str}}
-PLACE = {"rows": [int], "expert": int, "experts": int}
-SCALE = {"rank": int, "alpha": float, "scaling": str, "scale": float}
-UPDATE = {"target": str, "kind": str, "shape": [int]}
-OPTIONAL = PLACE | SCALE | {"layout": str, "direction": str, "axis": int}
-IDENTITY = {"digest": str, "dtype": str, "shape": [int]}
+LOKR = [w1 + w2 for w1 in ("w1:ax ", "B1:ar A1:rx ") for w2 in ("w2:byK", "B2:br A2:ryK", "B2:br A2:ry mid2:rrK")]
+LOHA = ["B1:nr A1:rC B2:nr A2:rC", "B1:nr A1:rc mid1:rrK B2:nr A2:rc mid2:rrK"]
+SETS = {"lora": ["B:nr A:rC", "B:nr A:rc mid:rrK"], "loha": LOHA, "lokr": LOKR, "add": ["value:R"]}
+SETS |= {"replace": ["value:R"], "replace_rows": ["index:k value:kT"]}
+FORMS = {kind: [dict(part.split(":") for part in each.split()) for each in sets] for kind, sets in SETS.items()}
+COMPONENTS = {"magnitude"}.union(*(form for forms in FORMS.values() for form in forms))
 FEATURES = {*FORMS, "dora", "mid", *PLACE} - {"lora"}
+ROLES = {"replace": (1, 1), "replace_rows": (1, 1), "dora": (4, 6)}  # a bit, and the bits it must not meet (R-029)
 
 
 class Refused(Exception):
-    code = property(lambda self: self.args[0], doc="The code of FORMAT.md, section 13.")
+    code = property(lambda self: self.args[0])
 
 
 def need(ok, code):
@@ -49,32 +48,19 @@ def need(ok, code):
         raise Refused(code)
 
 
-def is_a(x, kind):
-    if isinstance(kind, (list, set)):
-        items = x if isinstance(kind, list) else [*x.values()] if isinstance(x, dict) else None
-        return isinstance(items, list) and all(is_a(item, *kind) for item in items)
-    return type(x) is kind or (type(x) is int and kind is float)
+def check(x, code, types):  # R-014, R-015, R-020
+    need(isinstance(x, dict), code)
+    need(all(key in types or "." in key for key in x), "E-UNKNOWN-KEY")
+    need(all(re.fullmatch(types[key], json.dumps(x[key]) if key in x else "") for key in types), code)
 
 
-def check(x, code, required, optional):  # R-014
-    need(isinstance(x, dict) and required.keys() <= x.keys(), code)
-    need(all("." in key or key in required | optional for key in x), "E-UNKNOWN-KEY")
-    need(all(is_a(x[key], kind) for key, kind in (required | optional).items() if key in x), code)
-
-
-def parse(text, code):  # R-002, R-003
-    brackets = re.findall(r"[][}{]", re.sub(r'"(?:[^"\\]|\\.)*"', "", text))
-    need(max(accumulate(1 if bracket in "[{" else -1 for bracket in brackets), default=0) <= 16, "E-LIMIT")
-
-    def pairs(items):
-        need(len(dict(items)) == len(items), "E-DUPLICATE")
-        return dict(items)
-
-    def whole(digits):
-        return int(digits) if len(digits) < 309 else float(digits)  # which is infinite
-
+def parse(raw, code):  # R-002, R-003
     try:
-        x = json.loads(text, object_pairs_hook=pairs, parse_int=whole, parse_constant=int)  # int("NaN") fails
+        nesting = [1 if bracket in "[{" else -1 for bracket in re.findall(r"[][{}]", re.sub(STR, "", raw.decode()))]
+        need(np.cumsum([0, *nesting]).max() <= 16, "E-LIMIT")
+        hooks = {"object_pairs_hook": lambda items: need(len(dict(items)) == len(items), "E-DUPLICATE") or dict(items)}
+        hooks["parse_int"] = lambda digits: int(digits) if len(digits) < 309 else float(digits)
+        x = json.loads(raw.decode(), **hooks, parse_constant=int)  # int("NaN") fails
         json.dumps(x, ensure_ascii=False).encode()  # fails on an unpaired surrogate
     except ValueError:
         raise Refused(code) from None
@@ -82,194 +68,128 @@ def parse(text, code):  # R-002, R-003
     return x
 
 
-def canonical(x):  # R-050
-    if isinstance(x, dict):
-        names = sorted(x, key=lambda name: name.encode("utf-16-be"))
-        return "{" + ",".join(f"{canonical(name)}:{canonical(x[name])}" for name in names) + "}"
-    if isinstance(x, list):
-        return f"[{','.join(map(canonical, x))}]"
-    if type(x) not in (int, float):
-        return json.dumps(x, ensure_ascii=False)
-    if x and not 1e-6 <= abs(x) < 1e21:
-        return repr(float(x)).replace("e-0", "e-")
-    return np.format_float_positional(x + 0.0, trim="-")
-
-
 def container(path):
-    """(the manifest's text, {name: (dtype, shape, bytes)}, whether R-051 and R-052 hold) of a safetensors file."""
+    """The manifest, still JSON, and {name: (dtype, shape, float64 array)}; other dtypes stay bytes (R-001 to R-006)."""
     raw = Path(path).read_bytes()
     n = int.from_bytes(raw[:8], "little")
-    need(len(raw) >= 8 and 2 <= n <= 100_000_000 and 8 + n <= len(raw), "E-HEADER")
-    text, data = raw[8 : 8 + n].decode(errors="replace"), raw[8 + n :]
-    need(text.encode() == raw[8 : 8 + n] and re.fullmatch(r"(?s)\{.*\} *", text), "E-HEADER")
-    header = parse(text, "E-HEADER")
+    need(2 <= n <= 100_000_000 and re.fullmatch(rb"(?s)\{.*\} *", raw[8 : 8 + n]) and 8 + n <= len(raw), "E-HEADER")
+    header, data, tensors, end = parse(raw[8 : 8 + n], "E-HEADER"), raw[8 + n :], {}, 0
     meta = header.pop("__metadata__", {})
-    need(is_a(meta, {str}), "E-HEADER")
-    for t in header.values():
-        need(isinstance(t, dict) and t.keys() == ENTRY.keys() and all(is_a(t[k], ENTRY[k]) for k in t), "E-HEADER")
-        need(len(t["data_offsets"]) == 2 and all(0 <= i <= 2**53 for i in t["shape"] + t["data_offsets"]), "E-HEADER")
-    header = dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
-    for dtype, shape, (start, stop) in ([t[key] for key in ENTRY] for t in header.values()):
+    need(re.fullmatch(TEXTS, json.dumps(meta)), "E-HEADER")
+    need(all(re.fullmatch(ENTRY, json.dumps(t, sort_keys=True)) for t in header.values()), "E-HEADER")
+    for name, t in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape, (start, stop) = t["dtype"], t["shape"], t["data_offsets"]
+        need(max(*shape, start, stop) <= 2**53, "E-HEADER")
         need(dtype in BITS and (stop - start) * 8 == math.prod(shape) * BITS[dtype], "E-TENSOR")
-    starts, stops = ([t["data_offsets"][i] for t in header.values()] for i in (0, 1))
-    need([*starts, len(data)] == [0, *stops], "E-LAYOUT")
-    tensors = {name: (t["dtype"], t["shape"], data[slice(*t["data_offsets"])]) for name, t in header.items()}
-    entries = {name: {key: t[key] for key in ENTRY} for name, t in header.items()}
-    wanted = {"__metadata__": {"loratool": meta.get("loratool")}} | entries
-    wanted = json.dumps(wanted, ensure_ascii=False, separators=(",", ":")).encode()
-    order = sorted(entries, key=lambda name: (-BITS[entries[name]["dtype"]], name))
-    tidy = raw[8 : 8 + n] == wanted + b" " * (-len(wanted) % 8) and order == [*entries]
-    return meta.get("loratool", ""), tensors, tidy
+        need(start == end and stop <= len(data), "E-LAYOUT")
+        flat, end = np.frombuffer(data[start:stop], NUMPY.get(dtype, "u1")), stop
+        flat = (flat.astype("<u4") << 16).view("<f4") if dtype == "BF16" else flat
+        tensors[name] = dtype, shape, flat.astype(float).reshape(shape) if dtype in NUMPY else flat
+    need(end == len(data), "E-LAYOUT")
+    return meta.get("loratool", "").encode(), tensors
 
 
-def numbers(dtype, shape, data):
-    flat = np.frombuffer(data, NUMPY[dtype])
-    if dtype == "BF16":
-        flat = (flat.astype("<u4") << 16).view("<f4")
-    return flat.astype("<i8" if dtype == "I64" else "<f8").reshape(shape)
-
-
-def rounded(x, dtype):
-    """The nearest values of a dtype, ties to even, as float64 (R-061)."""
-    digits, top = DIGITS[dtype]
-    exponent = np.maximum(np.frexp(x)[1], 3 - top) - digits
-    y = np.ldexp(np.rint(np.ldexp(x, -exponent)), exponent)
-    need((np.abs(np.ldexp(y, -1)) < 2.0 ** (top - 1)).all(), "E-NONFINITE")
-    return y
-
-
-def boxes(u):
-    """What an update covers: ranges of the first two axes. A merge knows the index of a replace_rows."""
-    rows = u.get("rows", (0, 2**53))
-    if "index" in u:
-        return [((i, i + 1), (0, 2**53)) for i in u["index"]]
-    if "expert" in u:
-        return [((u["expert"], u["expert"] + 1), rows)]
-    return [((0, 2**53), rows) if "experts" in u else (rows, (0, 2**53))]
-
-
-def clash(u, v):  # R-029
-    roles = [x["kind"].removesuffix("_rows") for x in (u, v)]
-    if roles.count("replace") == 1 or not {"replace", "dora"} & {*roles}:
-        return False
-    return any(all(max(a, c) < min(b, d) for (a, b), (c, d) in zip(p, q)) for p in boxes(u) for q in boxes(v))
-
-
-def update(u, prefix, tensors):  # R-016, R-020 to R-028, R-030 to R-034
-    """{component: array} of an update whose tensors' names begin with prefix."""
-    target, kind, shape, dora = u["target"], u["kind"], u["shape"], u["kind"] == "dora"
-    need(dora or kind in FORMS, "E-KIND")
-    need(dora or not {"direction", "axis"} & u.keys(), "E-UNKNOWN-KEY")
-    kind, rank, rule, has = u.get("direction", kind), u.get("rank", 1), u.get("scaling"), SCALE.keys() & u.keys()
-    matrix = kind in ("lora", "loha", "lokr")
-    need(u.get("layout", "in_out") in ("in_out", "embedding") and len(u.get("rows", "ab")) == 2, "E-MANIFEST")
-    need(not dora or (matrix and u.get("axis") in (0, 1)), "E-MANIFEST")
-    need(re.fullmatch(r"[^\0-\x1f\x7f]+", target) and len(target.encode()) <= 1024, "E-LIMIT")
+def update(u, prefix, tensors):  # R-016, R-021 to R-026, R-030 to R-034
+    """{component: array} of an update whose tensors' names begin with prefix, and what it covers of two axes."""
+    kind, shape, packed = u.get("direction", u["kind"]), u["shape"], {"expert", "experts"} & u.keys()
+    rank, rule, scale, matrix = u.get("rank", 1), u.get("scaling"), u.get("scale", 0), "direction" in u or kind[0] == "l"
+    need(kind in FORMS, "E-KIND")
+    need(re.fullmatch(r"[^\0-\x1f\x7f]+", u["target"]) and len(u["target"].encode()) <= 1024, "E-LIMIT")
     need(1 <= rank <= 65536 and len(shape) <= 8 and math.prod(shape) <= 2**53, "E-LIMIT")
-    need(all(size >= 1 for size in shape), "E-SHAPE")
     need(kind != "replace_rows" or not PLACE.keys() & u.keys(), "E-RANGE")
-    packed = {"expert", "experts"} & u.keys()
     need(not packed or (len(packed) == 1 and len(shape) >= 2 + matrix), "E-RANGE")
     need(not packed or 0 <= u.get("expert", 0) < shape[0] == u.get("experts", shape[0]), "E-RANGE")
-    region = shape[len(packed) :]
-    need(len(region) >= (2 if matrix else kind == "replace_rows"), "E-SHAPE")
-    if "rows" in u:
-        start, stop = u["rows"]
-        need(region and 0 <= start < stop <= region[0], "E-RANGE")
-        region = [stop - start, *region[1:]]
-    need("scale" in u if matrix else has == ({"scaling", "scale"} if kind == "add" else set()), "E-SCALE")
+    lead, region = shape[: "experts" in u], shape[len(packed) :]
+    need(min(shape, default=1) >= 1 and len(region) >= (2 if matrix else kind == "replace_rows"), "E-SHAPE")
+    rows = u.get("rows", [0, *region[:1]])
+    need("rows" not in u or (region and 0 <= rows[0] < rows[1] <= region[0]), "E-RANGE")
+    region = [*np.diff(rows), *region[1:]]
+    has, keys = SCALE.keys() & u.keys(), {"scaling", "scale"} if kind == "add" else set()
+    need("scale" in u if matrix else has == keys, "E-SCALE")
     need(rule in (RULES if "alpha" in u else ["none"] if "scale" in u else [None]), "E-SCALE")
     names = {name for name in COMPONENTS if prefix + name in tensors}
-    forms = [dict(part.split(":") for part in (form + " magnitude:m" * dora).split()) for form in FORMS[kind]]
-    form = next((form for form in forms if form.keys() == names), {})
+    form = next((form for form in FORMS[kind] if {*form, *["magnitude"] * ("axis" in u)} == names), {})
     need(form, "E-COMPONENTS")
-    products = any("r" in axes for axes in form.values())
+    products = "r" in "".join(form.values())
     need(("rank" in u) == products and (products or rule in (None, "none", "alpha")), "E-RANK")
-    scale = u.get("scale", 0)
     wanted = u["alpha"] * RULES[rule](rank) if "alpha" in u else scale
     need(math.isfinite(scale) and abs(scale - wanted) <= abs(wanted) / 2**40, "E-SCALE")
-    sizes = {"E": shape[: "experts" in u], "n": region[:1], "R": region, "C": region[1:], "c": region[1:2]}
-    sizes |= {"K": region[2:], "T": shape[1:], "r": [rank], "m": region[u.get("axis", 0) :][:1]}
-    for name, axes in form.items():
-        dtype, rest, _ = tensors[prefix + name]
+    sizes = {"n": region[:1], "R": region, "C": region[1:], "c": region[1:2], "K": region[2:], "T": shape[1:]}
+    sizes |= {"r": [rank], "m": region[u.get("axis", 0) :][:1]}
+    for name in names:
+        dtype, got, _ = tensors[prefix + name]
         need(dtype in (["I64"] if name == "index" else DIGITS), "E-DTYPE")
-        for axis in "E" + axes:
-            size = sizes.setdefault(axis, rest[:1] or [0])
-            need(rest[: len(size)] == size, "E-RANK" if axis == "r" and name[0] == "B" and rest else "E-SHAPE")
-            rest = rest[len(size) :]
-        need(not rest, "E-SHAPE")
-    a, b, x, y = (sizes.get(axis, [0])[0] for axis in "abxy")
-    need(kind != "lokr" or region[:2] == [a * b, x * y], "E-SHAPE")
-    parts = {name: numbers(*tensors[prefix + name]) for name in form}
+        axes = enumerate(form.get(name, "m"), len(lead))
+        want = lead + [size for i, axis in axes for size in sizes.setdefault(axis, got[i : i + 1] or [0])]
+        need(got == want, "E-RANK" if name[0] == "B" and got[:-1] == want[:-1] else "E-SHAPE")
+    a, b, x, y, k = (sizes.get(axis, [1])[0] for axis in "abxyk")
+    need(1 <= k <= [*shape, 1][0] and (kind != "lokr" or region[:2] == [a * b, x * y]), "E-SHAPE")
+    parts = {name: tensors[prefix + name][2] for name in names}
     need(all(np.isfinite(part).all() for part in parts.values()), "E-NONFINITE")
-    if kind == "replace_rows":
-        need(1 <= len(parts["index"]) <= shape[0], "E-SHAPE")
-        need((np.diff([-1, *parts["index"], shape[0]]) > 0).all(), "E-RANGE")
-    return parts
+    need((np.diff([-1, *parts.get("index", []), *shape[:1]]) > 0).all(), "E-RANGE")
+    first = [u["expert"], u["expert"] + 1] if "expert" in u else ANY
+    return parts, np.array([first, u.get("rows", ANY)] if packed else [u.get("rows", ANY), first])
 
 
-def read(path, strict=False):
-    """(manifest, {"target.ordinal.": {component: array}}); strict also refuses what R-055 lets a reader open."""
-    text, tensors, tidy = container(path)
-    m = parse(text, "E-MANIFEST")
-    version, features = m.get("version"), m.get("features")
-    need(m.get("format") == "loratool" and is_a(version, str), "E-MANIFEST")
-    need(re.fullmatch(r"[1-9][0-9]*\.(0|[1-9][0-9]*)", version), "E-MANIFEST")
-    need(version.startswith("1."), "E-VERSION")
-    need(is_a(features, [str]), "E-MANIFEST")
-    need({*features} <= FEATURES and len({*features}) == len(features), "E-FEATURE")
-    check(m, "E-MANIFEST", MANIFEST, {})
-    need(1 <= len(m["updates"]) <= 1_000_000 and len(text.encode()) <= 50_000_000, "E-LIMIT")
-    found, used, groups, base = {}, set(), {}, m["base"]
+def read(path):
+    """The manifest of an adapter, and {"target.ordinal.": {component: array}} in the order of its updates."""
+    text, tensors = container(path)
+    m, found, used, groups = parse(text, "E-MANIFEST"), {}, set(), {}
+    check({key: m[key] for key in HEAD if key in m}, "E-MANIFEST", HEAD)
+    need(m["version"].startswith("1."), "E-VERSION")
+    need({*m["features"]} <= FEATURES and len({*m["features"]}) == len(m["features"]), "E-FEATURE")
+    check(m, "E-MANIFEST", MANIFEST)
+    need(1 <= len(m["updates"]) <= 1_000_000 and len(text) <= 50_000_000, "E-LIMIT")
     for u in m["updates"]:
-        check(u, "E-MANIFEST", UPDATE, OPTIONAL)
-        group = groups.setdefault(u["target"], [])
+        check(u, "E-MANIFEST", DORA if isinstance(u, dict) and u.get("kind") == "dora" else UPDATE)
+        group, (role, foes) = groups.setdefault(u["target"], []), ROLES.get(u["kind"], (2, 4))
         prefix = f"{u['target']}.{len(group)}."
-        found[prefix] = parts = update(u, prefix, tensors)
-        need(all(u["shape"] == v["shape"] for v in group), "E-SHAPE")
-        need(not any(clash(u, v) for v in group), "E-OVERLAP")
-        group.append(u)
-        used |= {u["kind"], u.get("direction"), *PLACE.keys() & u.keys(), *(name.rstrip("12") for name in parts)}
-    need(tensors.keys() == {prefix + name for prefix in found for name in found[prefix]}, "E-COMPONENTS")
-    check(base, "E-BASE", {}, {"name": str, "tensors": dict})
-    for name, t in base.get("tensors", {}).items():
-        check(t, "E-BASE", IDENTITY, {})
-        need(name in groups and re.fullmatch("blake3:[0-9a-f]{64}", t["digest"]) and t["dtype"] in BITS, "E-BASE")
-        new = any(u["kind"] == "replace" and not PLACE.keys() & u.keys() for u in groups[name])
-        need(min(t["shape"], default=0) >= 0 and (new or t["shape"] == groups[name][0]["shape"]), "E-BASE")
-    need(not strict or features == sorted(used & FEATURES), "E-FEATURE")
-    need(not strict or (tidy and text == canonical(m)), "E-CANONICAL")
+        found[prefix], box = update(u, prefix, tensors)
+        need(all(u["shape"] == v["shape"] for v, *_ in group), "E-SHAPE")
+        meet = [r for _, r, other in group if (np.maximum(box, other)[:, 0] < np.minimum(box, other)[:, 1]).all()]
+        need(not any(r & foes for r in meet), "E-OVERLAP")
+        group.append((u, role, box))
+    need(tensors.keys() == {prefix + name for prefix, parts in found.items() for name in parts}, "E-COMPONENTS")
+    check(m["base"], "E-BASE", BASE)
+    for name, t in m["base"].get("tensors", {}).items():
+        check(t, "E-BASE", IDENTITY)
+        new = any(u["kind"] == "replace" and not PLACE.keys() & u.keys() for u, *_ in groups.get(name, []))
+        need(new or (name in groups and t["shape"] == groups[name][0][0]["shape"]), "E-BASE")
     return m, found
 
 
-def delta(kind, p):
-    """The change of an update before its scale, from the components for one expert."""
-
-    def factor(i=""):
-        if "w" + i in p:
-            return p["w" + i]
-        b, a, mid = p["B" + i], p["A" + i], p.get("mid" + i)
-        return np.einsum("im,m...->i...", b, a) if mid is None else np.einsum("im,mn...,nj->ij...", b, mid, a)
-
-    if kind in ("add", "lora"):
-        return p["value"] if kind == "add" else factor()
-    one, two = factor("1"), factor("2")
-    return one * two if kind == "loha" else np.kron(one.reshape(one.shape + (1,) * (two.ndim - 2)), two)
-
-
-def apply(w, u, p, weight):
-    """Changes the region of w for one update, or for each of its experts (R-060)."""
-    rows = [slice(*u["rows"])] if "rows" in u else []
-    places = [((*[u[key] for key in ("index", "expert") if key in u], *rows), p)]
-    if "experts" in u:
-        places = [((e, *rows), {name: part[e] for name, part in p.items()}) for e in range(u["experts"])]
-    for at, q in places:
-        change = "replace" in u["kind"] or float(u["scale"]) * delta(u.get("direction", u["kind"]), q)
-        if u["kind"] == "dora":
-            v = np.moveaxis(w[at] + change, u["axis"], -1)  # [..., m]
-            norm = np.sqrt((v * v).sum(axis=tuple(range(v.ndim - 1))))  # [m]
-            need((np.isfinite(norm) & (norm > 0)).all(), "E-NONFINITE")
-            q["value"] = np.moveaxis(q["magnitude"] * v / norm, -1, u["axis"])
-        ...
-
-
+def merge(base, adapters, consent=False):
+    """{name: (dtype, array)} of a base after a merge of [(adapter, weight)] (section 8)."""
+    stored, jobs, whole = container(base)[1], {}, {}
+    for path, weight in adapters:
+        m, found = read(path)
+        for name, t in m["base"].get("tensors", {}).items():
+            need([*stored.get(name, (t["dtype"], t["shape"]))[:2]] == [t["dtype"], t["shape"]], "E-BASE-MISMATCH")
+        for u, (prefix, p) in zip(m["updates"], found.items(), strict=True):
+            jobs.setdefault(u["target"], []).append((u, p, weight))
+            if u["kind"] == "replace" and not PLACE.keys() & u.keys():
+                whole[u["target"]] = weight, container(path)[1][prefix + "value"][0]
+    merged = {name: (dtype, array) for name, (dtype, _, array) in stored.items()}
+    for target, steps in jobs.items():
+        dtype, old, w = stored.get(target, (None, None, None))
+        need(dtype in (None, *DIGITS), "E-QUANTISED")
+        if any(u["shape"] != old for u, *_ in steps):
+            need(target in whole, "E-SHAPE" if dtype else "E-TARGET")
+            need(consent and whole[target][0] == 1, "E-TARGET")
+            dtype, w = dtype or whole[target][1], np.zeros(steps[0][0]["shape"])
+        w, seen = w.copy(), np.zeros(w.shape, int)
+        for u, p, weight in sorted(steps, key=lambda step: "replace" not in step[0]["kind"]):
+            role, foes = ROLES.get(u["kind"], (2, 4))
+            first = p["index"].astype(int) if "index" in p else u.get("expert")
+            for e in range(u.get("experts", 1)):
+                q = {name: part[e] for name, part in p.items()} if "experts" in u else dict(p)
+                at = [e] if "experts" in u else [] if first is None else [first]
+                at = (*at, *([slice(*u["rows"])] if "rows" in u else []))
+                need(not (seen[at] & foes).any(), "E-OVERLAP")
+                seen[at] |= role
+                for i in ("", "1", "2"):
+                    if "mid" + i in q:
+                        q["A" + i] = np.einsum("mn...,nj->mj...", q["mid" + i], q["A" + i])
+                    if "B" + i in q:
+                        q["w" + i] = np.tensordot(q["B" + i], q["A" + i], 1)
+                ...

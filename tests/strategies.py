@@ -6,12 +6,17 @@ rules, dtypes), which is where mistakes are.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -28,6 +33,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 State = dict[str, Tensor]
 Shape = tuple[int, ...]
+Array = np.ndarray[Any, np.dtype[np.float64]]
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 RULES = ("none", "alpha", "alpha/rank", "alpha/sqrt(rank)")
@@ -170,6 +176,31 @@ def same_bits(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
     return one.keys() == two.keys() and all(
         (one[n].dtype, one[n].shape, raw(one[n])) == (two[n].dtype, two[n].shape, raw(two[n])) for n in one
     )
+
+
+# --- numbers and the engine ----------------------------------------------------------------------------------------
+
+# dtype: bits of the significand, exponent of the smallest normal number
+LAYOUT = {"F32": (24, -126), "F16": (11, -14), "BF16": (8, -126)}
+
+
+def rounded(x: Array, dtype: str) -> Array:
+    """Round once, to nearest, ties to even; by hand, so that nothing rounds twice on the way."""
+    if dtype == "F64":
+        return x
+    precision, smallest = LAYOUT[dtype]
+    _, exponent = np.frexp(x)
+    step = np.exp2(np.maximum(exponent - 1, smallest) - (precision - 1))
+    return np.rint(x / step) * step
+
+
+@contextmanager
+def small_blocks(nbytes: int) -> Iterator[None]:
+    """Row blocks of `nbytes` stored bytes. `loratool.merge` and `loratool.plan` are functions: hence the detour."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("loratool.merge", "loratool.plan"):
+            patch.setattr(importlib.import_module(name), "BLOCK_BYTES", nbytes)
+        yield
 
 
 # --- strategies -----------------------------------------------------------------------------------------------------

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +18,15 @@ from strategies import (
     DTYPES,
     FORMS,
     RULES,
+    Array,
     Maker,
     State,
     base_for,
     make_update,
     one,
+    rounded,
     save_sharded,
+    small_blocks,
     tensors_of,
 )
 from torch import Tensor
@@ -35,12 +35,8 @@ import loratool
 from loratool import Adapter, Target, Targeted, TensorRef
 from loratool.updates import KINDS, Dora, Lora, ReplaceRows, Scaling, Update
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
-
 SHAPES = {"linear": (6, 4), "conv1d": (6, 4, 3), "conv2d": (6, 4, 3, 2)}
 UNIT = {"F32": 2.0**-24, "F64": 2.0**-53}  # of the compute dtype
-# dtype: bits of the significand, exponent of the smallest normal number
-LAYOUT = {"F32": (24, -126), "F16": (11, -14), "BF16": (8, -126)}
 
 
 # --- the formulas ---------------------------------------------------------------------------------------------------
@@ -123,30 +119,11 @@ def band(update: Update, W: Array, weight: float, t: dict[str, Array], unit: flo
     return (rank + 16) * unit * (np.abs(W) + abs(weight) * (np.abs(W) + terms))
 
 
-def rounded(x: Array, dtype: str) -> Array:
-    """Round once, to nearest, ties to even; by hand, so that nothing rounds twice on the way."""
-    if dtype == "F64":
-        return x
-    precision, smallest = LAYOUT[dtype]
-    _, exponent = np.frexp(x)
-    step = np.exp2(np.maximum(exponent - 1, smallest) - (precision - 1))
-    return np.rint(x / step) * step
-
-
 def assert_within(got: Tensor, exact: Array, allowed: Array, dtype: str) -> None:
     found = got.double().numpy().reshape(exact.shape)
     low, high = rounded(exact - allowed, dtype), rounded(exact + allowed, dtype)
     wrong = (found < low) | (found > high)
     assert not wrong.any(), f"{wrong.sum()} of {wrong.size} are off, by {np.abs(found - exact).max():.3g}"
-
-
-@contextmanager
-def small_blocks(nbytes: int) -> Iterator[None]:
-    """Row blocks of `nbytes` stored bytes. `loratool.merge` and `loratool.plan` are functions: hence the detour."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("loratool.merge", "loratool.plan"):
-            patch.setattr(importlib.import_module(name), "BLOCK_BYTES", nbytes)
-        yield
 
 
 # --- blocks of rows -------------------------------------------------------------------------------------------------

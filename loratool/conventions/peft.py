@@ -9,7 +9,7 @@ for trained heads and biases. Rank and alpha may differ per module (`rank_patter
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -62,12 +62,18 @@ _VARIANTS = {
 
 
 def detect(source: Checkpoint) -> bool:
-    if any(WRAPPED_PART.match(name) for name in source.tensors):
+    if is_wrapped(source.tensors):
         return False  # hand-dumped or wrapped: the adapter's name is still in the keys
     config = _side_config(source)
     if config is not None and "peft_type" in config:
         return True
     return any(name.startswith(PREFIX) and _PART.match(name) for name in source.tensors)
+
+
+def is_wrapped(names: Iterable[str]) -> bool:
+    """Whether adapter names are in the keys. `modules_to_save.NAME` alone is no sign: PEFT leaves it in saved folders."""
+    matches = (WRAPPED_PART.match(name) for name in names)
+    return any(match is not None and not match["saved"] for match in matches)
 
 
 def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | None) -> Adapter:
@@ -185,14 +191,11 @@ class PeftReader:
                         "merge it with PEFT",
                     )
                 )
-            elif ".original_module." in key:
-                self.notes.append(f"{ref.name} is the untrained original: not used")
+            elif (trained := _trained_copy(key, self.parts)) is not None:
+                # bias="all" saves a trained head's bias three times; modules_to_save has the trained one.
+                self.notes.append(f"{ref.name}: {trained} is the trained copy, this one is not used")
             else:
-                # bias="all" saves a trained head's bias twice; the modules_to_save copy is the trained one.
-                is_copy = ".modules_to_save." in key
-                name = key.replace(".modules_to_save.", ".").replace(".base_layer.", ".")
-                if is_copy or name not in whole:
-                    whole[name] = ref
+                whole[key.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = ref
         if self.problems:
             raise Unsupported(self.problems)
         return list(found.values()), whole
@@ -426,7 +429,8 @@ class PeftReader:
             return choices[0]
         if len(choices) == 2 and not below:
             # Nested wrappers: the innermost is the module's first registered parameter, gate_up before down.
-            self.doubts.append(f"{module.name}: which of {', '.join(choices)} it updates")
+            if self.base is None:
+                self.doubts.append(f"{module.name}: which of {', '.join(choices)} it updates")
             return sorted(choices, key=lambda last: "down" in last)[0 if module.depth else 1]
         if not choices:
             return "weight"  # a target the base does not have
@@ -452,7 +456,8 @@ class PeftReader:
             if parameter == "weight" or not rank or A.shape[0] == rank:
                 return None
             experts = A.shape[0] // rank
-            self.doubts.append(f"{module.name}.{parameter}: how the base orders its {experts} experts' matrices")
+            if self.base is None:
+                self.doubts.append(f"{module.name}.{parameter}: how the base orders its {experts} experts' matrices")
         if A.shape[0] % experts or A.shape[0] != B.shape[1]:
             raise InvalidFile(
                 Problem(
@@ -542,6 +547,12 @@ def _hit(pattern: str, module: str) -> bool:
         return re.match(rf"(.*\.)?({pattern})$", module) is not None
     except re.error as error:
         raise InvalidFile(Problem("E-CONFIG", f"pattern {pattern!r} is not a regular expression: {error}")) from None
+
+
+def _trained_copy(key: str, keys: Container[str]) -> str | None:
+    """The key of the trained head tensor that `key` is another copy of, if the file has both."""
+    plain = re.sub(r"\.(original_module|modules_to_save\.[^.]+|modules_to_save)(?=\.)", "", key, count=1)
+    return plain if plain != key and plain in keys else None
 
 
 def _without_layers(path: str) -> _Module:

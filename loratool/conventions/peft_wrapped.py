@@ -24,7 +24,7 @@ TITLE = "PEFT-wrapped checkpoint"
 
 
 def detect(source: Checkpoint) -> bool:
-    return any(peft.WRAPPED_PART.match(name) for name in source.tensors)
+    return peft.is_wrapped(source.tensors)
 
 
 def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | None) -> Adapter:
