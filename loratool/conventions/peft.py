@@ -71,7 +71,7 @@ def detect(source: Checkpoint) -> bool:
 
 
 def is_wrapped(names: Iterable[str]) -> bool:
-    """Whether adapter names are in the keys. `modules_to_save.NAME` alone is no sign: PEFT leaves it in saved folders."""
+    """Whether adapter names are in the keys; `modules_to_save.NAME` alone is no sign, PEFT leaves it in saved folders."""
     matches = (WRAPPED_PART.match(name) for name in names)
     return any(match is not None and not match["saved"] for match in matches)
 
