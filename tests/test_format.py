@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from strategies import FORMS, Maker, adapters, files_of, make_update, one, raw, scaling, seeds
+from strategies import FORMS, Maker, adapters, files_of, make_update, one, raw, scaling
 from torch import Tensor
 
 import loratool
@@ -45,7 +45,7 @@ HEADER = (
     b'"w.0.A":{"dtype":"F32","shape":[1,2],"data_offsets":[0,8]},'
     b'"w.0.B":{"dtype":"BF16","shape":[1,1],"data_offsets":[8,10]}}'
 )
-GOLDEN = b"\x68\x01\0\0\0\0\0\0" + HEADER + b" " + b"\0\0\x80?" + b"\0\0\0@" + b"\0?"
+GOLDEN = b"\x88\x01\0\0\0\0\0\0" + HEADER + b"       " + b"\0\0\x80?" + b"\0\0\0@" + b"\0?"
 
 
 def tiny(**provenance: str) -> Adapter:
@@ -149,11 +149,21 @@ def parts() -> tuple[Json, dict[str, Tensor]]:
         "provenance": {"tool": "a test"},
     }
     A, B = torch.ones(2, 3), torch.ones(4, 2)
+    ones = torch.ones
     tensors = {
-        **{"a.0.A": A, "a.0.B": B[:2].clone(), "a.1.value": torch.ones(2, 3)},
-        **{"b.0.A": A, "b.0.B": B, "b.0.magnitude": torch.ones(4), "c.0.A": A, "c.0.B": B},
-        **{"d.0.w1": torch.ones(2, 3), "d.0.w2": torch.ones(2, 1), "e.0.value": torch.ones(3)},
-        **{"f.0.index": torch.tensor([1, 4]), "f.0.value": torch.ones(2, 2)},
+        "a.0.A": A,
+        "a.0.B": B[:2].clone(),
+        "a.1.value": ones(2, 3),
+        "b.0.A": A,
+        "b.0.B": B,
+        "b.0.magnitude": ones(4),
+        "c.0.A": A,
+        "c.0.B": B,
+        "d.0.w1": ones(2, 3),
+        "d.0.w2": ones(2, 1),
+        "e.0.value": ones(3),
+        "f.0.index": torch.tensor([1, 4]),
+        "f.0.value": ones(2, 2),
     }
     return manifest, tensors
 
@@ -204,6 +214,11 @@ def added(name: str) -> Change:
     return lambda manifest, tensors: tensors.update({name: torch.ones(1)})
 
 
+def other_rank(manifest: Json, tensors: dict[str, Tensor]) -> None:
+    """The scale agrees with it, the factors do not."""
+    manifest["updates"][0] |= {"rank": 1, "scale": 4}
+
+
 WRONG: list[tuple[str, str, Change]] = [
     ("E-MANIFEST", "R-011", put("format", "lora")),
     ("E-MANIFEST", "R-011", put("version", "1")),
@@ -245,7 +260,7 @@ WRONG: list[tuple[str, str, Change]] = [
     ("E-SCALE", "R-024", put("updates", 1, "rank", 2)),
     ("E-SCALE", "R-024", put("updates", 5, "scale", 1)),
     ("E-SCALE", "R-025", put("updates", 0, "scale", 2.0001)),
-    ("E-RANK", "R-026", put("updates", 0, "rank", 1)),
+    ("E-RANK", "R-026", other_rank),
     ("E-RANK", "R-026", put("updates", 4, "rank", 1)),
     ("E-RANK", "R-026", drop("updates", 0, "rank")),
     ("E-MANIFEST", "R-027", put("updates", 0, "layout", "")),
@@ -403,6 +418,16 @@ def places(document: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [(*path, key) for key, _ in pairs] + [p for key, child in pairs for p in places(child, (*path, key))]
 
 
+def judged(path: Path) -> str:
+    """What reader and validator say together; neither may crash, and the validator sees all that the reader does."""
+    found = loratool.validate(path)
+    try:
+        loratool.load(path)
+    except LoratoolError:
+        return "invalid" if found else "the validator missed it"
+    return "readable" if found else "valid"
+
+
 def with_junk(document: Json, where: tuple[Any, ...], junk: object) -> Json:
     changed = copy.deepcopy(document)
     put(*where, junk)(changed, {})
@@ -415,11 +440,7 @@ def test_junk_in_a_manifest_is_a_typed_error(where: tuple[Any, ...], tmp_path: P
     for n, junk in enumerate(JUNK):
         text = json.dumps(with_junk(manifest, where, junk), ensure_ascii=False)
         path = build(tmp_path / f"{n}.safetensors", text, tensors)
-        found = loratool.validate(path)  # whatever it is, it is no crash
-        try:
-            loratool.load(path)
-        except LoratoolError as error:
-            assert found, (junk, error)
+        assert judged(path) in ("valid", "invalid", "readable"), junk
 
 
 def test_junk_in_a_header_is_a_typed_error(tmp_path: Path) -> None:
@@ -429,11 +450,7 @@ def test_junk_in_a_header_is_a_typed_error(tmp_path: Path) -> None:
     for n, where in enumerate(places(header)):
         for junk in JUNK:
             path = pack(tmp_path / f"{n}.safetensors", with_junk(header, where, junk), source[8 + length :])
-            found = loratool.validate(path)
-            try:
-                loratool.load(path)
-            except LoratoolError as error:
-                assert found, (where, junk, error)
+            assert judged(path) in ("valid", "invalid", "readable"), (where, junk)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (2, 3, 1), (0,), (1, 1, 1, 1)])
@@ -456,11 +473,7 @@ def test_no_bytes_crash_the_reader(data: st.DataObject, tmp_path_factory: pytest
         content[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
     path = folder / "bad.safetensors"
     path.write_bytes(content)
-    found = loratool.validate(path)
-    try:
-        loratool.load(path)
-    except LoratoolError:
-        assert found
+    assert judged(path) in ("valid", "invalid", "readable")
 
 
 def test_many_names_with_one_twice_are_read_in_time(tmp_path: Path) -> None:
@@ -618,9 +631,9 @@ def test_an_adapter_is_the_same_in_every_convention(tmp_path: Path) -> None:
     assert load_file(tmp_path / "extracted.lora.safetensors").keys() == {"block.fc.weight.0.A", "block.fc.weight.0.B"}
 
 
-@given(adapter=adapters(), seed=seeds)
-def test_a_digest_does_not_depend_on_the_order_of_targets(adapter: Adapter, seed: int) -> None:
-    order = sorted(adapter.targets(), key=lambda name: hash((seed, name)))
+@given(adapter=adapters(), data=st.data())
+def test_a_digest_does_not_depend_on_the_order_of_targets(adapter: Adapter, data: st.DataObject) -> None:
+    order = data.draw(st.permutations([*adapter.targets()]))
     sorted_updates = [item for name in order for item in adapter.targets()[name]]
     assert content_digest(replace(adapter, updates=tuple(sorted_updates))) == content_digest(adapter)
     assert content_digest(replace(adapter, provenance={"a": "b"}, base=BaseIdentity("x"))) == content_digest(adapter)
@@ -636,12 +649,6 @@ def test_a_digest_depends_on_all_that_matters(form: str) -> None:
     if item.update.scaling is not None:
         others.append(one(form, (4, 6), alpha=7.0))
     assert len({content_digest(one) for one in [adapter, *others]}) == len(others) + 1
-
-
-def test_the_digest_of_two_updates_of_one_target_ignores_their_order_where_the_sum_does() -> None:
-    target = Target("w", (4, 3))
-    items = [Targeted(target, make_update("lora", (4, 3), Maker(seed), alpha=3.0)) for seed in (1, 2)]
-    assert content_digest(Adapter(tuple(items))) == content_digest(Adapter(tuple(items[::-1])))
 
 
 def test_scaling_rules_are_what_they_say() -> None:

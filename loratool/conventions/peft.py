@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from loratool.adapter import Adapter, BaseIdentity, Target, Targeted
 from loratool.checkpoint import Checkpoint
 from loratool.conventions.choices import Choices
+from loratool.conventions.orientation import CONV1D_NAMES, square_layout
 from loratool.errors import ChoiceNeeded, InvalidFile, LoratoolError, Mismatch, Problem, Unsupported
 from loratool.names import modules, natural, parent, prefix_rule
 from loratool.tensors import Computed, Shape, TensorRef
@@ -45,8 +46,6 @@ _FOREIGN = re.compile(
     r"\.(lora_E|lora_ranknum|hada_\w+|lokr_\w+|ia3_\w|vera_\w+|oft_\w+|lora_diag\w*|boft_\w+|lora_[A-Z]\w*)\b"
 )
 
-# Layers of transformers that are usually Conv1D, [in, out]: without the base, its flag alone proves nothing for them.
-CONV1D_NAMES = {"c_attn", "c_proj", "c_fc", "q_attn"}
 # Initialisations that rewrite the base before training: the adapter is relative to a base that is not on any disk.
 _MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _VARIANTS = {
@@ -71,7 +70,7 @@ def detect(source: Checkpoint) -> bool:
 
 
 def is_wrapped(names: Iterable[str]) -> bool:
-    """Whether adapter names are in the keys; `modules_to_save.NAME` alone is no sign, PEFT leaves it in saved folders."""
+    """Whether adapter names are in the keys. `modules_to_save.NAME` alone is no sign: PEFT saves it in folders too."""
     matches = (WRAPPED_PART.match(name) for name in names)
     return any(match is not None and not match["saved"] for match in matches)
 
@@ -291,7 +290,7 @@ class PeftReader:
                     "PEFT refuses it too",
                 )
             )
-        layout = self._layout(module.name, (out, *A.shape[1:]), stored)
+        layout = self._layout(module.name, name, (out, *A.shape[1:]))
         update: Lora | Dora
         if layout == "in_out":
             update, axis = Lora(B.T, A.T, scaling), 1
@@ -329,7 +328,7 @@ class PeftReader:
         a, b = A.shape[1], B.shape[0]
         A3 = A.reshape(experts, rank, a)
         B3 = B.reshape(b, rank, experts).permute(2, 0, 1)  # [experts, b, rank]
-        layout = self._layout(f"{module.name}.{parameter}", (b, a), stored)
+        layout = self._layout(f"{module.name}.{parameter}", name, (b, a))
         if layout == "in_out":
             A3, B3 = B3.permute(0, 2, 1), A3.permute(0, 2, 1)
             a, b = b, a
@@ -468,8 +467,8 @@ class PeftReader:
             )
         return experts
 
-    def _layout(self, module: str, shape: Shape, stored: TensorRef | None) -> str:
-        """ "" for a stored [out, in], "in_out" for [in, out]; `shape` is what the factors make, as [out, in...].
+    def _layout(self, module: str, name: str, shape: Shape) -> str:
+        """The layout of the base's tensor: "" or "in_out". `shape` is what the factors make, as [out, in...].
 
         PEFT's one `fan_in_fan_out` flag is that of the last module it wrapped, so it proves nothing where Conv1D and
         Linear mix: the base's shape decides, and for a square matrix what the base shows of its kind.
@@ -478,6 +477,7 @@ class PeftReader:
             return "in_out" if given == "in_out" else ""
         if len(shape) != 2:
             return ""
+        stored = self._stored(name)
         flag = bool((self.config or {}).get("fan_in_fan_out"))
         if stored is None:
             if flag or module.rpartition(".")[2] in CONV1D_NAMES:
@@ -485,60 +485,23 @@ class PeftReader:
             return "in_out" if flag else ""
         dims = stored.shape[-2:]
         if dims not in (shape, shape[::-1]):
-            raise Mismatch(
-                Problem(
-                    "E-SHAPE",
-                    f"{module}: the factors make {list(shape)}, the base has {list(stored.shape)}",
-                    self.where,
-                    "is this the adapter's base?",
-                )
-            )
+            what = f"{module}: the factors make {list(shape)}, the base has {list(stored.shape)}"
+            raise Mismatch(Problem("E-SHAPE", what, self.where, "is this the adapter's base?"))
         if shape[0] != shape[1]:
             return "" if dims == shape else "in_out"
-        return self._square(module, stored, flag)
-
-    def _square(self, module: str, stored: TensorRef, flag: bool) -> str:
-        assert self.base is not None
-        if len(stored.shape) == 3:
-            return "in_out" if f"{self.rename(parent(module))}.{module.rpartition('.')[2]}_bias" in self.base else ""
-        leaf = module.rpartition(".")[2]
-        same_kind: set[str] = set()
-        anywhere: set[str] = set()
-        for name, ref in self.base.items():
-            if (layout := _shown_layout(name, ref, self.base)) is not None:
-                anywhere.add(layout)
-                if parent(name).rpartition(".")[2] == leaf:
-                    same_kind.add(layout)
-        if len(same_kind) == 1:
-            return same_kind.pop()
-        if not flag and "in_out" not in anywhere:
-            return ""
-        if flag and anywhere == {"in_out"}:
-            return "in_out"
-        raise ChoiceNeeded(
-            Problem(
-                "E-LAYOUT",
-                f"{module} is square, and nothing shows whether the base stores it as [out, in] or [in, out]",
-                self.where,
-                f"say --layout '*{leaf}=in_out' for a Conv1D, --layout '*{leaf}=out_in' for a Linear",
-            )
-        )
+        layout = None if self.base is None else square_layout(name, flag, self.base)
+        if layout is None:
+            leaf = module.rpartition(".")[2]
+            what = f"{module} is square, and nothing shows whether the base stores it as [out, in] or [in, out]"
+            hint = f"say --layout '*{leaf}=in_out' for a Conv1D, --layout '*{leaf}=out_in' for a Linear"
+            raise ChoiceNeeded(Problem("E-LAYOUT", what, self.where, hint))
+        return layout
 
     def _two_dimensional(self, module: _Module, A: TensorRef, B: TensorRef) -> None:
         if len(A.shape) != 2 or len(B.shape) != 2:
             raise InvalidFile(
                 Problem("E-SHAPE", f"{module.name}: factors {list(A.shape)}, {list(B.shape)}", self.where)
             )
-
-
-def _shown_layout(name: str, ref: TensorRef, base: Mapping[str, TensorRef]) -> str | None:
-    """The layout that a matrix and its bias give away: the bias is as long as the output."""
-    if not name.endswith(".weight") or len(ref.shape) != 2 or ref.shape[0] == ref.shape[1]:
-        return None
-    bias = base.get(f"{parent(name)}.bias")
-    if bias is None or len(bias.shape) != 1:
-        return None
-    return {ref.shape[0]: "", ref.shape[1]: "in_out"}.get(bias.shape[0])
 
 
 def _hit(pattern: str, module: str) -> bool:

@@ -1,0 +1,94 @@
+"""A client of the public interface, for `mypy --strict`: it is checked, and never run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from typing_extensions import assert_type
+
+import loratool
+from loratool import (
+    Adapter,
+    BaseIdentity,
+    ExtractReport,
+    LoratoolError,
+    MergeReport,
+    Plan,
+    Problem,
+    Progress,
+    Summary,
+    Target,
+    Targeted,
+    TensorIdentity,
+    TensorRef,
+    UnmergeReport,
+)
+
+
+def bar(step: Progress) -> None:
+    assert_type(step.done, int)
+    assert_type(step.total, int)
+    assert_type(step.what, str)
+
+
+def reads(path: Path) -> Adapter:
+    adapter = loratool.load("adapter/", base=path, alpha={"*q_proj*": 16.0}, scaling="alpha/rank", adapter="default")
+    assert_type(adapter, Adapter)
+    assert_type(adapter.updates, tuple[Targeted, ...])
+    assert_type(adapter.updates[0].target, Target)
+    assert_type(adapter.updates[0].target.rows, tuple[int, int] | None)
+    assert_type(adapter.base, BaseIdentity)
+    assert_type(adapter.base.tensors, Mapping[str, TensorIdentity])
+    assert_type(adapter.provenance, Mapping[str, str])
+    assert_type(adapter.targets(), dict[str, list[Targeted]])
+    assert_type(adapter.parameters, int)
+    for ref in adapter.updates[0].update.components().values():
+        assert_type(ref, TensorRef)
+        assert_type(ref.shape, tuple[int, ...])
+        assert_type(ref.digest(), str)
+    return adapter
+
+
+def writes(adapter: Adapter, path: Path) -> None:
+    assert_type(loratool.validate(path), list[Problem])
+    loratool.save(adapter, path)
+    report = loratool.extract("wrapped.pth", path, alpha=16, scaling="alpha", base_out="base/", progress=bar)
+    assert_type(report, ExtractReport)
+    assert_type(report.adapter, Adapter)
+    summary = loratool.inspect(path, base="base/")
+    assert_type(summary, Summary)
+    assert_type(summary.to_json(), dict[str, Any])
+
+
+def merges(adapter: Adapter, path: Path) -> None:
+    assert_type(loratool.merge("base/", adapter, "out/"), MergeReport)
+    assert_type(loratool.merge("base/", "adapter/", "out/"), MergeReport)
+    report = loratool.merge(
+        path, [adapter, "one", (path, 0.5), (adapter, 1)], path, dtype="bf16", allow_new=True, progress=bar
+    )
+    assert_type(report.plan, Plan)
+    assert_type(report.plan.nbytes, int)
+    assert_type(report.seconds, float)
+    assert_type(loratool.plan("base/", ["one", "two"], "out/"), Plan)
+    back = loratool.unmerge("out/", [("one", None), (adapter, 0.5)], "back/", base="base/", exact=True)
+    assert_type(back, UnmergeReport)
+    assert_type(back.exact, bool)
+    assert_type(back.bound, float)
+
+
+def fails() -> None:
+    try:
+        loratool.merge("base/", [], "out/")
+    except (loratool.Mismatch, loratool.OutputRefused) as error:
+        assert_type(error.code, str)
+        assert_type(error.problems, tuple[Problem, ...])
+    except loratool.AnswerIsNo as error:
+        assert_type(error.exit_code, int)
+    except LoratoolError as error:
+        assert_type(error.problems[0].to_json(), dict[str, str])
+    loratool.merge("base/", 3, "out/")  # type: ignore[arg-type]
+    loratool.merge("base/", ["one"], "out/", precision="bf16")  # type: ignore[call-arg]
+    loratool.load("adapter/", alpha="16")  # type: ignore[arg-type]
+    loratool.save("adapter/", "out")  # type: ignore[arg-type]
