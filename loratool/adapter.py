@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from loratool.errors import Problem
 from loratool.tensors import Shape
 from loratool.updates import Update
 
+MAX_NAME = 1024  # UTF-8 bytes of a target
 LAYOUTS = ("", "in_out", "embedding")
 
 
@@ -52,19 +52,14 @@ class Target:
 
     @property
     def covers_all(self) -> bool:
-        return self.rows is None and self.expert is None
-
-    def overlaps(self, other: Target) -> bool:
-        if self.name != other.name:
-            return False
-        if self.expert is not None and other.expert is not None and self.expert != other.expert:
-            return False
-        if self.rows is None or other.rows is None:
-            return True
-        return self.rows[0] < other.rows[1] and other.rows[0] < self.rows[1]
+        return self.rows is None and not self.stacked
 
     def check(self) -> Iterator[Problem]:
         """Rules R-022 and R-023 of the spec: shape, rows and expert index are possible."""
+        control = any(ord(char) < 0x20 or ord(char) == 0x7F for char in self.name)
+        if control or not 1 <= len(self.name.encode("utf-8", "replace")) <= MAX_NAME:
+            what = f"the name {self.name!r:.80} is empty, over {MAX_NAME} bytes, or has control characters"
+            yield Problem("E-LIMIT", what, rule="R-016")
         if any(dim < 1 for dim in self.shape):
             yield Problem("E-SHAPE", f"shape {list(self.shape)} has an empty dimension", self.name, rule="R-022")
         if len(self.shape) > 8 or math.prod(self.shape) > 2**53:
@@ -155,6 +150,8 @@ class Adapter:
     def check(self) -> list[Problem]:
         """Every way in which the adapter contradicts itself."""
         problems = [problem for item in self.updates for problem in item.check()]
+        if not self.updates:
+            problems.append(Problem("E-LIMIT", "the adapter has no updates", rule="R-016"))
         for name, items in self.targets().items():
             if len({item.target.shape for item in items}) > 1:
                 problems.append(
@@ -168,16 +165,30 @@ class Adapter:
         return [item for item in self.updates if item.update.scaling and item.update.scaling.scale is None]
 
 
-def overlaps(items: list[Targeted]) -> Iterator[Problem]:
-    """Pairs of updates of one tensor whose sum is not defined (rule R-029)."""
-    for first, second in itertools.combinations(items, 2):
-        roles = {first.update.role, second.update.role}
-        both_same = len(roles) == 1 and roles != {"add"}
-        if (both_same or roles == {"add", "renormalise"}) and first.target.overlaps(second.target):
-            yield Problem(
-                "E-OVERLAP",
-                f"a {first.update.kind} and a {second.update.kind} update change the same elements:"
-                " their combination is not defined",
-                first.target.name,
-                rule="R-029",
-            )
+def overlaps(items: Sequence[Targeted]) -> Iterator[Problem]:
+    """Updates of one tensor whose sum is not defined (rule R-029): at most one finding per expert."""
+    experts = {item.target.expert for item in items} - {None} or {None}
+    mixed = len({item.target.stacked for item in items}) > 1
+    for expert in experts:
+        touching = [item for item in items if item.target.expert in (None, expert)]
+        touching.sort(key=lambda item: item.target.rows[0] if item.target.rows else 0)
+        # Swept by first row, it is enough to remember per role the update that reaches furthest.
+        furthest: dict[str, tuple[float, Targeted]] = {}
+        for item in touching:
+            # Rows of all experts at once are counted along another axis than rows within an expert.
+            rows = None if mixed and not item.target.stacked else item.target.rows
+            start, stop = rows or (0, math.inf)
+            role = item.update.role
+            clashes = [other for r, (reach, other) in furthest.items() if reach > start and not _may_overlap(role, r)]
+            if clashes:
+                kinds = f"a {clashes[0].update.kind} and a {item.update.kind} update"
+                what = f"{kinds} change the same elements: their combination is not defined"
+                yield Problem("E-OVERLAP", what, item.target.name, rule="R-029")
+                break
+            if role not in furthest or stop > furthest[role][0]:
+                furthest[role] = (stop, item)
+
+
+def _may_overlap(role: str, other: str) -> bool:
+    """Deltas add up, and anything goes on top of one replacement."""
+    return role == other == "add" or (role == "replace") != (other == "replace")

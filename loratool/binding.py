@@ -30,6 +30,7 @@ class Part(NamedTuple):
     adapter: Adapter
     weight: float
     name: str
+    sound: bool = True  # whether its values are worth looking at
 
 
 @dataclass
@@ -52,9 +53,10 @@ class Binding:
             except LoratoolError as error:
                 self.problems += error.problems
                 continue
-            self.parts.append(part)
+            found = list(self._incomplete(part))
+            self.parts.append(part._replace(sound=not found))
             self.notes += [f"{part.name}: {note}" for note in part.adapter.notes]
-            self.problems += self._incomplete(part)
+            self.problems += found
 
     def bind(self) -> None:
         """Give every update of the adapters its tensor of the base, and check that it fits."""
@@ -68,7 +70,8 @@ class Binding:
                 weighted = [Weighted(item, part.weight) for item in items if part.weight != 0]
                 self.wanted.setdefault(target, []).extend(weighted)
             self.problems += self._other_base(part)
-            self.problems += self._bad_values(part)
+            if part.sound:
+                self.problems += self._bad_values(part)
         self.problems += self._conflicts()
         self._spread_ties()
         self.problems += self._tied_head()
@@ -89,7 +92,7 @@ class Binding:
         for doubt in part.adapter.doubts:
             yield Problem("E-LAYOUT", doubt, part.name, "read it with its base")
         for problem in part.adapter.check():
-            yield replace(problem, where=f"{part.name}: {problem.where}")
+            yield replace(problem, where=f"{part.name}: {problem.where}" if problem.where else part.name)
 
     def _unfit(self, name: str, items: list[Targeted], part: Part) -> Iterator[Problem]:
         """Why the updates of a tensor can not be applied to the base."""
@@ -152,7 +155,7 @@ class Binding:
                         yield Problem("E-NONFINITE", what, part.name, "train or download the adapter again", "R-033")
                     elif item.update.kind == "lora" and low == high == 0:
                         idle.append(item.target.name)
-                elif (problem := check_index(item, ref)) is not None:
+                elif name in item.update.index_components and (problem := check_index(item, ref)) is not None:
                     yield replace(problem, where=f"{part.name}: {problem.where}")
         if idle:
             self.notes.append(f"{part.name}: {len(idle)} updates change nothing, a factor is all zero: {idle[0]} ...")
@@ -162,28 +165,36 @@ class Binding:
     def _untied(self, name: str, items: list[Targeted], part: Part) -> str | None:
         """The tensor that a name stands for; None where its updates are a copy of those of a tensor it is tied to."""
         kept, others = self.base.ties.get(name), part.adapter.targets()
-        if name in self.base.tensors and kept not in others:
+        if kept is None and name in self.base.tensors:
             return name
         # A tied head is often saved with its embedding: one update under two names is one update.
-        for other, theirs in others.items():
-            if other != name and other in self.base.tensors and kept in (None, other) and _same(items, theirs):
+        for other in [kept] if kept is not None else self._embeddings_for(name):
+            theirs = others.get(other)
+            if theirs is None:
+                continue
+            if _same(items, theirs):
                 self.notes.append(f"{part.name}: {name} is tied to {other}; their one update is applied once")
                 self.paired.add(other)
                 return None
-        if kept in others:
-            what = f"{name} and {kept} are one tensor in the base, and their updates differ"
-            self.problems.append(Problem("E-TIED", what, part.name, UNTIE))
-            return None
-        if kept is not None:
+            if kept is not None:
+                what = f"{name} and {other} are one tensor in the base, and their updates differ"
+                self.problems.append(Problem("E-TIED", what, part.name, UNTIE))
+                return None
+        if kept is not None and name not in self.base.tensors:
             self.notes.append(f"{part.name}: {name} is stored as {kept} in the base")
         return kept or name
 
+    def _embeddings_for(self, name: str) -> list[str]:
+        """The embeddings that a head is tied to, where the base stores none: there is no other place for it."""
+        if not name.endswith(HEADS) or any(other.endswith(HEADS) for other in self.base.tensors):
+            return []
+        return [other for other in self.base.tensors if other.endswith(EMBEDDINGS)]
+
     def _spread_ties(self) -> None:
-        """Two names of one storage in a pickle are one tensor: both names get its updates."""
+        """Names of one storage in a pickle are one tensor: all of them get its updates."""
         for name, kept in self.base.ties.items():
-            updates = self.wanted.get(kept) or self.wanted.get(name)
-            if name in self.base.tensors and updates:
-                self.wanted[name] = self.wanted[kept] = updates
+            if name in self.base.tensors and self.wanted.get(kept):
+                self.wanted[name] = self.wanted[kept]
                 self.notes.append(f"{name} and {kept} are one tensor in the base: both change")
 
     def _tied_head(self) -> Iterator[Problem]:
@@ -219,6 +230,9 @@ class Binding:
                 exclusive = [item for item in items if item not in rows[1:]] if _disjoint(rows) else items
                 for problem in overlaps(exclusive):
                     yield replace(problem, hint="merge only one of the adapters")
+            if len(shapes := {item.target.shape for item in items}) > 1:
+                what = f"{name} has different shapes for the adapters: {' and '.join(map(str, sorted(shapes)))}"
+                yield Problem("E-SHAPE", what, hint="merge only adapters of one size")
             if len({item.target.stacked for item in items}) > 1:
                 yield Problem("E-OVERLAP", "some updates see experts in it, others one tensor", name, rule="R-029")
 

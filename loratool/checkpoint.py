@@ -12,14 +12,13 @@ from typing import Any
 
 from loratool.container import Header, read_header, strict_json
 from loratool.errors import ChoiceNeeded, InvalidFile, Problem
-from loratool.pickles import Pickled, Tree, read_tree
-from loratool.tensors import TensorRef
+from loratool.pickles import STATE_KEYS, Pickled, Tree, read_tree
+from loratool.tensors import InMemory, TensorRef
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 # Weights in other formats beside the ones that are read: stale after a merge, so they are not companions.
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES, ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz", ".tflite")
 PREFERRED = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin", "adapter_model.bin")
-STATE_KEYS = ("state_dict", "model_state_dict", "model", "module")
 # Segments that wrappers leave in names: torch.compile, FSDP1, activation checkpointing.
 WRAPPER_SEGMENTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 EMA_COUNTER = "n_averaged"  # of torch's AveragedModel
@@ -90,8 +89,9 @@ class Checkpoint:
         }
         first: dict[tuple[Any, ...], str] = {}
         for name, tensor in self.tensors.items():
-            if isinstance(tensor.data, Pickled) and tensor.numel:
-                kept = first.setdefault((tensor.data.file.path, *tensor.data.storage, tensor.shape), name)
+            storage = tensor.data.storage if isinstance(tensor.data, Pickled | InMemory) else ()
+            if storage and tensor.numel:
+                kept = first.setdefault((*storage, tensor.shape), name)
                 if kept != name:
                     dropped[name] = kept
         return dropped

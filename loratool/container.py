@@ -11,6 +11,7 @@ import json
 import math
 import os
 import struct
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,9 +44,20 @@ class _Duplicate(ValueError):
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise _Duplicate(next(name for name in names if names.count(name) > 1))
+        raise _Duplicate(Counter(name for name, _ in pairs).most_common(1)[0][0])
     return found
+
+
+def _double(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise ValueError(f"{text:.30} is larger than any double")
+    return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > 300:  # beyond any double, and slow to read
+        raise ValueError(f"{text:.30}... is larger than any double")
+    return int(text)
 
 
 def _no_constant(name: str) -> None:
@@ -65,7 +77,9 @@ def strict_json(text: str, where: str, code: str, rule: str) -> Any:
     """Parse JSON: duplicate names, NaN, surrogates and deep nesting are errors, reported under `code` and `rule`."""
     too_deep = Problem("E-LIMIT", f"JSON is nested deeper than {MAX_DEPTH} levels", where, rule=rule)
     try:
-        document = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        document = json.loads(
+            text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_int=_whole, parse_float=_double
+        )
         json.dumps(document, ensure_ascii=False).encode("utf-8")  # refuses an escaped lone surrogate
     except _Duplicate as error:
         raise InvalidFile(
@@ -179,7 +193,7 @@ def _check_entry(name: str, entry: Any, where: str) -> Problem | None:
     if (end - begin) * 8 != expected:
         return Problem(
             "E-TENSOR",
-            f"tensor {name!r} of {entry['dtype']} {entry['shape']} needs {expected / 8:,.10g} bytes, its"
+            f"tensor {name!r} of {entry['dtype']} {entry['shape']} needs {(expected + 7) // 8:,} bytes, its"
             f" offsets hold {end - begin:,}",
             where,
             rule="R-005",

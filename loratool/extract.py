@@ -28,6 +28,7 @@ class ExtractReport:
 
     adapter: Adapter
     convention: str
+    title: str  # the convention in words
     out: Path
     base_out: Path | None
 
@@ -53,7 +54,10 @@ def run_extract(
     progress: ProgressCallback | None = None,
 ) -> ExtractReport:
     """Write the adapter of a wrapped checkpoint as a native file, and with `base_out` its clean base as a folder."""
-    if problems := [p for path in (out, base_out) if path is not None and (p := refuse_existing(path)) is not None]:
+    problems = [p for path in (out, base_out) if path is not None and (p := refuse_existing(path)) is not None]
+    if base_out is not None and base_out.absolute() == out.absolute():
+        problems.append(Problem("E-OUTPUT", "the adapter and its base can not have one name", str(out)))
+    if problems:
         raise OutputRefused(problems)
     source = open_checkpoint(wrapped)
     chosen = conventions.choose(source, convention)
@@ -69,13 +73,15 @@ def run_extract(
         )
     adapter = chosen.read(source, choices, None)
     if unknown := adapter.unknown_scales():
-        raise ChoiceNeeded(replace(native_format.unknown_alpha(unknown), where=str(wrapped)))
+        config = "; or --config adapter_config.json" if chosen is conventions.peft_wrapped else ""
+        hint = choices.unknown_scale_hint() + config
+        raise ChoiceNeeded(replace(native_format.unknown_alpha(unknown), where=str(wrapped), hint=hint))
     identity = replace(adapter.base, tensors=_identities(adapter, base))
     adapter = replace(adapter, base=identity, provenance={**adapter.provenance, "tool": TOOL})
-    native_format.write(adapter, out)
-    if base_out is not None:
-        run_copy(_base_plan(source, base, base_out), progress)
-    return ExtractReport(adapter, chosen.NAME, out, base_out)
+    with native_format.writing(adapter, out):  # appears last: if the base can not be written, neither is there
+        if base_out is not None:
+            run_copy(_base_plan(source, base, base_out), progress)
+    return ExtractReport(adapter, chosen.NAME, chosen.TITLE, out, base_out)
 
 
 def _identities(adapter: Adapter, base: Mapping[str, TensorRef]) -> dict[str, TensorIdentity]:

@@ -10,15 +10,16 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import rfc8785
 
 from loratool.adapter import LAYOUTS, Adapter, BaseIdentity, Target, Targeted, TensorIdentity
 from loratool.container import Header, canonical_order, encode_header, is_int, read_header, strict_json
 from loratool.errors import ChoiceNeeded, InvalidFile, LoratoolError, Problem, Unsupported
-from loratool.staging import new_file
+from loratool.staging import staged
 from loratool.tensors import DTYPE_BITS, FLOATS, TensorRef, all_finite
 from loratool.updates import KINDS, RULES, Add, Dora, Replace, ReplaceRows, Scaling, Update
 
@@ -29,7 +30,6 @@ VERSION = "1.0"
 MAJOR = 1
 
 MAX_UPDATES = 1_000_000
-MAX_NAME = 1024  # UTF-8 bytes of a target
 MAX_RANK = 65_536
 MAX_MANIFEST = 50_000_000  # bytes
 
@@ -175,8 +175,6 @@ class _Reader:
         if len(self.problems) > before:
             return None
         ordinal, seen[name] = seen[name], seen[name] + 1
-        if not 1 <= len(name.encode("utf-8")) <= MAX_NAME or any(ord(c) < 0x20 or ord(c) == 0x7F for c in name):
-            self.complain("E-LIMIT", "R-016", f"{what}.target is empty, too long or has control characters")
         if kind not in KINDS:
             self.complain("E-KIND", "R-021", f"{what} ({name}) is of the unknown kind {kind!r}")
             return None
@@ -287,7 +285,8 @@ class _Reader:
             if not (
                 known
                 and re.fullmatch(r"blake3:[0-9a-f]{64}", str(value.get("digest")))
-                and value.get("dtype") in DTYPE_BITS
+                and isinstance(value.get("dtype"), str)
+                and value["dtype"] in DTYPE_BITS
                 and isinstance(value.get("shape"), list)
                 and all(map(is_int, value["shape"]))
             ):
@@ -318,6 +317,21 @@ def write(adapter: Adapter, path: Path) -> None:
     Raises ChoiceNeeded where a scale is unknown, InvalidFile where the adapter contradicts itself, OutputRefused
     where `path` exists.
     """
+    with writing(adapter, path):
+        pass
+
+
+@contextmanager
+def writing(adapter: Adapter, path: Path) -> Iterator[None]:
+    """Write an adapter that appears at `path` when the block ends well, and not at all if it does not."""
+    with staged(path) as place:
+        with place.open("wb") as file:
+            _write_to(adapter, file)
+        read(place)  # nothing leaves that a reader would refuse
+        yield
+
+
+def _write_to(adapter: Adapter, file: BinaryIO) -> None:
     if unknown := adapter.unknown_scales():
         raise ChoiceNeeded(unknown_alpha(unknown))
     if adapter.doubts:
@@ -329,11 +343,10 @@ def write(adapter: Adapter, path: Path) -> None:
     tensors = _named_components(adapter)
     order = canonical_order((name, tensor.dtype) for name, tensor in tensors.items())
     manifest = _canonical_json(manifest_of(adapter))
-    with new_file(path) as file:
-        file.write(encode_header(((n, tensors[n].dtype, tensors[n].shape) for n in order), {METADATA_KEY: manifest}))
-        for name in order:
-            for chunk in tensors[name].chunks():
-                file.write(chunk)
+    file.write(encode_header(((n, tensors[n].dtype, tensors[n].shape) for n in order), {METADATA_KEY: manifest}))
+    for name in order:
+        for chunk in tensors[name].chunks():
+            file.write(chunk)
 
 
 def unknown_alpha(items: list[Targeted]) -> Problem:
@@ -343,8 +356,7 @@ def unknown_alpha(items: list[Targeted]) -> Problem:
     return Problem(
         "E-ALPHA",
         f"alpha is not stored in the checkpoint, so the scale of {len(names)} updates is unknown: {shown}",
-        hint="give --alpha X (or PATTERN=X per layer) with --scaling alpha/rank, alpha or alpha/sqrt(rank),"
-        " or --config adapter_config.json",
+        hint="load it with alpha and scaling",
     )
 
 
@@ -353,11 +365,13 @@ def manifest_of(adapter: Adapter) -> dict[str, Any]:
     base: dict[str, Any] = {}
     if adapter.base.name:
         base["name"] = adapter.base.name
-    if adapter.base.tensors:
-        base["tensors"] = {
-            name: {"digest": known.digest, "dtype": known.dtype, "shape": list(known.shape)}
-            for name, known in adapter.base.tensors.items()
-        }
+    targets = adapter.targets()
+    if tensors := {
+        name: {"digest": known.digest, "dtype": known.dtype, "shape": list(known.shape)}
+        for name, known in adapter.base.tensors.items()
+        if name in targets
+    }:
+        base["tensors"] = tensors
     return {
         "format": FORMAT_NAME,
         "version": VERSION,
@@ -389,7 +403,10 @@ def _canonical_json(document: Any) -> str:
             return [doubles(child) for child in value]
         return float(value) if is_int(value) and abs(value) >= 2**53 else value
 
-    return rfc8785.dumps(doubles(document)).decode("utf-8")
+    try:
+        return rfc8785.dumps(doubles(document)).decode("utf-8")
+    except (ValueError, UnicodeEncodeError) as error:  # infinities, lone surrogates
+        raise InvalidFile(Problem("E-MANIFEST", f"can not be written as JSON: {error}", rule="R-050")) from None
 
 
 def _entry(item: Targeted) -> dict[str, Any]:
@@ -488,7 +505,7 @@ def _values(adapter: Adapter, where: str) -> Iterator[Problem]:
                         where,
                         rule="R-033",
                     )
-            elif (problem := check_index(item, tensor)) is not None:
+            elif part in item.update.index_components and (problem := check_index(item, tensor)) is not None:
                 yield Problem(problem.code, problem.message, where, rule=problem.rule)
 
 

@@ -30,7 +30,8 @@ class Weighted(NamedTuple):
 class NewTensor:
     """What becomes of one tensor: computed from `source` (None: it is new, or its shape is) by `updates`.
 
-    `reversible` is whether the updates can be subtracted again: all are additive, and named for this tensor.
+    `original` is the base's tensor even where its shape is another one. `reversible` is whether the updates can be
+    subtracted again: all are additive, and named for this tensor.
     """
 
     name: str
@@ -39,6 +40,7 @@ class NewTensor:
     shape: Shape
     updates: tuple[Weighted, ...] = ()
     reversible: bool = True
+    original: TensorRef | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ is between the targets is copied without being decoded. Nothing as large as a te
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import threading
@@ -25,7 +26,17 @@ from loratool.layout import Change, Copy, NewTensor, OutputFile, Weighted
 from loratool.plan import BLOCK_BYTES, Plan, compute_dtype
 from loratool.receipt import ChangedTensor, Receipt
 from loratool.staging import staged
-from loratool.tensors import DTYPE_BITS, FileSpan, TensorRef, all_finite, as_bytes, extremes, read_exactly, torch_dtype
+from loratool.tensors import (
+    DTYPE_BITS,
+    FileSpan,
+    TensorRef,
+    all_finite,
+    as_bytes,
+    extremes,
+    open_to_read,
+    read_exactly,
+    torch_dtype,
+)
 from loratool.updates import Block
 from loratool.version import TOOL
 
@@ -52,7 +63,7 @@ class Written(NamedTuple):
 
     before: str | None  # digest of the source tensor; None for a new one
     after: str
-    bound: float  # half a unit in the last place of the largest element before, and of the largest one after
+    bound: float  # how far rounding can have moved an element
 
 
 @dataclass(frozen=True)
@@ -145,14 +156,14 @@ def _with_receipt(file: OutputFile, found: Receipt) -> OutputFile:
 def _receipt(plan: Plan, written: Mapping[str, Written]) -> Receipt:
     tensors = {}
     for tensor in plan.changes:
-        source, found = tensor.source, written[tensor.name]
+        original, found = tensor.original, written[tensor.name]
         tensors[tensor.name] = ChangedTensor(
             merged=found.after,
             dtype=tensor.dtype,
             shape=tensor.shape,
-            base=found.before if source else None,
-            base_dtype=source.dtype if source else tensor.dtype,
-            base_shape=source.shape if source else tensor.shape,
+            base=found.before if original else None,
+            base_dtype=original.dtype if original else tensor.dtype,
+            base_shape=original.shape if original else tensor.shape,
             reversible=tensor.reversible,
         )
     return Receipt(TOOL, plan.dtype, plan.adapters, tensors)
@@ -246,7 +257,7 @@ def _copy(source: TensorRef, out: BinaryIO, step: Callable[[int], None]) -> None
     """Copy bytes: in the kernel where source and system allow it."""
     if isinstance(source.data, FileSpan) and hasattr(os, "copy_file_range"):
         position, left = source.data.offset, source.nbytes
-        with source.data.path.open("rb", buffering=0) as file:
+        with open_to_read(source.data.path) as file:
             while left:
                 try:
                     count = os.copy_file_range(file.fileno(), out.fileno(), min(left, 64 << 20), offset_src=position)
@@ -285,13 +296,16 @@ def _change(task: Change, out: BinaryIO, step: Callable[[int], None], measure: b
 
     With `measure`, the error that rounding may have left is bounded on the way.
     """
-    tensor = task.tensor
+    tensor = replace(task.tensor, updates=tuple(map(_held, task.tensor.updates)))
     before, after = blake3(), blake3()
     largest = 0.0
+    reach = 0.0  # of the deltas: sums in between can be larger than both ends
     matrices, rows, columns = _matrices(tensor)
     with _Rows(tensor, rows, columns) as source:
         for matrix in range(matrices):
             opened = [_open(weighted, tensor, matrix, rows) for weighted in _ordered(tensor, matrix)]
+            if measure:
+                reach = max(reach, sum(abs(u.weight) * u.block.reach() for u in opened))
             first = matrix * rows
             if any(update.first_pass for update in opened):
                 for start, stop in _blocks(rows, columns, tensor):
@@ -316,11 +330,9 @@ def _change(task: Change, out: BinaryIO, step: Callable[[int], None], measure: b
                 after.update(data)
                 _write_all(out, data)
                 step(len(data))
-    bound = _half_ulp(largest, tensor.source.dtype if tensor.source else tensor.dtype) + _half_ulp(
-        largest, tensor.dtype
-    )
-    name = None if tensor.source is None else f"blake3:{before.hexdigest()}"
-    return Written(name, f"blake3:{after.hexdigest()}", bound)
+    digest = f"blake3:{before.hexdigest()}" if tensor.source else tensor.original.digest() if tensor.original else None
+    bound = _rounding_bound(tensor, largest, reach) if measure else 0.0
+    return Written(digest, f"blake3:{after.hexdigest()}", bound)
 
 
 def _matrices(tensor: NewTensor) -> tuple[int, int, int]:
@@ -338,6 +350,14 @@ def _ordered(tensor: NewTensor, matrix: int) -> list[Weighted]:
     """The updates that touch a matrix: replacements, then deltas, then DoRA; in the adapters' order within each."""
     touching = [w for w in tensor.updates if w.item.target.expert in (None, matrix)]
     return sorted(touching, key=lambda w: ROLE_ORDER.index(w.item.update.role))
+
+
+def _held(weighted: Weighted) -> Weighted:
+    """An update of all experts is opened once per expert, so what can not be sliced in its file is read once before."""
+    item = weighted.item
+    return (
+        weighted if item.target.experts is None else Weighted(replace(item, update=item.update.held()), weighted.weight)
+    )
 
 
 def _open(weighted: Weighted, tensor: NewTensor, matrix: int, rows: int) -> _Opened:
@@ -360,12 +380,12 @@ def _inside(
 
 def _height(rows: int, columns: int, tensor: NewTensor) -> int:
     """How many rows make a block."""
-    return min(rows, max(1, BLOCK_BYTES * 8 // (columns * DTYPE_BITS[tensor.dtype])))
+    return max(1, min(rows, BLOCK_BYTES * 8 // max(1, columns * DTYPE_BITS[tensor.dtype])))
 
 
 def _blocks(rows: int, columns: int, tensor: NewTensor) -> Iterator[tuple[int, int]]:
     height = _height(rows, columns, tensor)
-    for start in range(0, rows, height):
+    for start in range(0, rows if columns else 0, height):
         yield start, min(rows, start + height)
 
 
@@ -388,7 +408,7 @@ class _Rows:
         source = self.source
         if source is not None and isinstance(source.data, FileSpan) and not source.views:
             self.span = source.data
-            self.file = source.data.path.open("rb", buffering=0)
+            self.file = open_to_read(source.data.path)
         elif source is not None:
             self.held = source.read().reshape(-1, self.columns)
         return self
@@ -446,11 +466,20 @@ def _largest_finite(W: torch.Tensor, tensor: NewTensor) -> float:
     return float(ends.abs().max())
 
 
+def _rounding_bound(tensor: NewTensor, largest: float, reach: float) -> float:
+    """How far an element can be off after a merge and an unmerge: the rounding of the merged tensor, that of the
+    restored one, and the compute dtype's error in both sums (the tolerance of the spec)."""
+    import torch
+
+    stored_dtype = tensor.source.dtype if tensor.source else tensor.dtype
+    ranks = sum((item.update.scaling.rank or 1) + 8 for item, _ in tensor.updates if item.update.scaling)
+    unit = torch.finfo(torch_dtype(compute_dtype(tensor))).eps / 2
+    return _half_ulp(largest, stored_dtype) + _half_ulp(largest, tensor.dtype) + 4 * ranks * unit * (largest + reach)
+
+
 def _half_ulp(largest: float, dtype: str) -> float:
     """Half a unit in the last place of numbers as large as `largest`."""
     import torch
 
-    if largest == 0:
-        return 0.0
-    eps = torch.finfo(torch_dtype(dtype)).eps
-    return float(2.0 ** int(torch.tensor(largest).log2().floor()) * eps / 2)
+    info = torch.finfo(torch_dtype(dtype))
+    return math.ldexp(info.eps, math.frexp(max(largest, info.tiny))[1] - 2)

@@ -9,24 +9,27 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
+import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
+from loratool.container import is_int
 from loratool.errors import InvalidFile, Problem, Unsupported
-from loratool.tensors import CHUNK, InMemory, Shape, TensorRef, as_bytes, dtype_name
+from loratool.tensors import CHUNK, DTYPE_BITS, InMemory, Shape, TensorRef, as_bytes
 
 if TYPE_CHECKING:
     import torch
 
 Tree = dict[Any, Any]  # nested dicts; the leaves that matter are TensorRefs
 
+STATE_KEYS = ("state_dict", "model_state_dict", "model", "module")  # under which trainers nest a state dict
 MAX_PICKLE = 100_000_000  # bytes of the object description, the data excluded
-MAX_DEPTH = 8
 
 _STORAGES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
@@ -46,7 +49,7 @@ def read_tree(path: Path) -> Tree:
 
     Raises InvalidFile for a broken file, Unsupported for a pickle that asks for more than a state dict needs.
     """
-    if zipfile.is_zipfile(path):
+    if _is_zip(path):
         tree = _list(path)
     else:  # torch's format before 1.6: not listable without reading it all
         tree = _loaded(path, mmap=False)
@@ -60,6 +63,11 @@ def read_tree(path: Path) -> Tree:
             )
         )
     return tree
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,7 @@ class Pickled:
     storage: tuple[Any, ...]
 
     def load(self, dtype: str, shape: Shape) -> torch.Tensor:
-        return self.file.tensor(self.keys)
+        return self.file.tensor(self.keys).reshape(shape)
 
     def chunks(self, dtype: str, shape: Shape) -> Iterator[memoryview]:
         data = as_bytes(self.load(dtype, shape))
@@ -108,19 +116,44 @@ class _Stored(NamedTuple):
 class _Storage(NamedTuple):
     dtype: str
     key: str
+    numel: int
 
 
-def _tensor_v2(storage: _Storage, offset: int, size: Shape, stride: Shape, *_: object) -> _Stored:
-    return _Stored(storage.dtype, tuple(size), (storage.key, offset, tuple(stride)))
+class _Nonsense(Exception):
+    """A description that no tensor can have."""
+
+
+def _tensor_v2(storage: object, offset: object, size: object, stride: object, *_: object) -> _Stored:
+    return _described(storage, offset, size, stride, storage.dtype if isinstance(storage, _Storage) else "")
 
 
 def _tensor_v3(
-    storage: _Storage, offset: int, size: Shape, stride: Shape, grad: object, hooks: object, dtype: str, *_: object
+    storage: object, offset: object, size: object, stride: object, grad: object, hooks: object, dtype: str, *_: object
 ) -> _Stored:
-    return _Stored(dtype, tuple(size), (storage.key, offset, tuple(stride)))
+    return _described(storage, offset, size, stride, dtype)
 
 
-def _parameter(data: _Stored, *_: object) -> _Stored:
+def _described(storage: object, offset: object, size: object, stride: object, dtype: object) -> _Stored:
+    """Check that a tensor lies inside its storage."""
+    if not isinstance(storage, _Storage) or dtype not in DTYPE_BITS:
+        raise _Nonsense("a tensor without a storage, or of no dtype")
+    if not _are_counts(size) or not _are_counts(stride) or not is_int(offset) or len(size) != len(stride):
+        raise _Nonsense(f"a tensor of size {size!r:.50}, stride {stride!r:.50}, offset {offset!r:.50}")
+    assert isinstance(offset, int)
+    last = offset + sum((dim - 1) * step for dim, step in zip(size, stride, strict=True))
+    itemsize = DTYPE_BITS[str(dtype)] // 8
+    if offset < 0 or (0 not in size and (last + 1) * itemsize > storage.numel * DTYPE_BITS[storage.dtype] // 8):
+        raise _Nonsense(f"a tensor of size {size!r:.50} beyond its storage")
+    return _Stored(str(dtype), tuple(size), (storage.key, offset, tuple(stride)))
+
+
+def _are_counts(values: object) -> TypeGuard[tuple[int, ...]]:
+    return isinstance(values, tuple) and all(is_int(value) and 0 <= value < 2**62 for value in values)
+
+
+def _parameter(data: object, *_: object) -> _Stored:
+    if not isinstance(data, _Stored):
+        raise _Nonsense("a parameter without a tensor")
     return data
 
 
@@ -148,9 +181,16 @@ class _Lister(pickle.Unpickler):
         except KeyError:
             raise _Refused(f"{module}.{name}") from None
 
+    def __init__(self, program: bytes, sizes: Mapping[str, int]) -> None:
+        super().__init__(io.BytesIO(program))
+        self.sizes = sizes  # bytes of each storage in the archive
+
     def persistent_load(self, pid: Any) -> _Storage:
-        _, dtype, key, *_ = pid
-        return _Storage(dtype, key)
+        match pid:
+            case ("storage", str(dtype), str(key), _, int(numel), *_) if dtype in DTYPE_BITS and numel >= 0:
+                if numel * DTYPE_BITS[dtype] // 8 <= self.sizes.get(key, -1):
+                    return _Storage(dtype, key, numel)
+        raise _Nonsense(f"the storage {pid!r:.80} is not in the archive")
 
 
 def _list(path: Path) -> Any:
@@ -163,7 +203,10 @@ def _list(path: Path) -> Any:
             if archive.getinfo(names[0]).file_size > MAX_PICKLE:
                 raise InvalidFile(Problem("E-LIMIT", f"the object description is over {MAX_PICKLE:,} bytes", where))
             program = archive.read(names[0])
-        tree = _Lister(io.BytesIO(program)).load()
+            folder = names[0].removesuffix("data.pkl") + "data/"
+            sizes = {i.filename.removeprefix(folder): i.file_size for i in archive.infolist() if _is_stored(i, folder)}
+        _refuse_memo_bomb(program)
+        tree = _Lister(program, sizes).load()
     except _Refused as error:
         raise Unsupported(
             Problem(
@@ -180,10 +223,23 @@ def _list(path: Path) -> Any:
     return _referenced(tree, _PickleFile(path), ())
 
 
+def _is_stored(entry: zipfile.ZipInfo, folder: str) -> bool:
+    return entry.filename.startswith(folder) and entry.compress_type == zipfile.ZIP_STORED
+
+
+def _refuse_memo_bomb(program: bytes) -> None:
+    """The pickle machine allocates as many memo slots as an index names: more than there are bytes is an attack."""
+    for opcode, argument, _ in pickletools.genops(program):
+        if opcode.name == "LONG_BINPUT" and argument is not None and argument > len(program):
+            raise _Nonsense(f"a memo index of {argument:,}")
+
+
 def _referenced(value: Any, file: _PickleFile, keys: tuple[Any, ...]) -> Any:
+    """Descriptions as references, in a dict and the dicts in it: deeper ones hold no weights (and may be endless)."""
     if isinstance(value, _Stored):
-        return TensorRef(str(keys[-1]), value.dtype, value.shape, Pickled(file, keys, value.storage), value.shape)
-    if isinstance(value, dict) and len(keys) < MAX_DEPTH:
+        data = Pickled(file, keys, (file.path, *value.storage))
+        return TensorRef(str(keys[-1]) if keys else "", value.dtype, value.shape, data, value.shape)
+    if isinstance(value, dict) and len(keys) < 2 and (not keys or keys[0] in STATE_KEYS):
         return {key: _referenced(child, file, (*keys, key)) for key, child in value.items()}
     return value
 
@@ -191,15 +247,16 @@ def _referenced(value: Any, file: _PickleFile, keys: tuple[Any, ...]) -> Any:
 def _loaded(path: Path, mmap: bool) -> Any:
     import torch
 
-    def referenced(value: Any, name: str) -> Any:
+    def referenced(value: Any, keys: tuple[Any, ...]) -> Any:
         if isinstance(value, torch.Tensor):
-            data = value.detach()
-            return TensorRef(name, dtype_name(data.dtype), tuple(data.shape), InMemory(data), tuple(data.shape))
-        if isinstance(value, dict):
-            return {key: referenced(child, str(key)) for key, child in value.items()}
+            place = (value.untyped_storage().data_ptr(), value.storage_offset(), value.stride())
+            ref = TensorRef.of(value.detach(), str(keys[-1]) if keys else "")
+            return replace(ref, data=InMemory(value.detach(), place))
+        if isinstance(value, dict) and len(keys) < 2 and (not keys or keys[0] in STATE_KEYS):
+            return {key: referenced(child, (*keys, key)) for key, child in value.items()}
         return value
 
-    return referenced(_torch_load(path, mmap), "")
+    return referenced(_torch_load(path, mmap), ())
 
 
 def _torch_load(path: Path, mmap: bool) -> Any:
@@ -213,8 +270,17 @@ def _torch_load(path: Path, mmap: bool) -> Any:
         raise InvalidFile(
             Problem(
                 "E-PICKLE",
-                f"torch.load(weights_only=True) refuses it: {str(error).splitlines()[0]}",
+                f"torch.load(weights_only=True) refuses it{_reason(error)}",
                 str(path),
                 "ask for safetensors, or save only model.state_dict() with torch.save",
             )
         ) from None
+
+
+def _reason(error: Exception) -> str:
+    """What torch says is wrong, without its advice to load the file unsafely."""
+    called = re.search(r"(?:GLOBAL|global)\s+([\w.]+)", str(error))
+    if called:
+        return f": it wants to call {called[1]}"
+    lines = [line for line in str(error).splitlines() if line.strip() and "weights_only" not in line.lower()]
+    return f": {lines[0].strip():.200}" if lines and "Weights only load failed" not in lines[0] else ""

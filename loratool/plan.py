@@ -16,7 +16,7 @@ from loratool.adapter import Adapter
 from loratool.binding import Binding, Part
 from loratool.checkpoint import Checkpoint, open_checkpoint
 from loratool.conventions.choices import Choices
-from loratool.errors import AnswerIsNo, ChoiceNeeded, Mismatch, Problem
+from loratool.errors import AnswerIsNo, ChoiceNeeded, InvalidFile, Mismatch, Problem
 from loratool.format import content_digest
 from loratool.layout import Change, NewTensor, OutputFile, Weighted, output_files, output_index, output_name
 from loratool.receipt import MergedAdapter, Receipt
@@ -124,9 +124,15 @@ def plan_merge(
     binding = Binding(base, allow_new)
     binding.read(adapters, choices or Choices())
     binding.bind()
-    if problems := [*_output_problems(base, out), *binding.problems]:
+    folders = [Path(adapter) for adapter, _ in adapters if not isinstance(adapter, Adapter)]
+    if problems := [*_output_problems(base, out, folders), *binding.problems]:
         raise Mismatch(problems)
-    notes = [*base.notes, *binding.notes]
+    merged = tuple(
+        MergedAdapter(content_digest(p.adapter), p.weight, p.name, len(p.adapter.updates)) for p in binding.parts
+    )
+    seen = [adapter.digest for adapter in merged]
+    twice = [f"{a.name} is merged more than once" for n, a in enumerate(merged) if a.digest in seen[:n]]
+    notes = [*base.notes, *binding.notes, *twice]
     changes, additions = _new_tensors(base, binding.wanted, DTYPES[dtype])
     single = _single(base, out)
     files = output_files(base, changes, additions)
@@ -179,7 +185,12 @@ def _refuse_base(base: Checkpoint) -> None:
         )
 
 
-def _output_problems(source: Checkpoint, out: Path) -> Iterator[Problem]:
+def _output_problems(source: Checkpoint, out: Path, folders: Sequence[Path]) -> Iterator[Problem]:
+    above = out.absolute().resolve().parents
+    for folder in {source.path, *folders}:
+        if folder.is_dir() and folder.resolve() in above:
+            what = f"the output would lie inside the input folder {folder}"
+            yield Problem("E-OUTPUT", what, str(out), "write it somewhere else")
     if (problem := staging.refuse_existing(out)) is not None:
         yield problem
     if out.suffix == ".safetensors" and source.path.is_dir():
@@ -201,7 +212,7 @@ def _new_tensors(
             shape = updates[0].item.target.shape if updates else stored.shape
             source = stored if shape == stored.shape else None
             reversible = all(item.update.role == "add" and item.target.name == name for item, _ in updates)
-            changes[stored.name] = NewTensor(stored.name, source, new_dtype, shape, updates, reversible)
+            changes[stored.name] = NewTensor(stored.name, source, new_dtype, shape, updates, reversible, stored)
     for name, weighted in wanted.items():
         if name not in base.tensors and weighted:
             value = next(ref for item, _ in weighted for ref in item.update.components().values())
@@ -235,19 +246,24 @@ def plan_unmerge(
                 f"a merge by loratool leaves {receipt.FILE_NAME}",
             )
         )
-    problems = list(_output_problems(merged, out))
+    folders = [Path(adapter) for adapter, _ in adapters if not isinstance(adapter, Adapter)]
+    problems = list(_output_problems(merged, out, [*folders, *([base_path] if base_path else [])]))
     base = open_checkpoint(base_path) if base_path is not None else None
     against = base or _unmerged_view(merged, found)
-    given = [(adapter, 1.0 if weight is None else weight) for adapter, weight in adapters]
+    given = [(adapter, math.nan if weight is None else weight) for adapter, weight in adapters]
     binding = Binding(against)
     binding.read(given, choices or Choices())
     problems += binding.problems
-    parts = _matched(binding.parts, [weight for _, weight in adapters], found, problems)
+    parts = _matched(binding.parts, found, problems)
     problems += _changed_since(merged, found)
     if base is not None:
-        problems += _not_the_base(base, found)
+        problems += _not_the_base(base, merged, found)
     else:
-        lost = [name for name, tensor in found.tensors.items() if not tensor.reversible and tensor.base is not None]
+        lost = [
+            name
+            for name, tensor in found.tensors.items()
+            if (not tensor.reversible and tensor.base is not None) or tensor.base_shape != tensor.shape
+        ]
         if lost or exact:
             what = (
                 f"{len(lost)} tensors were replaced or renormalised, such as {lost[0]}"
@@ -295,36 +311,28 @@ def _unmerged_view(merged: Checkpoint, found: Receipt) -> Checkpoint:
     return replace(merged, tensors={name: ref for name, ref in merged.tensors.items() if ref.name not in new})
 
 
-def _matched(parts: list[Part], weights: list[float | None], found: Receipt, problems: list[Problem]) -> list[Part]:
-    """The given adapters in the order and with the weights of the receipt; others, or missing ones, are problems."""
-    left = [(part, weight, content_digest(part.adapter)) for part, weight in zip(parts, weights, strict=False)]
+def _matched(parts: list[Part], found: Receipt, problems: list[Problem]) -> list[Part]:
+    """The given adapters in the receipt's order, with its weights; others, and missing ones, are problems.
+
+    A part's weight is NaN where none was given: the receipt knows it.
+    """
+    left = [(part, content_digest(part.adapter)) for part in parts if part.sound]
     ordered = []
     for known in found.adapters:
-        hit = next((entry for entry in left if entry[2] == known.digest), None)
-        if hit is None:
-            problems.append(
-                Problem(
-                    "E-RECEIPT",
-                    f"the adapter {known.name!r} ({known.digest[:19]}...) was merged and is not among those given",
-                    hint="give every adapter that was merged",
-                )
-            )
+        hits = [entry for entry in left if entry[1] == known.digest]
+        if not hits:
+            what = f"the adapter {known.name!r} ({known.digest[:19]}...) was merged and is not among those given"
+            problems.append(Problem("E-RECEIPT", what, hint="give every adapter that was merged"))
             continue
+        hit = min(hits, key=lambda entry: entry[0].weight != known.weight)
         left.remove(hit)
-        if hit[1] is not None and hit[1] != known.weight:
-            problems.append(
-                Problem(
-                    "E-RECEIPT",
-                    f"{known.name!r} was merged with weight {known.weight:g}, not {hit[1]:g}",
-                    hint="leave the weight out: the receipt knows it",
-                )
-            )
+        if not math.isnan(hit[0].weight) and hit[0].weight != known.weight:
+            what = f"{known.name!r} was merged with weight {known.weight:g}, not {hit[0].weight:g}"
+            problems.append(Problem("E-RECEIPT", what, hint="leave the weight out: the receipt knows it"))
         ordered.append(hit[0]._replace(weight=known.weight))
     problems += [
-        Problem(
-            "E-RECEIPT", f"{part.name} was not merged into this checkpoint", hint="`loratool inspect` shows the receipt"
-        )
-        for part, _, _ in left
+        Problem("E-RECEIPT", f"{part.name} was not merged into this", hint="`loratool inspect` shows what was")
+        for part, _ in left
     ]
     return ordered
 
@@ -337,7 +345,8 @@ def _stored(checkpoint: Checkpoint) -> dict[str, tuple[str, TensorRef]]:
 def _changed_since(merged: Checkpoint, found: Receipt) -> Iterator[Problem]:
     stored = _stored(merged)
     for name, known in found.tensors.items():
-        if name not in stored or stored[name][1].digest() != known.merged:
+        ref = stored[name][1] if name in stored else None
+        if ref is None or (ref.dtype, ref.shape) != (known.dtype, known.shape) or ref.digest() != known.merged:
             yield Problem(
                 "E-RECEIPT",
                 f"{name} is not what the merge wrote: it was changed since",
@@ -346,18 +355,21 @@ def _changed_since(merged: Checkpoint, found: Receipt) -> Iterator[Problem]:
             )
 
 
-def _not_the_base(base: Checkpoint, found: Receipt) -> Iterator[Problem]:
-    stored = _stored(base)
+def _not_the_base(base: Checkpoint, merged: Checkpoint, found: Receipt) -> Iterator[Problem]:
+    """Tensors of the base that are not those of the merge, and untouched ones that were changed since."""
+    originals, stored = _stored(base), _stored(merged)
     for name, known in found.tensors.items():
-        if known.base is not None and (name not in stored or stored[name][1].digest() != known.base):
-            what = "has other bytes" if name in stored else "is missing"
-            yield Problem(
-                "E-BASE-MISMATCH",
-                f"{name} {what} in this base; another one was merged",
-                str(base.path),
-                "give the base of this merge",
-                "R-041",
-            )
+        ref = originals[name][1] if name in originals else None
+        if known.base is not None and (
+            ref is None or (ref.dtype, ref.shape) != (known.base_dtype, known.base_shape) or ref.digest() != known.base
+        ):
+            what = f"{name} is missing in this base" if ref is None else f"{name} has other bytes in this base"
+            hint = "give the base of this merge"
+            yield Problem("E-BASE-MISMATCH", f"{what}: another one was merged", str(base.path), hint, "R-041")
+    for name, (_, ref) in stored.items():
+        if name not in found.tensors and (name not in originals or originals[name][1].digest() != ref.digest()):
+            what = f"{name}, which the merge did not touch, is another one in the base"
+            yield Problem("E-BASE-MISMATCH", what, str(base.path), "one of the two was changed since the merge")
 
 
 def _old_tensors(
@@ -380,6 +392,10 @@ def _old_tensors(
                 Weighted(item, -part.weight)
                 for part in reversed(parts)
                 for item in part.adapter.targets().get(clean, ())
+                if part.weight != 0
             )
+            if any(item.update.role != "add" for item, _ in items):
+                what = f"{name} was replaced or renormalised, the receipt says otherwise"
+                raise InvalidFile(Problem("E-RECEIPT", what, str(merged.path)))
         changes[name] = NewTensor(name, source, known.base_dtype, known.base_shape, items)
     return changes, dropped

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
+
 from loratool.checkpoint import Checkpoint, read_json
 from loratool.container import strict_json
 from loratool.errors import InvalidFile, Problem, Unsupported
@@ -54,6 +56,10 @@ class Receipt:
     tensors: Mapping[str, ChangedTensor] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
+        document = self._content()
+        return {**document, "digest": _digest(document)}
+
+    def _content(self) -> dict[str, Any]:
         return {
             "format": FORMAT_NAME,
             "version": VERSION,
@@ -80,8 +86,16 @@ def find(checkpoint: Checkpoint) -> Receipt | None:
     return None if text is None else _parse(strict_json(text, str(checkpoint.path), "E-RECEIPT", ""), checkpoint.path)
 
 
+def _digest(content: Mapping[str, Any]) -> str:
+    """BLAKE3 of a receipt's content: an edited receipt would have an unmerge restore the wrong thing."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return f"blake3:{blake3(text.encode()).hexdigest()}"
+
+
 def _parse(document: Any, path: Path) -> Receipt:
     try:
+        if not isinstance(document, dict) or document.pop("digest", None) != _digest(document):
+            raise ValueError("its own digest is another one")
         if document["format"] != FORMAT_NAME:
             raise KeyError("format")
         if not str(document["version"]).startswith("1."):
@@ -89,7 +103,7 @@ def _parse(document: Any, path: Path) -> Receipt:
                 Problem("E-VERSION", f"receipt version {document['version']}", str(path), "install a newer loratool")
             )
         adapters = tuple(
-            MergedAdapter(str(a["digest"]), float(a["weight"]), str(a["name"]), int(a["updates"]))
+            MergedAdapter(str(a["digest"]), _weight(a["weight"]), str(a["name"]), int(a["updates"]))
             for a in document["adapters"]
         )
         tensors = {
@@ -105,11 +119,17 @@ def _parse(document: Any, path: Path) -> Receipt:
         raise InvalidFile(
             Problem(
                 "E-RECEIPT",
-                f"the merge receipt is broken: {error!r}",
+                f"the merge receipt is broken: {error}",
                 str(path),
                 "restore the file, or merge again from the base",
             )
         ) from None
+
+
+def _weight(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2**1000:
+        raise ValueError(f"weight {value!r}")
+    return float(value)
 
 
 def _dtype(value: object) -> str:

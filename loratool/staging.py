@@ -9,7 +9,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from loratool.errors import OutputRefused, Problem
 
@@ -43,18 +42,13 @@ def staged(path: Path) -> Iterator[Path]:
             raise OutputRefused(problem)
         place.rename(path)
         flush(parent)
+    except (BrokenPipeError, ConnectionError):
+        raise  # not of this disk: a caller's progress callback talks to somebody
     except OSError as error:
         raise OutputRefused(_disk_problem(error, path)) from error
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file opened for writing that is at `path` once the block ends, and nowhere if it fails."""
-    with staged(path) as place, place.open("wb") as file:
-        yield file
 
 
 def flush_tree(path: Path) -> None:

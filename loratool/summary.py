@@ -115,7 +115,8 @@ def inspect_path(
     known = [size for size in headers if size is not None]
     notes = [*(adapter.notes if adapter else source.notes), *(adapter.doubts if adapter else ())]
     if adapter and adapter.unknown_scales():
-        notes.append("alpha is not stored in it: extract needs --alpha or --config")
+        config = " (or --config)" if chosen is conventions.peft_wrapped else ""
+        notes.append(f"alpha is not stored in it: extract needs --alpha with --scaling{config}")
     return Summary(
         path=str(path),
         what=what,
@@ -197,7 +198,7 @@ def _fit(adapter: Adapter, base: Checkpoint) -> BaseFit:
     return BaseFit(
         path=str(base.path),
         bytes=base.nbytes,
-        share=adapter_bytes / base.nbytes,
+        share=adapter_bytes / max(1, base.nbytes),
         touched=tuple(found),
         missing=tuple(name for name in targets if name not in base.tensors),
         wrong_shape=tuple(name for name in found if base.tensors[name].shape != targets[name]),

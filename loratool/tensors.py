@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from loratool.errors import InvalidFile, Problem
 
@@ -98,7 +99,7 @@ class FileSpan:
 
         tensor = torch.empty(shape, dtype=torch_dtype(dtype))
         if tensor.numel():
-            with self.path.open("rb", buffering=0) as file:
+            with open_to_read(self.path) as file:
                 file.seek(self.offset)
                 read_exactly(file, as_bytes(tensor), self.path)
         return tensor
@@ -106,7 +107,7 @@ class FileSpan:
     def chunks(self, dtype: str, shape: Shape) -> Iterator[memoryview]:
         left = math.prod(shape) * DTYPE_BITS[dtype] // 8
         buffer = memoryview(bytearray(min(left, CHUNK)))
-        with self.path.open("rb", buffering=0) as file:
+        with open_to_read(self.path) as file:
             file.seek(self.offset)
             while left:
                 part = buffer[: min(left, len(buffer))]
@@ -117,12 +118,13 @@ class FileSpan:
 
 @dataclass(frozen=True, eq=False)
 class InMemory:
-    """A tensor that somebody holds already."""
+    """A tensor that somebody holds already. `storage` is equal for tensors that share their memory."""
 
     tensor: torch.Tensor
+    storage: tuple[Any, ...] = ()
 
     def load(self, dtype: str, shape: Shape) -> torch.Tensor:
-        return self.tensor.detach().cpu()
+        return self.tensor.detach().cpu().reshape(shape)
 
     def chunks(self, dtype: str, shape: Shape) -> Iterator[memoryview]:
         yield as_bytes(self.load(dtype, shape))
@@ -135,17 +137,28 @@ class Computed:
     make: Callable[[], torch.Tensor]
 
     def load(self, dtype: str, shape: Shape) -> torch.Tensor:
-        return self.make()
+        return self.make().reshape(shape)
 
     def chunks(self, dtype: str, shape: Shape) -> Iterator[memoryview]:
         yield as_bytes(self.make())
 
 
-def read_exactly(file: Any, buffer: memoryview, path: Path) -> None:
+def open_to_read(path: Path) -> FileIO:
+    """A file opened unbuffered; one that can not be read is an error of the input, not of the output."""
+    try:
+        return path.open("rb", buffering=0)
+    except OSError as error:
+        raise InvalidFile(Problem("E-READ", f"can not be read: {error.strerror or error}", str(path))) from error
+
+
+def read_exactly(file: BinaryIO | FileIO, buffer: memoryview, path: Path) -> None:
     """Fill `buffer` from an unbuffered file; a short file is an error, not a short tensor."""
     done = 0
     while done < len(buffer):
-        count = file.readinto(buffer[done:])
+        try:
+            count = file.readinto(buffer[done:])  # type: ignore[union-attr]  # both of them have it
+        except OSError as error:
+            raise InvalidFile(Problem("E-READ", f"can not be read: {error.strerror or error}", str(path))) from error
         if not count:
             raise InvalidFile(Problem("E-CHANGED", "the file became shorter while it was read", str(path)))
         done += count
@@ -189,10 +202,15 @@ class TensorRef:
         return self.permute(1, 0)
 
     def reshape(self, *shape: int) -> TensorRef:
+        if not self.views:
+            return replace(self, shape=shape, stored_shape=shape)
         return self if shape == self.shape else replace(self, shape=shape, views=(*self.views, ("reshape", shape)))
 
     def narrow(self, dim: int, start: int, length: int) -> TensorRef:
         shape = (*self.shape[:dim], length, *self.shape[dim + 1 :])
+        if dim == 0 and not self.views and isinstance(self.data, FileSpan):  # only these rows are then read
+            offset = self.data.offset + start * self.nbytes // max(1, self.shape[0])
+            return replace(self, shape=shape, stored_shape=shape, data=FileSpan(self.data.path, offset))
         return replace(self, shape=shape, views=(*self.views, ("narrow", (dim, start, length))))
 
     def select(self, index: int) -> TensorRef:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import errno
 import importlib
 import os
+import signal
 import sys
 import traceback
 
@@ -35,6 +38,14 @@ class LazyGroup(click.Group):
         command: click.Command = getattr(importlib.import_module(f"loratool.cli.{name}"), f"{name}_command")
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        near = difflib.get_close_matches(args[0], COMMANDS, 1) if args[0] not in COMMANDS else []
+        if near:
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {near[0]!r}?")
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
@@ -55,27 +66,43 @@ def cli() -> None:
 
 def main() -> None:
     """The entry point: runs a command and turns whatever happens into an exit code."""
+    # A scheduler's request to stop unwinds like Ctrl-C: staging folders are removed on the way.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:
     """Run the command line and return its exit code."""
     from loratool.cli import output
+    from loratool.errors import LoratoolError
 
-    as_json = "--json" in arguments
+    words = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    as_json = "--json" in words
     try:
-        cli.main(arguments, prog_name="loratool", standalone_mode=False)
-    except output.known_errors() as error:
-        return output.report_error(error, as_json)
-    except click.exceptions.Exit as error:
-        return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        return output.report_interrupt(as_json)
+        try:
+            code = cli.main(arguments, prog_name="loratool", standalone_mode=False)  # an early exit returns its code
+        except (LoratoolError, click.ClickException) as error:
+            code = output.report_error(error, as_json)
+        except (KeyboardInterrupt, click.Abort):
+            code = output.report_interrupt(as_json)
+        sys.stdout.flush()
+    except SystemExit as error:  # by a signal; click also exits so when the reader of its output is gone
+        if isinstance(error.__context__, OSError) and error.__context__.errno == errno.EPIPE:
+            return _silenced(0)
+        return error.code if isinstance(error.code, int) else 1
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: flushing must not fail
-        return 0
+        return _silenced(0)
+    except OSError as error:
+        output.complain("E-STDOUT", f"the output can not be printed: {error.strerror or error}")
+        return _silenced(2)
     except Exception as error:
         if os.environ.get("LORATOOL_DEBUG"):
             traceback.print_exc()
         return output.report_bug(error, as_json)
-    return 0
+    return code if isinstance(code, int) else 0
+
+
+def _silenced(code: int) -> int:
+    """Stdout is gone: flushing it at exit must not fail once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code

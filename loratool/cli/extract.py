@@ -62,7 +62,7 @@ def extract_command(
         output.print_json("extract", report.to_json())
     elif not quiet:
         output.notes(report.adapter.notes)
-        count, parameters = len(report.adapter.updates), report.adapter.parameters
-        click.echo(f"{out}: {count} updates, {parameters:,} parameters, from a {report.convention} checkpoint")
+        updates, parameters = output.count(len(report.adapter.updates), "update"), report.adapter.parameters
+        output.say(f"{out}: {updates}, {parameters:,} parameters, out of a {report.title}")
         if base_out is not None:
-            click.echo(f"{base_out}: the clean base")
+            output.say(f"{base_out}: the clean base")

@@ -8,6 +8,7 @@ import click
 
 import loratool
 from loratool.cli import options, output
+from loratool.names import natural
 from loratool.summary import Summary
 
 
@@ -58,14 +59,16 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
         ("dtypes", ", ".join(f"{dtype} x {count}" for dtype, count in summary.dtypes.items())),
     ]
     if summary.layers:
-        share = f", {summary.adapter_bytes:,} bytes"
-        pairs.append(("adapter", f"{len(summary.layers)} updates, {summary.adapter_parameters:,} parameters{share}"))
-        known = f"{summary.base_digests} tensors known by digest" if summary.base_digests else "not known by digest"
+        updates = output.count(len(summary.layers), "update")
+        sizes = f"{summary.adapter_parameters:,} parameters, {summary.adapter_bytes:,} bytes"
+        pairs.append(("adapter", f"{updates}, {sizes}"))
+        known = f"pinned by the digests of {output.count(summary.base_digests, 'tensor')}"
+        known = known if summary.base_digests else "not pinned: no digests in the file"
         pairs.append(("base", ", ".join(filter(None, (summary.base_name, known)))))
     if summary.fit:
         fit = summary.fit
         pairs.append(("of base", f"{fit.path}: {fit.share:.2%} of its {fit.bytes:,} bytes"))
-        pairs.append(("touches", f"{len(fit.touched)} base tensors: {_some(fit.touched)}"))
+        pairs.append(("touches", f"{output.count(len(fit.touched), 'tensor')}: {_some(fit.touched)}"))
         pairs.append(("missing", f"{len(fit.missing)}: {_some(fit.missing)}" if fit.missing else ""))
         pairs.append(("wrong shape", f"{len(fit.wrong_shape)}: {_some(fit.wrong_shape)}" if fit.wrong_shape else ""))
     if summary.receipt:
@@ -79,12 +82,8 @@ def _some(names: tuple[str, ...]) -> str:
 
 
 def _print_groups(summary: Summary) -> None:
-    rows = [
-        (g.pattern, g.kind, str(g.count), g.rank, g.alpha, g.scale, f"{g.parameters:,}", f"{g.bytes:,}")
-        for g in summary.groups
-    ]
-    columns = ("target", "kind", "count", "rank", "alpha", "scale", "parameters", "bytes")
-    output.print_table(columns, rows, numeric=range(2, 8))
+    rows = [(g.pattern, g.kind, str(g.count), g.rank, g.alpha, g.scale, f"{g.bytes:,}") for g in summary.groups]
+    output.print_table(("target", "kind", "count", "rank", "alpha", "scale", "bytes"), rows, numeric=range(2, 7))
 
 
 def _print_layers(summary: Summary) -> None:
@@ -102,7 +101,7 @@ def _print_layers(summary: Summary) -> None:
             layer.dtype,
             f"{layer.bytes:,}",
         )
-        for layer in summary.layers
+        for layer in sorted(summary.layers, key=lambda layer: natural(layer.target))
     ]
     columns = ("target", "kind", "shape", "rank", "alpha", "scale", "dtype", "bytes")
     output.print_table(columns, rows, numeric=(2, 3, 4, 5, 7))

@@ -8,7 +8,10 @@ import click
 
 import loratool
 from loratool.cli import options, output
+from loratool.names import natural
 from loratool.plan import DTYPES, Plan
+
+UNCHANGED = {"merge": "converted", "unmerge": "restored from the base"}  # tensors without updates
 
 
 @click.command(
@@ -51,7 +54,7 @@ def merge_command(
     """
     if dry_run:
         plan = loratool.plan(base, adapters, out, dtype=dtype, allow_new=allow_new, layout=layout)
-        print_plan(plan, as_json)
+        print_plan(plan, as_json, quiet)
         return
     with output.progress(quiet or as_json) as callback:
         report = loratool.merge(base, adapters, out, dtype=dtype, allow_new=allow_new, layout=layout, progress=callback)
@@ -61,14 +64,15 @@ def merge_command(
         plan = report.plan
         output.notes(plan.notes)
         changed = f"{len(plan.changes)} of {sum(len(file.tensors) for file in plan.files)} tensors changed"
-        click.echo(f"{out}: {changed}, {output.size(plan.nbytes)} written in {report.seconds:.2f} s")
+        output.say(f"{out}: {changed}, {output.size(plan.nbytes)} written in {report.seconds:.2f} s")
 
 
-def print_plan(plan: Plan, as_json: bool) -> None:
+def print_plan(plan: Plan, as_json: bool, quiet: bool) -> None:
     """A plan as JSON, or as a few lines and a table of what would change."""
     document = plan.to_json()
     if as_json:
         output.print_json("plan", document)
+    if as_json or quiet:
         return
     exact = "" if plan.verb == "merge" else " (exact)" if plan.exact else " (approximate: the base is not given)"
     output.facts(
@@ -76,7 +80,8 @@ def print_plan(plan: Plan, as_json: bool) -> None:
             ("plan", f"{plan.verb} {plan.source} -> {plan.out}{exact}"),
             ("adapters", ", ".join(f"{a.name}@{a.weight:g}" for a in plan.adapters)),
             ("changes", f"{document['tensors_changed']} of {document['tensors_total']} tensors; the others are copied"),
-            ("writes", f"{output.size(plan.nbytes)} in {len(plan.files)} files, {len(plan.companions)} companions"),
+            ("writes", f"{output.size(plan.nbytes)} in {output.count(len(plan.files), 'file')}"),
+            ("copies", ", ".join(path.as_posix() for path in plan.companions)),
             ("dtype", plan.dtype if plan.dtype != "keep" else "as stored, computed wider and rounded once"),
             ("memory", f"at most {output.size(plan.memory)} beside torch"),
         ]
@@ -86,9 +91,9 @@ def print_plan(plan: Plan, as_json: bool) -> None:
             change["tensor"],
             "x".join(map(str, change["shape"])),
             change["dtype"],
-            ", ".join(f"{u['kind']}@{u['weight']:g}" for u in change["updates"]) or "restored from the base",
+            ", ".join(f"{u['kind']}@{u['weight']:g}" for u in change["updates"]) or UNCHANGED[plan.verb],
         )
-        for change in document["changes"]
+        for change in sorted(document["changes"], key=lambda change: natural(change["tensor"]))
     ]
     click.echo()
     output.print_table(("tensor", "shape", "dtype", "updates"), rows)

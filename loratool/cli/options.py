@@ -28,9 +28,9 @@ def _weighted_path(value: str) -> tuple[Path, float | None]:
     try:
         number = float(weight)
     except ValueError:
-        raise click.BadParameter(f"{value!r}: the weight after @ must be a number") from None
-    if not math.isfinite(number):
-        raise click.BadParameter(f"{value!r}: the weight must be finite")
+        raise click.BadParameter(f"{value!r} does not exist, and {weight!r} is not a weight") from None
+    if not path or not math.isfinite(number):
+        raise click.BadParameter(f"{value!r} needs a path before the @, and a finite weight after it")
     return Path(path), number
 
 
@@ -43,9 +43,12 @@ def _patterns(ctx: Context, param: Parameter, values: tuple[str, ...]) -> dict[s
 
 def _alphas(ctx: Context, param: Parameter, values: tuple[str, ...]) -> dict[str, float] | None:
     try:
-        return {pattern: float(text) for pattern, text in _patterns(ctx, param, values).items()} or None
+        found = {pattern: float(text) for pattern, text in _patterns(ctx, param, values).items()}
     except ValueError as error:
         raise click.BadParameter(f"not a number: {error}") from None
+    if wrong := [value for value in found.values() if not math.isfinite(value)]:
+        raise click.BadParameter(f"{wrong[0]} is not a finite number")
+    return found or None
 
 
 def existing_path(function: F) -> F:

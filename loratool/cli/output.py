@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -16,38 +18,46 @@ from loratool.errors import LoratoolError, Problem
 if TYPE_CHECKING:
     from loratool.merge import Progress
 
-SHOWN_PROBLEMS = 10
+SHOWN_PROBLEMS = 3  # of one code
 PROGRESS_AFTER = 0.5  # seconds: a quick command shows no bar
-
-
-def known_errors() -> tuple[type[Exception], ...]:
-    return (LoratoolError, click.ClickException)
 
 
 def print_json(command: str, document: dict[str, Any]) -> None:
     """The one JSON document of a command. Its bytes do not depend on the terminal."""
-    click.echo(json.dumps({"schema": f"loratool.{command}/1", "ok": True, **document}, indent=2, ensure_ascii=False))
+    _print_document({"schema": f"loratool.{command}/1", "ok": True, **document})
+
+
+def _print_document(document: dict[str, Any]) -> None:
+    click.echo(json.dumps(document, indent=2, allow_nan=False))
+
+
+def printable(text: str) -> str:
+    """Text from a file, without what could drive a terminal: control and invisible characters are escaped."""
+    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
+
+
+def say(text: str, *, error: bool = False) -> None:
+    click.echo(printable(text), err=error)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> None:
     """A table: as wide as the terminal, unwrapped in a pipe."""
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     terminal = sys.stdout.isatty()
-    console = Console(width=None if terminal else 100_000, soft_wrap=not terminal, highlight=False)
-    table = Table(box=SIMPLE_HEAD if terminal else None, pad_edge=False, header_style="bold")
+    console = Console(width=None if terminal else 100_000, highlight=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 2 if console.width >= 100 else 1, 0, 0), header_style="bold")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number in numeric else "left", overflow="fold")
+        right = number in numeric
+        table.add_column(column, justify="right" if right else "left", overflow="fold", no_wrap=right)
     for row in rows:
-        table.add_row(*row)
-    if terminal:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    with console.capture() as capture:
         console.print(table)
-    else:  # no trailing blanks for `cut` and `diff` to trip over
-        with console.capture() as capture:
-            console.print(table)
-        click.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
+    lines = (line.rstrip() for line in capture.get().splitlines())
+    click.echo("\n".join(lines))
 
 
 def facts(pairs: Sequence[tuple[str, str]]) -> None:
@@ -55,12 +65,17 @@ def facts(pairs: Sequence[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in pairs)
     for name, value in pairs:
         if value:
-            click.echo(f"{name:<{width}}  {value}")
+            say(f"{name:<{width}}  {value}")
 
 
 def notes(lines: Sequence[str]) -> None:
     for line in lines:
-        click.echo(f"note: {line}")
+        say(f"note: {line}")
+
+
+def count(number: int, noun: str) -> str:
+    """``1 update``, ``36 updates``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def size(nbytes: int) -> str:
@@ -89,13 +104,15 @@ def progress(quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
         console=Console(stderr=True),
         transient=True,
     )
-    started = time.monotonic()
     task = bar.add_task("", total=None)
+    started = 0.0
 
     def show(step: Progress) -> None:
+        nonlocal started
+        started = started or time.monotonic()  # of the writing: imports and checks are not progress
+        bar.update(task, description=printable(step.what), completed=step.done, total=step.total)
         if not bar.live.is_started and time.monotonic() - started > PROGRESS_AFTER:
             bar.start()
-        bar.update(task, description=step.what, completed=step.done, total=step.total)
 
     try:
         yield show
@@ -103,35 +120,50 @@ def progress(quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
         bar.stop()
 
 
-def report_error(error: Exception, as_json: bool) -> int:
+def report_error(error: LoratoolError | click.ClickException, as_json: bool) -> int:
     """Print an error, and return its exit code: what and where, why, and what helps."""
-    if isinstance(error, click.ClickException):
-        usage = error.ctx.get_usage() if isinstance(error, click.UsageError) and error.ctx else ""
-        problems: Sequence[Problem] = [Problem("E-USAGE", error.format_message(), hint=_usage_hint(error))]
-        code = 2
-    else:
-        assert isinstance(error, LoratoolError)
+    if isinstance(error, LoratoolError):
         problems, code, usage = error.problems, error.exit_code, ""
+    elif type(error).__name__ == "NoArgsIsHelpError":
+        click.echo(error.format_message(), err=True)
+        return 2
+    else:
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        hint = f"see `{context.command_path if context else 'loratool'} --help`"
+        problems, code = (Problem("E-USAGE", error.format_message(), hint=hint),), 2
+        usage = context.get_usage() if context else ""
     if as_json:
         _print_failure(problems)
         return code
-    for problem in problems[:SHOWN_PROBLEMS]:
-        rule = f" ({problem.rule})" if problem.rule else ""
-        click.echo(click.style(f"error[{problem.code}]", fg="red", bold=True) + f": {problem.message}{rule}", err=True)
-        if problem.where:
-            click.echo(f"  in: {problem.where}", err=True)
-        if problem.hint:
-            click.echo(f"  help: {problem.hint}", err=True)
-    if len(problems) > SHOWN_PROBLEMS:
-        click.echo(f"and {len(problems) - SHOWN_PROBLEMS} more problems; --json lists them all", err=True)
+    shown: Counter[str] = Counter()
+    for problem in problems:
+        shown[problem.code] += 1
+        if shown[problem.code] <= SHOWN_PROBLEMS:
+            rule = f" ({problem.rule})" if problem.rule else ""
+            complain(problem.code, problem.message + rule, problem.where, problem.hint)
+    for name, number in shown.items():
+        if number > SHOWN_PROBLEMS:
+            say(f"and {number - SHOWN_PROBLEMS} more {name}; --json lists them all", error=True)
     if usage:
-        click.echo(usage, err=True)
+        say(usage, error=True)
     return code
 
 
-def _usage_hint(error: click.ClickException) -> str:
-    context = error.ctx if isinstance(error, click.UsageError) else None
-    return f"see `{context.command_path} --help`" if context else "see `loratool --help`"
+def complain(code: str, message: str, where: str = "", hint: str = "") -> None:
+    """One problem on stderr, in up to three lines."""
+    head = click.style(f"error[{code}]", fg="red", bold=True) if _colour_wanted() else f"error[{code}]"
+    click.echo(f"{head}: {printable(message)}", err=True, color=_colour_wanted())
+    if where:
+        say(f"  in: {where}", error=True)
+    if hint:
+        say(f"  help: {hint}", error=True)
+
+
+def _colour_wanted() -> bool:
+    """https://no-color.org and its opposite, for stderr; rich does the same for tables."""
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return False
+    return bool(os.environ.get("FORCE_COLOR")) or sys.stderr.isatty()
 
 
 def _print_failure(problems: Sequence[Problem]) -> None:
@@ -141,7 +173,7 @@ def _print_failure(problems: Sequence[Problem]) -> None:
         "error": problems[0].to_json(),
         "problems": [problem.to_json() for problem in problems],
     }
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+    _print_document(document)
 
 
 def report_interrupt(as_json: bool) -> int:
@@ -149,18 +181,15 @@ def report_interrupt(as_json: bool) -> int:
     if as_json:
         _print_failure([problem])
     else:
-        click.echo(problem.message, err=True)
+        say(problem.message, error=True)
     return 130
 
 
 def report_bug(error: Exception, as_json: bool) -> int:
-    problem = Problem(
-        "E-BUG",
-        f"a bug in loratool, sorry: {type(error).__name__}: {error}",
-        hint="LORATOOL_DEBUG=1 shows the traceback; please report it",
-    )
+    what = f"a bug in loratool, sorry: {type(error).__name__}: {error}"
+    problem = Problem("E-BUG", what, hint="LORATOOL_DEBUG=1 shows the traceback; please report it")
     if as_json:
         _print_failure([problem])
     else:
-        click.echo(f"error[{problem.code}]: {problem.message}\n  help: {problem.hint}", err=True)
+        complain(problem.code, problem.message, hint=problem.hint)
     return 101

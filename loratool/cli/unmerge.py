@@ -47,7 +47,7 @@ def unmerge_command(
     """
     if dry_run:
         plan = plan_of_unmerge(merged, adapters, out, base=base, exact=exact, layout=layout)
-        print_plan(plan, as_json)
+        print_plan(plan, as_json, quiet)
         return
     with output.progress(quiet or as_json) as callback:
         report = loratool.unmerge(merged, adapters, out, base=base, exact=exact, layout=layout, progress=callback)
@@ -55,7 +55,7 @@ def unmerge_command(
         output.print_json("unmerge", report.to_json())
     elif not quiet:
         output.notes(report.plan.notes)
-        click.echo(_verdict(report))
+        output.say(_verdict(report))
 
 
 def _verdict(report: UnmergeReport) -> str:

@@ -19,8 +19,9 @@ Examples:
 )
 @click.argument("file", type=click.Path(path_type=Path))
 @options.as_json
+@options.quiet
 @click.pass_context
-def validate_command(ctx: click.Context, file: Path, as_json: bool) -> None:
+def validate_command(ctx: click.Context, file: Path, as_json: bool, quiet: bool) -> None:
     """Check a native adapter file against the specification, values included.
 
     Names every rule that the file breaks; exits with 1 if there is one.
@@ -31,8 +32,8 @@ def validate_command(ctx: click.Context, file: Path, as_json: bool) -> None:
         output.print_json("validate", {"path": str(file), "valid": not found, "findings": found})
     elif findings:
         output.print_table(("rule", "code", "finding"), [(f.rule, f.code, f.message) for f in findings])
-        click.echo(f"{file}: {len(findings)} findings; the rules are in spec/FORMAT.md")
-    else:
-        click.echo(f"{file}: valid")
+        output.say(f"{file}: {output.count(len(findings), 'finding')}; the rules are in spec/FORMAT.md")
+    elif not quiet:
+        output.say(f"{file}: valid")
     if findings:
         ctx.exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,8 @@ class Choices:
     layout: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if wrong_alpha := [alpha for alpha in self.alpha.values() if not math.isfinite(alpha)]:
+            raise ChoiceNeeded(Problem("E-OPTION", f"alpha {wrong_alpha[0]} is not a finite number"))
         if self.scaling is not None and self.scaling not in RULES:
             raise ChoiceNeeded(Problem("E-OPTION", f"scaling {self.scaling!r} is not one of {', '.join(RULES)}"))
         if wrong := [value for value in self.layout.values() if value not in ("in_out", "out_in")]:
@@ -40,6 +43,19 @@ class Choices:
 
     def layout_of(self, module: str) -> str | None:
         return next((value for pattern, value in self.layout.items() if fnmatch.fnmatchcase(module, pattern)), None)
+
+    def refuse(self, *names: str, where: str) -> None:
+        """An answer to a question that the convention does not have is a mistake, not a no-op."""
+        if given := [name for name in names if getattr(self, name)]:
+            raise ChoiceNeeded(Problem("E-OPTION", f"--{given[0]} means nothing for this convention", where))
+
+    def unknown_scale_hint(self) -> str:
+        """What to add so that the scale is known."""
+        if self.alpha and self.scaling is None:
+            return "add --scaling: alpha/rank (usual), alpha (first edition of LLMs from scratch) or alpha/sqrt(rank)"
+        if self.alpha:
+            return "no --alpha pattern matches these layers: add one, or --alpha X for all"
+        return "give --alpha X, or --alpha PATTERN=X per layer, with --scaling alpha/rank, alpha or alpha/sqrt(rank)"
 
     def check_used(self, modules: list[str], where: str) -> None:
         """A pattern that matches no module is a mistake, not a no-op."""

@@ -15,11 +15,11 @@ TITLE = "loratool adapter"
 
 
 def detect(source: Checkpoint) -> bool:
-    return source.path.is_file() and native_format.is_native(source.metadata)
+    return len(source.shards) == 1 and native_format.is_native(source.metadata)
 
 
 def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | None) -> Adapter:
-    return native_format.read(source.path)
+    return native_format.read(source.shards[0].path)
 
 
 def unwrap(source: Checkpoint, choices: Choices) -> Mapping[str, TensorRef]:

@@ -17,7 +17,9 @@ from loratool.adapter import Adapter, BaseIdentity, Target, Targeted
 from loratool.checkpoint import Checkpoint
 from loratool.conventions.choices import Choices
 from loratool.conventions.orientation import CONV1D_NAMES, square_layout
+from loratool.conventions.peft_config import MAX_ROW, PeftConfig, parse, refuse_unsupported
 from loratool.errors import ChoiceNeeded, InvalidFile, LoratoolError, Mismatch, Problem, Unsupported
+from loratool.format import is_native
 from loratool.names import modules, natural, parent, prefix_rule
 from loratool.tensors import Computed, Shape, TensorRef
 from loratool.updates import Add, Dora, Lora, Replace, ReplaceRows, Scaling
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 NAME = "peft"
 TITLE = "PEFT adapter"
 PREFIX = "base_model.model."
+FILE_STEM = "adapter_model"
 
 # What follows the module path. Whole tensors (`.weight`, `.bias`, parameters of any name) have none of these.
 _PART = re.compile(
@@ -46,25 +49,13 @@ _FOREIGN = re.compile(
     r"\.(lora_E|lora_ranknum|hada_\w+|lokr_\w+|ia3_\w|vera_\w+|oft_\w+|lora_diag\w*|boft_\w+|lora_[A-Z]\w*)\b"
 )
 
-# Initialisations that rewrite the base before training: the adapter is relative to a base that is not on any disk.
-_MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_VARIANTS = {
-    "layer_replication": "the base's layers must be replicated first",
-    "use_qalora": "A acts on pooled inputs",
-    "use_bdlora": "one factor is block-diagonal and stored compactly",
-    "kasa_config": "the base is truncated and the delta has singular values",
-    "arrow_config": "it routes between adapters at run time",
-    "alora_invocation_tokens": "it is active only after an invocation token",
-    "monteclora_config": "its factors are sampled",
-    "velora_config": "its delta is not plain LoRA",
-}
-
 
 def detect(source: Checkpoint) -> bool:
     if is_wrapped(source.tensors):
         return False  # hand-dumped or wrapped: the adapter's name is still in the keys
-    config = _side_config(source)
-    if config is not None and "peft_type" in config:
+    if is_native(source.metadata):
+        return False
+    if source.shards[0].path.stem == FILE_STEM and "peft_type" in (_side_config(source) or {}):
         return True
     return any(name.startswith(PREFIX) and _PART.match(name) for name in source.tensors)
 
@@ -77,9 +68,12 @@ def is_wrapped(names: Iterable[str]) -> bool:
 
 def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | None) -> Adapter:
     config = choices.config or _side_config(source)
-    refuse_unsupported(config or {}, source)
+    parsed = None
+    if config is not None:
+        refuse_unsupported(config, str(source.path), base_inside=False)
+        parsed = parse(config, str(source.path))
     parts = {name.removeprefix(PREFIX): ref for name, ref in source.tensors.items()}
-    adapter = PeftReader(parts, config, choices, base, str(source.path)).adapter()
+    adapter = PeftReader(parts, parsed, choices, base, str(source.path)).adapter()
     return replace(adapter, provenance={"convention": NAME}, notes=(*source.notes, *adapter.notes))
 
 
@@ -88,41 +82,9 @@ def unwrap(source: Checkpoint, choices: Choices) -> Mapping[str, TensorRef]:
 
 
 def _side_config(source: Checkpoint) -> dict[str, Any] | None:
-    return source.side_json("adapter_config.json")
-
-
-def refuse_unsupported(config: Mapping[str, Any], source: Checkpoint) -> None:
-    """Refuse, by name, what a merge of A and B alone would get wrong."""
-    problems = []
-    kind = config.get("peft_type", "LORA")
-    if kind not in ("LORA", "TRAINABLE_TOKENS"):
-        problems.append(
-            Problem(
-                "E-UNSUPPORTED",
-                f"peft_type {kind} is not supported",
-                str(source.path),
-                "merge it with PEFT's merge_and_unload()",
-            )
-        )
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(_MUTATING_INITS):
-        problems.append(
-            Problem(
-                "E-UNSUPPORTED",
-                f"init_lora_weights is {init!r}: it changes the base before training, so this adapter does"
-                " not belong to the base on disk",
-                str(source.path),
-                "save it again with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), which makes"
-                " a plain LoRA of it; or extract it, with the base inside, from the wrapped checkpoint",
-            )
-        )
-    problems += [
-        Problem("E-UNSUPPORTED", f"{key} is set: {why}", str(source.path), "merge it with PEFT's merge_and_unload()")
-        for key, why in _VARIANTS.items()
-        if config.get(key)
-    ]
-    if problems:
-        raise Unsupported(problems)
+    """The config beside the weights: of a folder, or of a file under PEFT's own name. Any other may be a stranger's."""
+    own = source.path.is_dir() or source.path.stem == FILE_STEM
+    return source.side_json("adapter_config.json") if own else None
 
 
 @dataclass
@@ -143,7 +105,7 @@ class PeftReader:
     """Turns keys of the saved form into updates. Wrapped checkpoints are brought into the saved form first."""
 
     parts: Mapping[str, TensorRef]
-    config: Mapping[str, Any] | None
+    config: PeftConfig | None
     choices: Choices
     base: Mapping[str, TensorRef] | None
     where: str
@@ -166,8 +128,8 @@ class PeftReader:
             raise Mismatch(self.problems)
         # Replacements come before the deltas on top of them (an embedding that was resized, then trained).
         updates.sort(key=lambda item: (natural(item.target.name), item.update.role != "replace"))
-        name = str((self.config or {}).get("base_model_name_or_path") or "")
-        return Adapter(tuple(updates), BaseIdentity(name), notes=tuple(self.notes), doubts=tuple(self.doubts))
+        name = BaseIdentity(self.config.base_name if self.config else "")
+        return Adapter(tuple(updates), name, notes=tuple(self.notes), doubts=tuple(self.doubts))
 
     # -- keys ---------------------------------------------------------------------------------------------------------
 
@@ -212,7 +174,9 @@ class PeftReader:
             resized = module.parts.pop("base_layer.weight", None)
             if resized is not None and "trainable_tokens_delta" in module.parts:
                 rows = module.parts.pop("trainable_tokens_delta")
-                whole[f"{module.name}.weight"] = _patched(resized, rows, self._token_indices(module.name))
+                whole[f"{module.name}.weight"] = _patched(
+                    resized, rows, self._token_indices(module.name, rows, resized.shape[0])
+                )
             elif resized is not None:
                 whole[f"{module.name}.weight"] = resized
             if module.parts:
@@ -248,7 +212,9 @@ class PeftReader:
 
     def _embedding(self, module: _Module, A: TensorRef, B: TensorRef, magnitude: TensorRef | None) -> Targeted:
         """PEFT: delta = (B @ A).T with A [rank, tokens], B [dim, rank]. Here the table is [tokens, dim]."""
-        self._two_dimensional(module, A, B)
+        if len(A.shape) != 2 or len(B.shape) != 2 or not A.numel or not B.numel:
+            what = f"{module.name}: lora_embedding_A is {list(A.shape)}, lora_embedding_B {list(B.shape)}"
+            raise InvalidFile(Problem("E-SHAPE", what, self.where))
         scaling = self._scaling(module.name, B.shape[1])
         target = Target(self._tensor(module), (A.shape[1], B.shape[0]), layout="embedding")
         update: Lora | Dora = Lora(B.T, A.T, scaling)
@@ -259,6 +225,10 @@ class PeftReader:
     def _linear(
         self, module: _Module, A: TensorRef, B: TensorRef, bias: TensorRef | None, magnitude: TensorRef | None
     ) -> Iterator[Targeted]:
+        if not A.numel or not B.numel:
+            what = f"{module.name}: lora_A is {list(A.shape)}, lora_B {list(B.shape)}: nothing in them"
+            hint = "gather the parameters before saving (DeepSpeed ZeRO-3 saves them empty)"
+            raise InvalidFile(Problem("E-EMPTY", what, self.where, hint))
         if len(A.shape) < 2 or len(A.shape) != len(B.shape) or any(dim != 1 for dim in B.shape[2:]):
             raise InvalidFile(
                 Problem("E-SHAPE", f"{module.name}: lora_A is {list(A.shape)}, lora_B {list(B.shape)}", self.where)
@@ -336,18 +306,14 @@ class PeftReader:
 
     def _token_rows(self, module: _Module, rows: TensorRef) -> Targeted:
         """Trained rows replace those of the table, despite their name; the config has their numbers, in any order."""
-        indices = self._token_indices(module.name)
         name = self._tensor(module)
         stored = self._stored(name)
-        if len(rows.shape) != 2 or len(indices) != rows.shape[0] or len(set(indices)) != len(indices):
-            raise InvalidFile(
-                Problem("E-SHAPE", f"{len(indices)} token indices for rows {list(rows.shape)}", self.where)
-            )
+        indices = self._token_indices(module.name, rows, stored.shape[0] if stored else None)
         order = sorted(range(len(indices)), key=indices.__getitem__)
         index, values = _row_numbers([indices[i] for i in order]), rows
         if order != list(range(len(order))):
             values = TensorRef(rows.name, rows.dtype, rows.shape, Computed(lambda: rows.read()[order]), rows.shape)
-        tokens = stored.shape[0] if stored is not None else max(indices) + 1
+        tokens = stored.shape[0] if stored is not None else max(indices) + 1  # at least
         return Targeted(Target(name, (tokens, rows.shape[1]), layout="embedding"), ReplaceRows(index, values))
 
     def _replacement(self, name: str, ref: TensorRef) -> Targeted:
@@ -363,40 +329,23 @@ class PeftReader:
         """alpha/r or alpha/sqrt(r). The rank is the tensors': PEFT sorts patterns on saving, so hits change."""
         if self.config is None:
             return self.choices.scaling_of(module, rank)
-        hits = [alpha for pattern, alpha in (self.config.get("alpha_pattern") or {}).items() if _hit(pattern, module)]
-        if len(set(hits)) > 1:
-            self.notes.append(
-                f"{module}: several alpha_pattern entries match; the first in the file is used, as PEFT does"
-            )
-        alpha = hits[0] if hits else self.config.get("lora_alpha", 8)
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-            raise InvalidFile(Problem("E-CONFIG", f"lora_alpha is {alpha!r}, not a number", self.where))
-        rule = "alpha/sqrt(rank)" if self.config.get("use_rslora") else "alpha/rank"
-        return Scaling.by(rule, float(alpha), rank)
+        alphas = self.config.alphas(module)
+        if len(set(alphas)) > 1:
+            self.notes.append(f"{module}: several alpha_pattern entries match; the file's first is used, as PEFT does")
+        return Scaling.by(self.config.rule, alphas[0] if alphas else self.config.alpha, rank)
 
-    def _declared_rank(self, module: str) -> int | None:
-        """The rank that the config gives a module: only for MoE, where the tensors show rank * experts."""
-        if self.config is None:
-            return None
-        patterns = self.config.get("rank_pattern") or {}
-        rank = next((r for pattern, r in patterns.items() if _hit(pattern, module)), self.config.get("r", 8))
-        return rank if isinstance(rank, int) else None
-
-    def _token_indices(self, module: str) -> list[int]:
-        config = self.config or {}
-        indices = config.get("trainable_token_indices") or config.get("token_indices")
-        if isinstance(indices, dict):
-            indices = next((v for k, v in indices.items() if module == k or module.endswith("." + k)), None)
-        if not isinstance(indices, list) or not all(isinstance(i, int) and i >= 0 for i in indices):
-            raise ChoiceNeeded(
-                Problem(
-                    "E-CONFIG",
-                    f"which rows of {module} were trained is not stored in the tensors",
-                    self.where,
-                    "give --config adapter_config.json",
-                )
+    def _token_indices(self, module: str, rows: TensorRef, tokens: int | None) -> list[int]:
+        """Which rows of a table [tokens, dim] were trained: only the config says so, in any order."""
+        indices = self.config.tokens_of(module) if self.config else ()
+        if not indices:
+            what = f"which rows of {module} were trained is not stored in the tensors"
+            raise ChoiceNeeded(Problem("E-CONFIG", what, self.where, "give --config adapter_config.json"))
+        if len(rows.shape) != 2 or len(indices) != rows.shape[0] or max(indices) >= (tokens or MAX_ROW):
+            what = (
+                f"{module}: {len(indices)} trained rows up to {max(indices)}, for {list(rows.shape)} of {tokens} tokens"
             )
-        return indices
+            raise InvalidFile(Problem("E-CONFIG", what, self.where, "is this the adapter's own config, and its base?"))
+        return list(indices)
 
     # -- what the base says -------------------------------------------------------------------------------------------
 
@@ -410,18 +359,19 @@ class PeftReader:
     def _parameter(self, module: _Module, A: TensorRef, B: TensorRef) -> str:
         """The parameter that a module's factors belong to; keys name only the module."""
         owner = self.rename(module.name)
-        named = [t.rpartition(".") for t in (self.config or {}).get("target_parameters") or []]
-        targeted: list[str] = [
-            last for head, _, last in named if module.name == head or module.name.endswith("." + head)
-        ]
+        targeted = self.config.parameters_of(module.name) if self.config else []
         below = [name.removeprefix(owner + ".") for name in self.base or () if parent(name) == owner]
         if not below:
             choices = targeted or ["weight"]
         elif self.base is None or "weight" in below:
             return "weight"
         else:
-            choices = [last for last in below if len(self.base[f"{owner}.{last}"].shape) >= 2]
-            choices = [last for last in choices if last in targeted] if targeted else choices
+            # Without target_parameters, only torch's attention has another name for its weight; a wrapped checkpoint
+            # without its config may have stacked experts.
+            likely = (
+                {"in_proj_weight"} if self.config else {last for last in below if self._is_stacked(f"{owner}.{last}")}
+            )
+            choices = [last for last in below if last in (targeted or likely | {"in_proj_weight"})]
             sizes = {A.shape[1], B.shape[0]}
             choices = [last for last in choices if set(self.base[f"{owner}.{last}"].shape[-2:]) == sizes]
         if len(choices) == 1:
@@ -442,6 +392,10 @@ class PeftReader:
             )
         )
 
+    def _is_stacked(self, name: str) -> bool:
+        stored = self._stored(name)
+        return stored is not None and len(stored.shape) == 3
+
     def _experts(
         self, module: _Module, parameter: str, A: TensorRef, B: TensorRef, stored: TensorRef | None
     ) -> int | None:
@@ -451,7 +405,7 @@ class PeftReader:
                 return None
             experts = stored.shape[0]
         else:
-            rank = self._declared_rank(f"{module.name}.{parameter}")
+            rank = self.config.rank_of(f"{module.name}.{parameter}") if self.config else None
             if parameter == "weight" or not rank or A.shape[0] == rank:
                 return None
             experts = A.shape[0] // rank
@@ -478,7 +432,7 @@ class PeftReader:
         if len(shape) != 2:
             return ""
         stored = self._stored(name)
-        flag = bool((self.config or {}).get("fan_in_fan_out"))
+        flag = self.config is not None and self.config.fan_in_fan_out
         if stored is None:
             if flag or module.rpartition(".")[2] in CONV1D_NAMES:
                 self.doubts.append(f"{module}: whether the base stores it as [out, in] or [in, out]")
@@ -496,20 +450,6 @@ class PeftReader:
             hint = f"say --layout '*{leaf}=in_out' for a Conv1D, --layout '*{leaf}=out_in' for a Linear"
             raise ChoiceNeeded(Problem("E-LAYOUT", what, self.where, hint))
         return layout
-
-    def _two_dimensional(self, module: _Module, A: TensorRef, B: TensorRef) -> None:
-        if len(A.shape) != 2 or len(B.shape) != 2:
-            raise InvalidFile(
-                Problem("E-SHAPE", f"{module.name}: factors {list(A.shape)}, {list(B.shape)}", self.where)
-            )
-
-
-def _hit(pattern: str, module: str) -> bool:
-    """PEFT's own match: the pattern is a regular expression for the end of the module's name."""
-    try:
-        return re.match(rf"(.*\.)?({pattern})$", module) is not None
-    except re.error as error:
-        raise InvalidFile(Problem("E-CONFIG", f"pattern {pattern!r} is not a regular expression: {error}")) from None
 
 
 def _trained_copy(key: str, keys: Container[str]) -> str | None:

@@ -16,6 +16,7 @@ from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint
 from loratool.conventions import peft
 from loratool.conventions.choices import Choices
+from loratool.conventions.peft_config import parse, refuse_unsupported
 from loratool.errors import ChoiceNeeded, InvalidFile, Problem
 from loratool.tensors import TensorRef
 
@@ -29,13 +30,14 @@ def detect(source: Checkpoint) -> bool:
 
 def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | None) -> Adapter:
     config = choices.config or (source.side_json("adapter_config.json") if source.path.is_dir() else None)
-    # Initialisations that rewrite the base do no harm here: the rewritten base is in the same file.
-    checked = {key: value for key, value in (config or {}).items() if key != "init_lora_weights"}
-    peft.refuse_unsupported(checked, source)
+    parsed = None
+    if config is not None:
+        refuse_unsupported(config, str(source.path), base_inside=True)
+        parsed = parse(config, str(source.path))
     parts, inside = _split(source, choices)
-    bias = str((config or {}).get("bias") or "none")
+    bias = parsed.bias if parsed else "none"
     trained = {name: ref for name, ref in inside.items() if name.endswith(".bias") and _trained(name, bias, source)}
-    reader = peft.PeftReader({**trained, **parts}, config, choices, base or inside or None, str(source.path))
+    reader = peft.PeftReader({**trained, **parts}, parsed, choices, base or inside or None, str(source.path))
     adapter = reader.adapter()
     notes = [*source.notes, *adapter.notes]
     if trained:

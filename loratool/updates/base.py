@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from loratool.errors import Problem
 from loratool.tensors import FLOATS, Shape, TensorRef
@@ -36,6 +36,11 @@ class Scaling:
     alpha: float | None = None
     scale: float | None = 1.0
 
+    def check(self) -> Iterator[Problem]:
+        """A scale must be a number to multiply with (rule R-025)."""
+        if self.scale is not None and not math.isfinite(self.scale):
+            yield Problem("E-SCALE", f"scale {self.scale} of alpha {self.alpha} is not finite", rule="R-025")
+
     @classmethod
     def by(cls, rule: str, alpha: float | None, rank: int) -> Scaling:
         """The scale that `rule` gives: ``Scaling.by("alpha/rank", 32, 16).scale == 2.0``."""
@@ -52,6 +57,9 @@ class Block(Protocol):
 
     def apply(self, W: torch.Tensor, start: int, weight: float) -> None:
         """Change W in place: rows start.. of the update's region, flattened to [rows, columns]."""
+
+    def reach(self) -> float:
+        """No element of the scaled delta is larger; 0 for what is no delta."""
 
     def observe(self, W: torch.Tensor, start: int) -> None:
         """Called on every block of rows before the first `apply`, if the update's `first_pass` is true."""
@@ -98,8 +106,21 @@ class Update:
         """Read the factors in the compute dtype; of one expert, where the update has an expert dimension."""
         raise NotImplementedError
 
+    def held(self) -> Update:
+        """The same with its viewed components in memory: a slice of a view reads the whole tensor, each time."""
+        changed: dict[str, Any] = {}
+        for part in fields(self):
+            value = getattr(self, part.name)
+            if isinstance(value, TensorRef) and value.views:
+                changed[part.name] = TensorRef.of(value.read().contiguous(), value.name)
+            elif isinstance(value, Update):
+                changed[part.name] = value.held()
+        return replace(self, **changed)
+
     def check(self, region: Shape, experts: int | None) -> Iterator[Problem]:
         """Every way in which the components do not fit `region` (rules R-026, R-031, R-032 of the spec)."""
+        if self.scaling is not None:
+            yield from self.scaling.check()
         lead = () if experts is None else (experts,)
         components = self.components()
         for name, tensor in components.items():
@@ -129,7 +150,22 @@ class Update:
         return (tensor if expert is None else tensor.select(expert)).read(dtype).contiguous()
 
 
-class Additive:
+def inner(B: TensorRef) -> int:
+    """The rank that a left factor [..., rows, rank] shows; 0 for a scalar, which fits nothing."""
+    return B.shape[-1] if B.shape else 0
+
+
+class Fixed:
+    """What most blocks need not do: learn from the base before, or bound a delta."""
+
+    def observe(self, W: torch.Tensor, start: int) -> None:
+        """Nothing to learn from the base."""
+
+    def reach(self) -> float:
+        return 0.0
+
+
+class Additive(Fixed):
     """A block whose update is `W + weight * scale * delta`: subclasses only say what their delta is."""
 
     scale: float
@@ -138,8 +174,12 @@ class Additive:
         """Rows start:stop of the unscaled delta, [rows, columns]."""
         raise NotImplementedError
 
+    def bound(self) -> float:
+        """No element of the unscaled delta is larger."""
+        raise NotImplementedError
+
+    def reach(self) -> float:
+        return abs(self.scale) * self.bound()
+
     def apply(self, W: torch.Tensor, start: int, weight: float) -> None:
         W.add_(self.delta(start, start + W.shape[0]), alpha=weight * self.scale)
-
-    def observe(self, W: torch.Tensor, start: int) -> None:
-        """Nothing to learn from the base."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from loratool.tensors import Shape, TensorRef
-from loratool.updates.base import Additive, Scaling, Update
+from loratool.updates.base import Additive, Fixed, Scaling, Update
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +52,7 @@ class Dora(Update):
 
 
 @dataclass
-class DoraBlock:
+class DoraBlock(Fixed):
     direction: Additive
     magnitude: torch.Tensor  # [rows] for axis 0, [columns of dim 1] for axis 1
     axis: int
@@ -64,9 +64,11 @@ class DoraBlock:
         self.squares = squares if self.squares is None else self.squares + squares
 
     def apply(self, W: torch.Tensor, start: int, weight: float) -> None:
+        import torch
+
         V = self._direction(W, start)  # [rows, columns]
         if self.axis == 0:
-            norm = V.norm(dim=1)  # [rows]
+            norm = torch.linalg.vector_norm(V, dim=1, dtype=torch.float64).to(V.dtype)  # [rows]
             factor = (self.magnitude[start : start + len(V)] / norm).unsqueeze(1)  # [rows, 1]
         else:
             assert self.squares is not None, "the first pass comes before apply"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from loratool.tensors import Shape, TensorRef
-from loratool.updates.base import Additive, Scaling, Update
+from loratool.updates.base import Additive, Fixed, Scaling, Update
 
 if TYPE_CHECKING:
     import torch
@@ -34,14 +34,11 @@ class Replace(Update):
 
 
 @dataclass
-class ReplaceBlock:
+class ReplaceBlock(Fixed):
     value: torch.Tensor  # [rows, columns]
 
     def apply(self, W: torch.Tensor, start: int, weight: float) -> None:
         move(W, self.value[start : start + W.shape[0]], weight)
-
-    def observe(self, W: torch.Tensor, start: int) -> None:
-        """Nothing to learn from the base."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +70,9 @@ class AddBlock(Additive):
     def delta(self, start: int, stop: int) -> torch.Tensor:
         return self.value[start:stop]
 
+    def bound(self) -> float:
+        return float(self.value.abs().max())
+
 
 @dataclass(frozen=True)
 class ReplaceRows(Update):
@@ -98,7 +98,7 @@ class ReplaceRows(Update):
 
 
 @dataclass
-class ReplaceRowsBlock:
+class ReplaceRowsBlock(Fixed):
     index: torch.Tensor  # [k] int64
     value: torch.Tensor  # [k, columns]
 
@@ -108,9 +108,6 @@ class ReplaceRowsBlock:
         moved = W[rows]
         move(moved, self.value[inside], weight)
         W[rows] = moved
-
-    def observe(self, W: torch.Tensor, start: int) -> None:
-        """Nothing to learn from the base."""
 
 
 def move(W: torch.Tensor, value: torch.Tensor, weight: float) -> None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from loratool.tensors import Shape, TensorRef
-from loratool.updates.base import Additive, Scaling, Update
-from loratool.updates.lora import low_rank_shapes, with_core
+from loratool.updates.base import Additive, Scaling, Update, inner
+from loratool.updates.lora import low_rank_shapes, product_bound, with_core
 
 if TYPE_CHECKING:
     import torch
@@ -37,12 +37,12 @@ class Loha(Update):
     def expected(self, region: Shape) -> Mapping[str, Shape]:
         core1, core2 = ("", "") if self.mid1 is None else ("mid1", "mid2")
         return {
-            **low_rank_shapes(region, self.B1.shape[-1], core1, "B1", "A1"),
-            **low_rank_shapes(region, self.B2.shape[-1], core2, "B2", "A2"),
+            **low_rank_shapes(region, inner(self.B1), core1, "B1", "A1"),
+            **low_rank_shapes(region, inner(self.B2), core2, "B2", "A2"),
         }
 
     def ranks(self) -> list[int]:
-        return [self.B1.shape[-1], self.B2.shape[-1]]
+        return [inner(self.B1), inner(self.B2)]
 
     def open(self, dtype: torch.dtype, expert: int | None) -> LohaBlock:
         mid1 = None if self.mid1 is None else self.read("mid1", dtype, expert)
@@ -66,3 +66,6 @@ class LohaBlock(Additive):
 
     def delta(self, start: int, stop: int) -> torch.Tensor:
         return (self.B1[start:stop] @ self.A1).mul_(self.B2[start:stop] @ self.A2)  # [rows, columns]
+
+    def bound(self) -> float:
+        return product_bound(self.B1, self.A1) * product_bound(self.B2, self.A2)

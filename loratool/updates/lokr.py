@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from loratool.tensors import Shape, TensorRef
-from loratool.updates.base import Additive, Scaling, Update
+from loratool.updates.base import Additive, Scaling, Update, inner
 from loratool.updates.lora import with_core
 
 if TYPE_CHECKING:
@@ -46,17 +46,17 @@ class Lokr(Update):
         b, d = rows // a, columns // c
         shapes: dict[str, Shape] = {"w1": (a, c), "w2": (b, d, *kernel)}
         if self.B1 is not None:
-            rank = self.B1.shape[-1]
+            rank = inner(self.B1)
             shapes |= {"B1": (a, rank), "A1": (rank, c)}
         if self.B2 is not None:
-            rank = self.B2.shape[-1]
+            rank = inner(self.B2)
             shapes |= {"B2": (b, rank), "A2": (rank, d, *kernel)}
             if self.mid2 is not None:
                 shapes |= {"A2": (rank, d), "mid2": (rank, rank, *kernel)}
         return shapes
 
     def ranks(self) -> list[int]:
-        return [B.shape[-1] for B in (self.B1, self.B2) if B is not None]
+        return [inner(B) for B in (self.B1, self.B2) if B is not None]
 
     def open(self, dtype: torch.dtype, expert: int | None) -> LokrBlock:
         if self.w1 is not None:
@@ -87,3 +87,6 @@ class LokrBlock(Additive):
         left = self.w1[row // len(self.w2)]  # [rows, c]
         right = self.w2[row % len(self.w2)]  # [rows, d, kernel]
         return torch.einsum("nc,ndk->ncdk", left, right).flatten(1)  # [rows, c * d * kernel]
+
+    def bound(self) -> float:
+        return float(self.w1.abs().max() * self.w2.abs().max())

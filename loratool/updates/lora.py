@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from loratool.tensors import Shape, TensorRef
-from loratool.updates.base import Additive, Scaling, Update
+from loratool.updates.base import Additive, Scaling, Update, inner
 
 if TYPE_CHECKING:
     import torch
@@ -32,10 +32,10 @@ class Lora(Update):
         return self.factors
 
     def expected(self, region: Shape) -> Mapping[str, Shape]:
-        return low_rank_shapes(region, self.B.shape[-1], "" if self.mid is None else "mid")
+        return low_rank_shapes(region, inner(self.B), "" if self.mid is None else "mid")
 
     def ranks(self) -> list[int]:
-        return [self.B.shape[-1]]
+        return [inner(self.B)]
 
     def open(self, dtype: torch.dtype, expert: int | None) -> LoraBlock:
         mid = None if self.mid is None else self.read("mid", dtype, expert)
@@ -52,9 +52,17 @@ class LoraBlock(Additive):
     def delta(self, start: int, stop: int) -> torch.Tensor:
         return self.B[start:stop] @ self.A  # [rows, columns]
 
+    def bound(self) -> float:
+        return product_bound(self.B, self.A)
+
     def apply(self, W: torch.Tensor, start: int, weight: float) -> None:
         # W + scale * (B @ A), fused: no delta is ever materialised.
         W.addmm_(self.B[start : start + W.shape[0]], self.A, alpha=weight * self.scale)
+
+
+def product_bound(B: torch.Tensor, A: torch.Tensor) -> float:
+    """No element of B @ A is larger (Cauchy-Schwarz)."""
+    return float(B.norm(dim=1).max() * A.norm(dim=0).max())
 
 
 def with_core(A: torch.Tensor, mid: torch.Tensor | None) -> torch.Tensor:

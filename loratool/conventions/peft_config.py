@@ -1,0 +1,174 @@
+"""PEFT's ``adapter_config.json``, checked once: what a merge needs of it, and what it must refuse."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from loratool.container import is_int
+from loratool.errors import InvalidFile, Problem, Unsupported
+
+# Initialisations that rewrite the base before training: the adapter is relative to a base that is not on any disk.
+MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+VARIANTS = {
+    "layer_replication": "the base's layers must be replicated first",
+    "use_qalora": "A acts on pooled inputs",
+    "use_bdlora": "one factor is block-diagonal and stored compactly",
+    "kasa_config": "the base is truncated and the delta has singular values",
+    "arrow_config": "it routes between adapters at run time",
+    "alora_invocation_tokens": "it is active only after an invocation token",
+    "monteclora_config": "its factors are sampled",
+    "velora_config": "its delta is not plain LoRA",
+}
+BIASES = ("none", "all", "lora_only")
+MAX_ROW = 2**53
+# A repetition of something that repeats takes exponential time in Python's matcher. No module name needs one.
+_NESTED_REPETITION = re.compile(r"\([^()]*(?:[+*]|\{\d*,\d*\})[^()]*\)\s*(?:[+*]|\{)")
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """The parts of an adapter_config that say what the tensors mean. Defaults are PEFT's own."""
+
+    rank: int = 8
+    alpha: float = 8.0
+    rule: str = "alpha/rank"
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    base_name: str = ""
+    target_parameters: tuple[str, ...] = ()
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # by module; "" is the input embedding
+
+    def alphas(self, module: str) -> list[float]:
+        """The alphas of all patterns that match a module, in the order of the file; PEFT uses the first."""
+        return [alpha for pattern, alpha in self.alpha_pattern.items() if _hit(pattern, module)]
+
+    def rank_of(self, module: str) -> int:
+        return next((rank for pattern, rank in self.rank_pattern.items() if _hit(pattern, module)), self.rank)
+
+    def parameters_of(self, module: str) -> list[str]:
+        """The parameters of a module that `target_parameters` names: ``mlp.experts.down_proj`` -> ``down_proj``."""
+        named = [target.rpartition(".") for target in self.target_parameters]
+        return [last for owner, _, last in named if module == owner or module.endswith("." + owner)]
+
+    def tokens_of(self, module: str) -> tuple[int, ...]:
+        """The rows of a module that were trained, in the order of the tensor's rows; () if the config has none."""
+        for owner, rows in self.tokens.items():
+            if owner in ("", module) or module.endswith("." + owner):
+                return rows
+        return ()
+
+
+def parse(document: Mapping[str, Any], where: str) -> PeftConfig:
+    """Check the fields that are used, all of them. Raises InvalidFile with every one that is wrong."""
+    problems: list[Problem] = []
+
+    def need(good: bool, name: str, what: str) -> bool:
+        if not good:
+            message = f"adapter_config: {name} is {document.get(name)!r:.80}, not {what}"
+            problems.append(Problem("E-CONFIG", message, where, "take the file that the trainer wrote"))
+        return good
+
+    def get(name: str, default: Any) -> Any:
+        """A field, with PEFT's default where it is absent or null."""
+        value = document.get(name)
+        return default if value is None else value
+
+    if "r" in document:
+        need(_is_rank(document["r"]), "r", "a whole number above 0")
+    if "lora_alpha" in document:
+        need(_is_number(document["lora_alpha"]), "lora_alpha", "a finite number")
+    for name in ("use_rslora", "fan_in_fan_out"):
+        need(isinstance(get(name, False), bool), name, "true or false")
+    need(get("bias", "none") in BIASES, "bias", f"one of {', '.join(BIASES)}")
+    for name, check, what in (("rank_pattern", _is_rank, "ranks"), ("alpha_pattern", _is_number, "numbers")):
+        patterns = get(name, {})
+        if need(isinstance(patterns, dict) and all(map(check, patterns.values())), name, f"an object of {what}"):
+            problems += [p for pattern in patterns if (p := _bad_pattern(pattern, name, where)) is not None]
+    parameters = get("target_parameters", [])
+    need(_is_list(parameters, str), "target_parameters", "a list of names")
+    tokens_name = "trainable_token_indices" if document.get("trainable_token_indices") is not None else "token_indices"
+    tokens = get(tokens_name, {})
+    tokens = tokens if isinstance(tokens, dict) else {"": tokens}
+    need(all(_is_rows(rows) for rows in tokens.values()), tokens_name, "different row numbers, from 0")
+    if problems:
+        raise InvalidFile(problems)
+    return PeftConfig(
+        rank=document.get("r", 8),
+        alpha=float(document.get("lora_alpha", 8)),
+        rule="alpha/sqrt(rank)" if get("use_rslora", False) else "alpha/rank",
+        rank_pattern=get("rank_pattern", {}),
+        alpha_pattern={pattern: float(alpha) for pattern, alpha in get("alpha_pattern", {}).items()},
+        fan_in_fan_out=get("fan_in_fan_out", False),
+        bias=get("bias", "none"),
+        base_name=str(get("base_model_name_or_path", "")),
+        target_parameters=tuple(parameters),
+        tokens={module: tuple(rows) for module, rows in tokens.items()},
+    )
+
+
+def refuse_unsupported(document: Mapping[str, Any], where: str, *, base_inside: bool) -> None:
+    """Refuse, by name, what a merge of A and B alone would get wrong. Raises Unsupported.
+
+    An initialisation that rewrote the base does no harm where the rewritten base is in the same file.
+    """
+    problems = []
+    kind = document.get("peft_type", "LORA")
+    if kind not in ("LORA", "TRAINABLE_TOKENS"):
+        hint = "merge it with PEFT's merge_and_unload()"
+        problems.append(Problem("E-UNSUPPORTED", f"peft_type {kind} is not supported", where, hint))
+    init = document.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(MUTATING_INITS) and not base_inside:
+        what = f"init_lora_weights is {init!r}: it changed the base before training, so the base on disk is another one"
+        hint = (
+            "save it again with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), which makes a"
+            " plain LoRA of it; or extract it, with the base inside, from the wrapped checkpoint"
+        )
+        problems.append(Problem("E-UNSUPPORTED", what, where, hint))
+    problems += [
+        Problem("E-UNSUPPORTED", f"{key} is set: {why}", where, "merge it with PEFT's merge_and_unload()")
+        for key, why in VARIANTS.items()
+        if document.get(key)
+    ]
+    if problems:
+        raise Unsupported(problems)
+
+
+def _is_rank(value: object) -> bool:
+    return is_int(value) and 1 <= value <= 2**31  # type: ignore[operator]  # is_int has looked
+
+
+def _is_number(value: object) -> bool:
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**1000 and math.isfinite(value)
+    )
+
+
+def _is_list(value: object, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
+def _is_rows(value: object) -> bool:
+    if not isinstance(value, list) or not value:
+        return False
+    return all(is_int(row) and 0 <= row < MAX_ROW for row in value) and len(set(value)) == len(value)
+
+
+def _bad_pattern(pattern: str, name: str, where: str) -> Problem | None:
+    if _NESTED_REPETITION.search(pattern):
+        return Problem("E-CONFIG", f"{name}: {pattern!r:.80} repeats a repetition", where, "name the modules plainly")
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        return Problem("E-CONFIG", f"{name}: {pattern!r:.80} is not a regular expression: {error}", where)
+    return None
+
+
+def _hit(pattern: str, module: str) -> bool:
+    """PEFT's own match: the pattern is a regular expression for the end of the module's name."""
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
