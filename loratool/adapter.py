@@ -15,6 +15,13 @@ MAX_NAME = 1024  # UTF-8 bytes of a target
 LAYOUTS = ("", "in_out", "embedding")
 
 
+def is_name(text: str) -> bool:
+    """Whether a tensor can be called so in a native file (rule R-016)."""
+    if any(ord(char) < 0x20 or ord(char) == 0x7F for char in text):
+        return False
+    return 1 <= len(text.encode("utf-8", "surrogatepass")) <= MAX_NAME
+
+
 @dataclass(frozen=True)
 class Target:
     """Which part of the base an update changes.
@@ -56,8 +63,7 @@ class Target:
 
     def check(self) -> Iterator[Problem]:
         """Rules R-022 and R-023 of the spec: shape, rows and expert index are possible."""
-        control = any(ord(char) < 0x20 or ord(char) == 0x7F for char in self.name)
-        if control or not 1 <= len(self.name.encode("utf-8", "replace")) <= MAX_NAME:
+        if not is_name(self.name):
             what = f"the name {self.name!r:.80} is empty, over {MAX_NAME} bytes, or has control characters"
             yield Problem("E-LIMIT", what, rule="R-016")
         if any(dim < 1 for dim in self.shape):

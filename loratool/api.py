@@ -33,6 +33,8 @@ def _typed(function: Callable[P, R]) -> Callable[P, R]:
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
+        except (BrokenPipeError, ConnectionError):
+            raise  # a progress callback's
         except OSError as error:
             where = str(error.filename or "")
             raise InvalidFile(Problem("E-READ", f"can not be read: {error.strerror or error}", where)) from error

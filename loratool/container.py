@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.errors import InvalidFile, Problem
-from loratool.tensors import DTYPE_BITS, FileSpan, Shape, TensorRef
+from loratool.tensors import DTYPE_BITS, FileSpan, Shape, TensorRef, is_int
 
 MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 MAX_DEPTH = 16
@@ -92,10 +92,6 @@ def strict_json(text: str, where: str, code: str, rule: str) -> Any:
     if _depth(document) > MAX_DEPTH:
         raise InvalidFile(too_deep)
     return document
-
-
-def is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_shape(value: object) -> bool:

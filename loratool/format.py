@@ -16,11 +16,11 @@ from typing import Any, BinaryIO, NamedTuple
 
 import rfc8785
 
-from loratool.adapter import LAYOUTS, Adapter, BaseIdentity, Target, Targeted, TensorIdentity
-from loratool.container import Header, canonical_order, encode_header, is_int, read_header, strict_json
+from loratool.adapter import LAYOUTS, Adapter, BaseIdentity, Target, Targeted, TensorIdentity, is_name
+from loratool.container import Header, canonical_order, encode_header, read_header, strict_json
 from loratool.errors import ChoiceNeeded, InvalidFile, LoratoolError, Problem, Unsupported
 from loratool.staging import staged
-from loratool.tensors import DTYPE_BITS, FLOATS, TensorRef, all_finite
+from loratool.tensors import DTYPE_BITS, FLOATS, TensorRef, all_finite, is_int
 from loratool.updates import KINDS, RULES, Add, Dora, Replace, ReplaceRows, Scaling, Update
 
 SUFFIX = ".lora.safetensors"
@@ -175,6 +175,9 @@ class _Reader:
         if len(self.problems) > before:
             return None
         ordinal, seen[name] = seen[name], seen[name] + 1
+        if not is_name(name):
+            self.complain("E-LIMIT", "R-016", f"{what}.target is empty, too long or has control characters")
+            return None
         if kind not in KINDS:
             self.complain("E-KIND", "R-021", f"{what} ({name}) is of the unknown kind {kind!r}")
             return None
@@ -365,11 +368,9 @@ def manifest_of(adapter: Adapter) -> dict[str, Any]:
     base: dict[str, Any] = {}
     if adapter.base.name:
         base["name"] = adapter.base.name
-    targets = adapter.targets()
     if tensors := {
         name: {"digest": known.digest, "dtype": known.dtype, "shape": list(known.shape)}
         for name, known in adapter.base.tensors.items()
-        if name in targets
     }:
         base["tensors"] = tensors
     return {

@@ -409,7 +409,7 @@ class _Rows:
         if source is not None and isinstance(source.data, FileSpan) and not source.views:
             self.span = source.data
             self.file = open_to_read(source.data.path)
-        elif source is not None:
+        elif source is not None and source.numel:
             self.held = source.read().reshape(-1, self.columns)
         return self
 

@@ -43,7 +43,7 @@ def missing(name: str, known: Iterable[str], where: str) -> Problem:
     near = nearest(name, known)
     return Problem(
         "E-TARGET",
-        f"the base has no {name!r}",
+        f"the base has no '{name}'",
         where,
         f"near names in the base: {', '.join(near)}" if near else "is this the adapter's base?",
     )

@@ -19,9 +19,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
-from loratool.container import is_int
 from loratool.errors import InvalidFile, Problem, Unsupported
-from loratool.tensors import CHUNK, DTYPE_BITS, InMemory, Shape, TensorRef, as_bytes
+from loratool.tensors import CHUNK, DTYPE_BITS, InMemory, Shape, TensorRef, as_bytes, is_int
 
 if TYPE_CHECKING:
     import torch
@@ -114,9 +113,13 @@ class _Stored(NamedTuple):
 
 
 class _Storage(NamedTuple):
-    dtype: str
+    dtype: _Dtype
     key: str
     numel: int
+
+
+class _Dtype(str):
+    """A dtype that the pickle names as torch's, not a text that happens to look like one."""
 
 
 class _Nonsense(Exception):
@@ -124,18 +127,25 @@ class _Nonsense(Exception):
 
 
 def _tensor_v2(storage: object, offset: object, size: object, stride: object, *_: object) -> _Stored:
-    return _described(storage, offset, size, stride, storage.dtype if isinstance(storage, _Storage) else "")
+    return _described(storage, offset, size, stride, storage.dtype if isinstance(storage, _Storage) else None)
 
 
 def _tensor_v3(
-    storage: object, offset: object, size: object, stride: object, grad: object, hooks: object, dtype: str, *_: object
+    storage: object,
+    offset: object,
+    size: object,
+    stride: object,
+    grad: object,
+    hooks: object,
+    dtype: object,
+    *_: object,
 ) -> _Stored:
     return _described(storage, offset, size, stride, dtype)
 
 
 def _described(storage: object, offset: object, size: object, stride: object, dtype: object) -> _Stored:
     """Check that a tensor lies inside its storage."""
-    if not isinstance(storage, _Storage) or dtype not in DTYPE_BITS:
+    if not isinstance(storage, _Storage) or not isinstance(dtype, _Dtype):
         raise _Nonsense("a tensor without a storage, or of no dtype")
     if not _are_counts(size) or not _are_counts(stride) or not is_int(offset) or len(size) != len(stride):
         raise _Nonsense(f"a tensor of size {size!r:.50}, stride {stride!r:.50}, offset {offset!r:.50}")
@@ -164,9 +174,8 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
     ("torch", "Size"): tuple,
-    ("torch.storage", "UntypedStorage"): "U8",
-    **{("torch", name): dtype for name, dtype in _STORAGES.items()},
-    **{("torch", name): dtype for name, dtype in _DTYPES.items()},
+    ("torch.storage", "UntypedStorage"): _Dtype("U8"),
+    **{("torch", name): _Dtype(dtype) for name, dtype in (_STORAGES | _DTYPES).items()},
 }
 
 
@@ -187,7 +196,7 @@ class _Lister(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> _Storage:
         match pid:
-            case ("storage", str(dtype), str(key), _, int(numel), *_) if dtype in DTYPE_BITS and numel >= 0:
+            case ("storage", _Dtype() as dtype, str(key), _, int(numel), *_) if numel >= 0:
                 if numel * DTYPE_BITS[dtype] // 8 <= self.sizes.get(key, -1):
                     return _Storage(dtype, key, numel)
         raise _Nonsense(f"the storage {pid!r:.80} is not in the archive")

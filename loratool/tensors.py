@@ -41,6 +41,11 @@ CHUNK = 1 << 20  # bytes moved at a time: large enough for sequential I/O, small
 Shape = tuple[int, ...]
 
 
+def is_int(value: object) -> bool:
+    """Whether a value out of JSON or a pickle is a whole number; true and false are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def torch_dtype(name: str) -> torch.dtype:
     """The torch dtype of a safetensors dtype name.
 

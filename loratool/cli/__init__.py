@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import errno
 import importlib
 import os
 import signal
@@ -86,10 +85,8 @@ def run(arguments: list[str]) -> int:
         except (KeyboardInterrupt, click.Abort):
             code = output.report_interrupt(as_json)
         sys.stdout.flush()
-    except SystemExit as error:  # by a signal; click also exits so when the reader of its output is gone
-        if isinstance(error.__context__, OSError) and error.__context__.errno == errno.EPIPE:
-            return _silenced(0)
-        return error.code if isinstance(error.code, int) else 1
+    except SystemExit as error:  # by a signal; with 1 click exits when the reader of its output is gone
+        return _silenced(0) if error.code == 1 else int(error.code or 0)
     except BrokenPipeError:
         return _silenced(0)
     except OSError as error:

@@ -33,7 +33,7 @@ def _print_document(document: dict[str, Any]) -> None:
 
 def printable(text: str) -> str:
     """Text from a file, without what could drive a terminal: control and invisible characters are escaped."""
-    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def say(text: str, *, error: bool = False) -> None:
@@ -143,9 +143,9 @@ def report_error(error: LoratoolError | click.ClickException, as_json: bool) -> 
             complain(problem.code, problem.message + rule, problem.where, problem.hint)
     for name, number in shown.items():
         if number > SHOWN_PROBLEMS:
-            say(f"and {number - SHOWN_PROBLEMS} more {name}; --json lists them all", error=True)
+            say(f"and {number - SHOWN_PROBLEMS} more {name} ({number} in all); --json lists them", error=True)
     if usage:
-        say(usage, error=True)
+        click.echo(usage, err=True)
     return code
 
 

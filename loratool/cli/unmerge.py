@@ -55,14 +55,15 @@ def unmerge_command(
         output.print_json("unmerge", report.to_json())
     elif not quiet:
         output.notes(report.plan.notes)
-        output.say(_verdict(report))
+        for line in _verdict(report):
+            output.say(line)
 
 
-def _verdict(report: UnmergeReport) -> str:
+def _verdict(report: UnmergeReport) -> list[str]:
     what = f"{report.plan.out}: {report.restored} of {report.total} changed tensors are bit-equal to the base"
     if report.exact:
-        return f"{what}: exact, proven by their digests ({report.seconds:.2f} s)"
-    return (
-        f"{what}: approximate, no element is off by more than {report.bound:.3g} ({report.seconds:.2f} s)\n"
-        "  help: --base BASE restores every bit"
-    )
+        return [f"{what}: exact, proven by their digests ({report.seconds:.2f} s)"]
+    return [
+        f"{what}: approximate, no element is off by more than {report.bound:.3g} ({report.seconds:.2f} s)",
+        "  help: --base BASE restores every bit",
+    ]

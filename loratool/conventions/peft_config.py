@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from loratool.container import is_int
 from loratool.errors import InvalidFile, Problem, Unsupported
+from loratool.tensors import is_int
 
 # Initialisations that rewrite the base before training: the adapter is relative to a base that is not on any disk.
 MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
