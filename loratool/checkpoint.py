@@ -248,6 +248,9 @@ def _clean(stored: list[tuple[str, TensorRef]], path: Path) -> tuple[dict[str, T
         names.pop(EMA_COUNTER, None)  # beside an averaged model, not part of it
     while names and all(name.startswith("module.") for name in names.values()):
         names = {name: clean.removeprefix("module.") for name, clean in names.items()}
+    for name in names:
+        if not name.isascii() and name != name.encode("utf-8", "ignore").decode("utf-8"):
+            raise InvalidFile(Problem("E-NAMES", f"the tensor name {name!a} is not Unicode", str(path)))
     by_clean: dict[str, list[str]] = defaultdict(list)
     for name, clean in names.items():
         by_clean[clean].append(name)

@@ -14,6 +14,7 @@ from typing import Any
 from loratool import conventions, receipt, staging
 from loratool.adapter import Adapter
 from loratool.binding import Binding, Part
+from loratool.blocks import BLOCK_BYTES, compute_dtype
 from loratool.checkpoint import Checkpoint, open_checkpoint
 from loratool.conventions.choices import Choices
 from loratool.errors import AnswerIsNo, ChoiceNeeded, InvalidFile, Mismatch, Problem
@@ -23,8 +24,6 @@ from loratool.receipt import MergedAdapter, Receipt
 from loratool.tensors import CHUNK, DTYPE_BITS, FLOATS, TensorRef
 
 DTYPES = {"keep": None, "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
-BLOCK_BYTES = CHUNK  # stored bytes of a row block: small enough for it and its wider copy to stay in the cache
-NARROW = [dtype for dtype in FLOATS if DTYPE_BITS[dtype] <= 16]
 
 
 @dataclass(frozen=True)
@@ -89,12 +88,6 @@ class Plan:
             ],
             "notes": list(self.notes),
         }  # fmt: skip
-
-
-def compute_dtype(tensor: NewTensor) -> str:
-    """float32 where both ends have 16 bits or less, float64 otherwise: the result then rounds once."""
-    stored = tensor.source.dtype if tensor.source else tensor.dtype
-    return "F32" if stored in NARROW and tensor.dtype in NARROW else "F64"
 
 
 def _memory(tensor: NewTensor) -> int:

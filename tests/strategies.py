@@ -84,7 +84,9 @@ def scaling(rule: str, alpha: float, rank: int) -> Scaling:
     return Scaling("none", rank, None, alpha) if rule == "none" else Scaling.by(rule, alpha, rank)
 
 
-def make_update(form: str, region: Shape, make: Maker, rank: int = 2, rule: str = "alpha/rank", alpha: float = 3.0):
+def make_update(
+    form: str, region: Shape, make: Maker, rank: int = 2, rule: str = "alpha/rank", alpha: float = 3.0
+) -> Any:
     """An update of the given form that fits a region."""
     scale = scaling(rule, alpha, rank)
     if form == "replace":
@@ -130,7 +132,9 @@ def make_update(form: str, region: Shape, make: Maker, rank: int = 2, rule: str 
     return Lokr(scale, **parts)
 
 
-def one(form: str, shape: Shape, *, seed: int = 0, dtype: str = "F32", name: str = "layer.weight", **options):
+def one(
+    form: str, shape: Shape, *, seed: int = 0, dtype: str = "F32", name: str = "layer.weight", **options: Any
+) -> Adapter:
     """An adapter of one update of a whole tensor."""
     return Adapter((Targeted(Target(name, shape), make_update(form, shape, Maker(seed, dtype), **options)),))
 
@@ -196,9 +200,9 @@ def rounded(x: Array, dtype: str) -> Array:
 
 @contextmanager
 def small_blocks(nbytes: int) -> Iterator[None]:
-    """Row blocks of `nbytes` stored bytes. `loratool.merge` and `loratool.plan` are functions: hence the detour."""
+    """Row blocks of `nbytes` stored bytes. `loratool.plan` is a function: hence the detour."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("loratool.merge", "loratool.plan"):
+        for name in ("loratool.blocks", "loratool.plan"):
             patch.setattr(importlib.import_module(name), "BLOCK_BYTES", nbytes)
         yield
 

@@ -129,14 +129,12 @@ class Attack:
         self.failures: dict[str, list[str]] = {}
         self.before = tree(kit.folder)
 
-    def run(self, what: object, role: str, path: Path, must_fail: bool = False) -> list[Result]:
-        results = []
-        for arguments in commands(self.kit, role, path, self.out):
+    def run(self, what: object, role: str, path: Path, must_fail: bool = False, quick: bool = False) -> None:
+        """Every command on a path; a look and one that writes, where there are many paths and `quick` is said."""
+        for arguments in commands(self.kit, role, path, self.out)[1 if quick else 0 :: 3 if quick else 1]:
             result = self.cli(*arguments)
-            results.append(result)
             self.note(f"{what!s:.90} | {arguments[0]}", self.wrong(arguments, result, must_fail))
             self.clear()
-        return results
 
     def note(self, what: str, reason: str) -> None:
         """Keep a failure; one of a kind is enough to see it, so others with its reason are only counted."""
@@ -152,7 +150,7 @@ class Attack:
         as_json = "--json" in arguments
         left = sorted(path.name for path in self.out.parent.iterdir())
         if result.code not in (0, 1, 2):
-            bug = re.search(r"sorry: (.*)", result.err + result.out)
+            bug = re.search(r"sorry: (.*?)(?:\",)?$", result.err + result.out, re.M)
             return f"exit {result.code}: {bug[1] if bug else result.err:.120}"
         if "Traceback" in result.err + result.out or "Warning" in result.err:
             return f"exit {result.code} with {result.err[:120]}"
@@ -397,12 +395,12 @@ def test_a_header_that_lies_is_refused(attack: Attack, kit: Kit, case: str) -> N
 
 
 def test_many_names_with_one_duplicate_are_refused_in_time(kit: Kit, cli: Cli) -> None:
-    count = 30_000
+    count = 20_000
     names = [*range(count), count - 1]
     file = kit.write("bad.safetensors", container("{" + ",".join(f'"{name}":0' for name in names) + "}"))
     started = time.monotonic()
     assert "E-DUPLICATE" in cli("inspect", file).err
-    assert time.monotonic() - started < 2, "searching the duplicate takes quadratic time"
+    assert time.monotonic() - started < 1, "searching the duplicate takes quadratic time"
 
 
 def test_many_updates_of_one_tensor_are_checked_in_time(kit: Kit, cli: Cli) -> None:
@@ -1034,7 +1032,7 @@ def test_configs_with_odd_values_are_answered(attack: Attack, kit: Kit) -> None:
             "false",
         ]:
             kit.write("adapter/adapter_config.json", dumps({**config, field: value}))
-            attack.run(f"{field} = {value!r:.30}", "adapter", kit / "adapter")
+            attack.run(f"{field} = {value!r:.30}", "adapter", kit / "adapter", quick=True)
     attack.done()
 
 
@@ -1133,7 +1131,7 @@ def test_receipts_with_odd_values_are_answered(attack: Attack, kit: Kit, single:
                 target = kit.write("merged.safetensors", container(header, data))
             else:
                 target = kit.write("merged/loratool_receipt.json", text).parent
-            attack.run(f"{path} = {value!r:.20}", "merged", target)
+            attack.run(f"{path} = {value!r:.20}", "merged", target, quick=True)
     attack.done()
 
 

@@ -384,6 +384,17 @@ def test_the_bound_holds_for_subnormal_half_precision(tmp_path: Path) -> None:
     within(base, [difference(torch.full((2, 4), 0.5 * 2.0**-24))], tmp_path)  # a tie: 3.5 steps become 4, twice
 
 
+def test_the_bound_counts_what_vanished_in_a_narrow_dtype(tmp_path: Path) -> None:
+    """Zeros are not exact where float16 had no room for what was there."""
+    state = {"layer.weight": torch.full((2, 4), 1e-10)}
+    save_sharded(state, tmp_path / "base")
+    adapter = difference(torch.zeros(2, 4))
+    loratool.merge(tmp_path / "base", adapter, tmp_path / "merged", dtype="fp16")
+    report = loratool.unmerge(tmp_path / "merged", adapter, tmp_path / "back")
+    assert not report.exact
+    assert worst(state, tensors_of(tmp_path / "back")) <= report.bound
+
+
 @pytest.mark.parametrize("size", [1e-60, 1e60])
 def test_the_bound_is_known_for_numbers_beyond_float32(size: float, tmp_path: Path) -> None:
     base = torch.full((2, 4), size, dtype=torch.float64)

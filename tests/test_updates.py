@@ -73,11 +73,11 @@ def delta(kind: str, t: dict[str, Array]) -> Array:
 def changed(update: Update, W: Array, weight: float, t: dict[str, Array]) -> Array:
     """What an update makes of its region W."""
     if update.kind == "replace":
-        return W + weight * (t["value"] - W)
+        return t["value"] if weight == 1 else W + weight * (t["value"] - W)
     if update.kind == "replace_rows":
         new = W.copy()
         for row, value in zip(t["index"].astype(int), t["value"], strict=True):
-            new[row] += weight * (value - new[row])
+            new[row] = value if weight == 1 else new[row] + weight * (value - new[row])
         return new
     assert update.scaling is not None
     assert update.scaling.scale is not None
@@ -88,7 +88,7 @@ def changed(update: Update, W: Array, weight: float, t: dict[str, Array]) -> Arr
     along = [1] * V.ndim
     along[update.axis] = -1
     factor = t["magnitude"].reshape(along) / np.sqrt((V**2).sum(axis=others, keepdims=True))
-    return W + weight * (factor * V - W)
+    return factor * V if weight == 1 else W + weight * (factor * V - W)
 
 
 def band(update: Update, W: Array, weight: float, t: dict[str, Array], unit: float) -> Array:
@@ -327,6 +327,14 @@ def test_the_norm_of_many_numbers_is_good(axis: int, tmp_path: Path) -> None:
     exact = changed(dora, W.double().numpy(), 1, numbers(dora))
     allowed = band(dora, W.double().numpy(), 1, numbers(dora), UNIT["F32"])
     assert_within(out, exact, allowed, "BF16")
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-60, 1e60, 1e300])
+def test_double_precision_reaches_beyond_float32(size: float, tmp_path: Path) -> None:
+    base: State = {"layer.weight": Maker(1).values(3, 2, dtype=torch.float64) * size}
+    out = merge(base, [one("lora", (3, 2), alpha=size)], tmp_path)["layer.weight"]
+    update, W = one("lora", (3, 2), alpha=size).updates[0].update, base["layer.weight"].numpy()
+    assert_within(out, changed(update, W, 1, numbers(update)), band(update, W, 1, numbers(update), UNIT["F64"]), "F64")
 
 
 def test_a_dora_of_nothing_is_refused(tmp_path: Path) -> None:
