@@ -189,7 +189,7 @@ def _check_entry(name: str, entry: Any, where: str) -> Problem | None:
     if (end - begin) * 8 != expected:
         return Problem(
             "E-TENSOR",
-            f"tensor {name!r} of {entry['dtype']} {entry['shape']} needs {(expected + 7) // 8:,} bytes, its"
+            f"tensor {name!r:.200} of {entry['dtype']} {entry['shape']!s:.80} needs {(expected + 7) // 8:,} bytes, its"
             f" offsets hold {end - begin:,}",
             where,
             rule="R-005",

@@ -26,7 +26,6 @@ from loratool.staging import staged
 from loratool.tensors import FileSpan, TensorRef, open_to_read
 from loratool.version import TOOL
 
-
 WORKERS = min(8, os.cpu_count() or 1)
 
 
