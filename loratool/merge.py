@@ -20,13 +20,11 @@ from loratool import receipt
 from loratool.blocks import Written, compute, write_all
 from loratool.errors import InvalidFile, Mismatch, Problem
 from loratool.layout import Change, Copy, OutputFile
-from loratool.plan import Plan
+from loratool.plan import WORKERS, Plan
 from loratool.receipt import ChangedTensor, Receipt
 from loratool.staging import staged
 from loratool.tensors import FileSpan, TensorRef, open_to_read
 from loratool.version import TOOL
-
-WORKERS = min(8, os.cpu_count() or 1)
 
 
 class Progress(NamedTuple):

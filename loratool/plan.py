@@ -6,6 +6,7 @@ A plan reports all its problems at once. It is data: it can be printed (`--dry-r
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from loratool.layout import Change, NewTensor, OutputFile, Weighted, output_file
 from loratool.receipt import MergedAdapter, Receipt
 from loratool.tensors import CHUNK, DTYPE_BITS, FLOATS, TensorRef
 
+WORKERS = min(8, os.cpu_count() or 1)  # tasks that run at a time
 DTYPES = {"keep": None, "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
 
@@ -54,7 +56,8 @@ class Plan:
     @property
     def memory(self) -> int:
         """An upper bound of the bytes held at a time, beside the interpreter and torch."""
-        return max((_memory(tensor) for tensor in self.changes), default=0) + 2 * CHUNK
+        largest = sorted((_memory(tensor) for tensor in self.changes), reverse=True)[:WORKERS]
+        return sum(largest) + WORKERS * CHUNK
 
     def to_json(self) -> dict[str, Any]:
         changes = self.changes

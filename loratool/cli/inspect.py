@@ -98,10 +98,9 @@ def _print_layers(summary: Summary) -> None:
             text(layer.rank),
             text(layer.alpha),
             text(layer.scale),
-            layer.dtype,
             f"{layer.bytes:,}",
         )
         for layer in sorted(summary.layers, key=lambda layer: natural(layer.target))
     ]
-    columns = ("target", "kind", "shape", "rank", "alpha", "scale", "dtype", "bytes")
-    output.print_table(columns, rows, numeric=(2, 3, 4, 5, 7))
+    columns = ("target", "kind", "shape", "rank", "alpha", "scale", "bytes")
+    output.print_table(columns, rows, numeric=range(2, 7))
