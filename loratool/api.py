@@ -132,10 +132,25 @@ def plan(
     dtype: str = "keep",
     allow_new: bool = False,
     layout: Mapping[str, str] | None = None,
+    digests: bool = True,
+    undo: PathLike | None = None,
+    threads: int | None = None,
+    max_memory: int | None = None,
 ) -> Plan:
     """All checks of a merge without writing anything. Raises what `merge` would raise."""
     given = [(adapter, 1.0 if weight is None else weight) for adapter, weight in _weighted(adapters)]
-    return plan_merge(Path(base), given, Path(out), dtype=dtype, allow_new=allow_new, choices=choices(layout=layout))
+    return plan_merge(
+        Path(base),
+        given,
+        Path(out),
+        dtype=dtype,
+        allow_new=allow_new,
+        choices=choices(layout=layout),
+        digests=digests,
+        undo=None if undo is None else Path(undo),
+        threads=threads,
+        max_memory=max_memory,
+    )
 
 
 @_typed
@@ -147,17 +162,37 @@ def merge(
     dtype: str = "keep",
     allow_new: bool = False,
     layout: Mapping[str, str] | None = None,
+    digests: bool = True,
+    undo: PathLike | None = None,
+    threads: int | None = None,
+    max_memory: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> MergeReport:
     """Write base + adapters as a checkpoint: W + sum of weight * scale * delta, rounded once.
 
     `adapters` is a path or an `Adapter`, or a list of them, each alone or as (adapter, weight). `dtype` is "keep",
     "bf16", "fp16" or "fp32".
-    `allow_new` permits adapters to add tensors or resize them. Every problem is raised before a byte is written.
+    `allow_new` permits adapters to add tensors or resize them. `undo` names a record to write, with which `unmerge`
+    gives the base back bit for bit. `digests=False` leaves the digests of changed tensors out of the receipt, which
+    then proves less. `threads` workers (all cores, at most 8) use at most `max_memory` bytes beside the interpreter
+    and torch. `progress` is called from the workers, one call at a time. Every problem is raised before a byte is
+    written.
 
     >>> loratool.merge("base/", [("style/", 0.8), "task.lora.safetensors"], "merged/")  # doctest: +SKIP
     """
-    return run_merge(plan(base, adapters, out, dtype=dtype, allow_new=allow_new, layout=layout), progress)
+    planned = plan(
+        base,
+        adapters,
+        out,
+        dtype=dtype,
+        allow_new=allow_new,
+        layout=layout,
+        digests=digests,
+        undo=undo,
+        threads=threads,
+        max_memory=max_memory,
+    )
+    return run_merge(planned, progress)
 
 
 @_typed
@@ -167,13 +202,25 @@ def plan_of_unmerge(
     out: PathLike,
     *,
     base: PathLike | None = None,
+    undo: PathLike | None = None,
     exact: bool = False,
     layout: Mapping[str, str] | None = None,
+    threads: int | None = None,
+    max_memory: int | None = None,
 ) -> Plan:
     """All checks of an unmerge without writing anything. Raises what `unmerge` would raise."""
     base_path = None if base is None else Path(base)
+    undo_path = None if undo is None else Path(undo)
     return plan_unmerge(
-        Path(merged), _weighted(adapters), Path(out), base_path=base_path, exact=exact, choices=choices(layout=layout)
+        Path(merged),
+        _weighted(adapters),
+        Path(out),
+        base_path=base_path,
+        undo_path=undo_path,
+        exact=exact,
+        choices=choices(layout=layout),
+        threads=threads,
+        max_memory=max_memory,
     )
 
 
@@ -184,15 +231,22 @@ def unmerge(
     out: PathLike,
     *,
     base: PathLike | None = None,
+    undo: PathLike | None = None,
     exact: bool = False,
     layout: Mapping[str, str] | None = None,
+    threads: int | None = None,
+    max_memory: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> UnmergeReport:
-    """Take merged adapters out again. With `base` bit for bit; without it to rounding, and the report says how far.
+    """Take merged adapters out again. With the merge's `undo` record or the `base` bit for bit; with neither to
+    rounding, and the report says how far.
 
     Raises AnswerIsNo where that is impossible (a replaced tensor), or with `exact`, where it would not be exact.
     """
-    return run_unmerge(plan_of_unmerge(merged, adapters, out, base=base, exact=exact, layout=layout), progress)
+    planned = plan_of_unmerge(
+        merged, adapters, out, base=base, undo=undo, exact=exact, layout=layout, threads=threads, max_memory=max_memory
+    )
+    return run_unmerge(planned, progress)
 
 
 @_typed

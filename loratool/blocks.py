@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from blake3 import blake3
 
-from loratool.errors import Mismatch, Problem
+from loratool.errors import InvalidFile, Mismatch, Problem
 from loratool.layout import NewTensor, Weighted
 from loratool.tensors import (
     CHUNK,
     DTYPE_BITS,
     FLOATS,
     FileSpan,
+    TensorRef,
     all_finite,
     as_bytes,
     extremes,
@@ -27,7 +28,9 @@ from loratool.tensors import (
     read_exactly,
     torch_dtype,
 )
+from loratool.undo import TensorRecorder, UndoTensor, decode_block, encode_block
 from loratool.updates import Block
+from loratool.updates.dora import DoraBlock
 
 if TYPE_CHECKING:
     import torch
@@ -61,10 +64,18 @@ class _Opened(NamedTuple):
     first_pass: bool
 
 
-def compute(tensor: NewTensor, out: BinaryIO, step: Callable[[int], None], measure: bool) -> Written:
+def compute(
+    tensor: NewTensor,
+    out: BinaryIO,
+    step: Callable[[int], None],
+    measure: bool = False,
+    recorder: TensorRecorder | None = None,
+    digests: bool = True,
+) -> Written:
     """Compute one tensor and write it at the current position of `out`.
 
-    `step` is told the bytes of every block. With `measure`, the error that rounding may leave is bounded on the way.
+    `step` is told the bytes of every block. With `measure`, the error that rounding may leave is bounded on the way;
+    with a `recorder`, what undoes every block is recorded.
     """
     tensor = replace(tensor, updates=tuple(map(_held, tensor.updates)))
     before, after = blake3(), blake3()
@@ -87,7 +98,7 @@ def compute(tensor: NewTensor, out: BinaryIO, step: Callable[[int], None], measu
                             update.block.apply(part, offset, update.weight)
             for start, stop in _blocks(rows, columns, tensor):
                 stored = source.read(first + start, first + stop)
-                before.update(as_bytes(stored))
+                result = stored
                 if opened or tensor.source is None or tensor.source.dtype != tensor.dtype:
                     W = source.widened(stored, stop - start)
                     if measure:
@@ -95,14 +106,94 @@ def compute(tensor: NewTensor, out: BinaryIO, step: Callable[[int], None], measu
                     for update, part, offset in _inside(opened, W, start, stop):
                         update.block.apply(part, offset, update.weight)
                     largest = max(largest, _largest_finite(W, tensor))
-                    stored = round_once(W, source.out[: stop - start])
-                data = as_bytes(stored)
-                after.update(data)
+                    result = round_once(W, source.out[: stop - start])
+                if recorder is not None and tensor.source is not None:
+                    merged = source.widened(result, stop - start)
+                    predicted, band = _predict(tensor, opened, merged, source.terms[: stop - start], start, stop)
+                    recorder.blocks.append(encode_block(stored, predicted, band))
+                data = as_bytes(result)
+                if digests:
+                    before.update(as_bytes(stored))
+                    after.update(data)
                 write_all(out, data)
                 step(len(data))
+            if recorder is not None:
+                recorder.height = _height(rows, columns, tensor)
+                recorder.norms += [update.block.norm for update in opened if isinstance(update.block, DoraBlock)]
+    if recorder is not None and tensor.source is None and tensor.original is not None:
+        _record_whole(tensor.original, recorder)
+    if not digests:
+        return Written(None if tensor.original is None else "", "", 0.0)
     digest = f"blake3:{before.hexdigest()}" if tensor.source else tensor.original.digest() if tensor.original else None
     bound = _rounding_bound(tensor, largest, reach) if measure else 0.0
     return Written(digest, f"blake3:{after.hexdigest()}", bound)
+
+
+def _record_whole(original: TensorRef, recorder: TensorRecorder) -> None:
+    """Record a tensor that nothing predicts, because the merge gave it another shape: against zeros."""
+    tensor = NewTensor(original.name, original, original.dtype, original.shape)
+    _, rows, columns = _matrices(tensor)
+    recorder.height = _height(rows, columns, tensor)
+    with _Rows(tensor, rows, columns) as source:
+        for start, stop in _blocks(rows, columns, tensor):
+            zeros = source.W[: stop - start].zero_()
+            recorder.blocks.append(encode_block(source.read(start, stop), zeros, zeros.clone()))
+
+
+def restore(tensor: NewTensor, record: UndoTensor, out: BinaryIO, step: Callable[[int], None]) -> Written:
+    """Write the base's tensor: predicted from the merged one in `tensor.source`, corrected by its undo record.
+
+    `tensor.updates` carry the weights of the merge. Raises InvalidFile for a record that does not fit.
+    """
+    tensor = replace(tensor, updates=tuple(map(_held, tensor.updates)))
+    after = blake3()
+    matrices, rows, columns = _matrices(tensor)
+    blocks, norms = record.read_blocks(), iter(record.norms)
+    try:
+        with _Rows(tensor, rows, columns, record.height) as source:
+            for matrix in range(matrices):
+                opened = [_open(weighted, tensor, matrix, rows) for weighted in _ordered(tensor, matrix)]
+                for update in opened:
+                    if isinstance(update.block, DoraBlock):
+                        update.block.norm = next(norms).read().reshape(update.block.norm.shape)
+                first = matrix * rows
+                for start, stop in _blocks(rows, columns, tensor, record.height):
+                    stored = source.read(first + start, first + stop)
+                    W = source.widened(stored, stop - start)
+                    predicted, _ = _predict(tensor, opened, W, source.terms[: stop - start], start, stop)
+                    data = as_bytes(decode_block(next(blocks), predicted, torch_dtype(tensor.dtype)))
+                    after.update(data)
+                    write_all(out, data)
+                    step(len(data))
+        if next(blocks, None) is not None or next(norms, None) is not None:
+            raise ValueError("it has more blocks than the tensor")
+    except (StopIteration, ValueError, RuntimeError) as error:
+        what = f"{tensor.name}: the undo record does not fit: {error or 'it has too few blocks'}"
+        raise InvalidFile(Problem("E-UNDO", what, tensor.name, "use --base instead")) from None
+    return Written(None, f"blake3:{after.hexdigest()}", 0.0)
+
+
+def _predict(
+    tensor: NewTensor, opened: list[_Opened], W: torch.Tensor, terms: torch.Tensor, start: int, stop: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merged rows W, in place, with the updates taken out again; and how far from the exact result they can be.
+
+    Every operation's error is at most u times what it computes with; in all (k + 8) u (|p| + terms), where terms are
+    the magnitudes that were subtracted and k the length of the longest sums. Doubled, so that two machines, each
+    within the band of the exact result, are within it of each other.
+    """
+    import torch
+
+    terms.zero_()
+    for update, part, offset in reversed([*_inside(opened, W, start, stop)]):
+        low = offset + update.start - start
+        update.block.revert(part, terms[low : low + len(part)], offset, update.weight)
+    ranks = [2 * (item.update.scaling.rank or 1) for item, _ in tensor.updates if item.update.scaling]
+    unit = torch.finfo(W.dtype).eps / 2
+    longest = max(ranks, default=0) + 2 * len(opened)
+    # terms * (k + 8) u + 8 u |p|
+    band = terms.mul_(2 * (longest + 8) * unit).add_(W.abs(), alpha=16 * unit)
+    return W, band
 
 
 def _matrices(tensor: NewTensor) -> tuple[int, int, int]:
@@ -153,8 +244,8 @@ def _height(rows: int, columns: int, tensor: NewTensor) -> int:
     return max(1, min(rows, BLOCK_BYTES * 8 // max(1, columns * DTYPE_BITS[tensor.dtype])))
 
 
-def _blocks(rows: int, columns: int, tensor: NewTensor) -> Iterator[tuple[int, int]]:
-    height = _height(rows, columns, tensor)
+def _blocks(rows: int, columns: int, tensor: NewTensor, height: int = 0) -> Iterator[tuple[int, int]]:
+    height = height or _height(rows, columns, tensor)
     for start in range(0, rows if columns else 0, height):
         yield start, min(rows, start + height)
 
@@ -162,15 +253,16 @@ def _blocks(rows: int, columns: int, tensor: NewTensor) -> Iterator[tuple[int, i
 class _Rows:
     """Blocks of rows of a tensor, in buffers that are used again for every block: stored, computed, to be written."""
 
-    def __init__(self, tensor: NewTensor, rows: int, columns: int) -> None:
+    def __init__(self, tensor: NewTensor, rows: int, columns: int, height: int = 0) -> None:
         import torch
 
-        height = _height(rows, columns, tensor)
+        height = min(rows, height) or _height(rows, columns, tensor)
         self.source = tensor.source
         self.columns = columns
         self.stored = torch.empty(height, columns, dtype=torch_dtype(tensor.source.dtype if tensor.source else "U8"))
         self.W = torch.empty(height, columns, dtype=torch_dtype(compute_dtype(tensor)))
         self.out = torch.empty(height, columns, dtype=torch_dtype(tensor.dtype))
+        self.terms = torch.empty(height, columns, dtype=self.W.dtype)
 
     def __enter__(self) -> _Rows:
         self.file: BinaryIO | None = None

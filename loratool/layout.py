@@ -31,7 +31,7 @@ class NewTensor:
     """What becomes of one tensor: computed from `source` (None: it is new, or its shape is) by `updates`.
 
     `original` is the base's tensor even where its shape is another one. `reversible` is whether the updates can be
-    subtracted again: all are additive, and named for this tensor.
+    subtracted again, as all are additive.
     """
 
     name: str

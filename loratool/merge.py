@@ -11,19 +11,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from loratool import receipt
-from loratool.blocks import Written, compute, write_all
+from loratool import receipt, undo
+from loratool.blocks import Written, compute, restore, write_all
 from loratool.errors import InvalidFile, Mismatch, Problem
 from loratool.layout import Change, Copy, OutputFile
-from loratool.plan import WORKERS, Plan
+from loratool.plan import Plan
 from loratool.receipt import ChangedTensor, Receipt
 from loratool.staging import staged
 from loratool.tensors import FileSpan, TensorRef, open_to_read
+from loratool.undo import TensorRecorder, UndoWriter
 from loratool.version import TOOL
 
 
@@ -76,15 +77,20 @@ class UnmergeReport:
 
 
 def run_merge(plan: Plan, progress: ProgressCallback | None = None) -> MergeReport:
-    """Write the output of a merge plan, with its receipt; whole or not at all."""
+    """Write the output of a merge plan with its receipt, and its undo record if it asks for one; all or nothing."""
     import torch  # noqa: F401  # before the clock starts: seconds are those of the work
 
     started = time.monotonic()
     if plan.single:  # the receipt is in the header, which comes before the digests are known: keep its place
-        blank = _receipt(plan, {tensor.name: _BLANK for tensor in plan.changes})
-        plan = replace(plan, files=(_with_receipt(plan.files[0], blank),))
-    with _output(plan) as folder:
-        done = _receipt(plan, _write(plan, folder, progress))
+        blank = Written(_BLANK, _BLANK, 0.0) if plan.digests else Written("", "", 0.0)
+        placeholder = _receipt(plan, {tensor.name: blank for tensor in plan.changes})
+        plan = replace(plan, files=(_with_receipt(plan.files[0], placeholder),))
+    with ExitStack() as stack:
+        writer, record = None, None
+        if plan.undo is not None:
+            writer, record = stack.enter_context(undo.writing(plan.undo))
+        folder = stack.enter_context(_output(plan))
+        done = _receipt(plan, _write(plan, folder, progress, writer))
         if plan.single:
             header = _with_receipt(plan.files[0], done).header
             assert len(header) == len(plan.files[0].header), "digests have one length"
@@ -92,6 +98,8 @@ def run_merge(plan: Plan, progress: ProgressCallback | None = None) -> MergeRepo
                 file.write(header)
         else:
             (folder / receipt.FILE_NAME).write_text(done.dumps(), encoding="utf-8")
+        if writer is not None and record is not None:
+            writer.finish(record, done)
     return MergeReport(plan, done, time.monotonic() - started)
 
 
@@ -105,20 +113,15 @@ def run_unmerge(plan: Plan, progress: ProgressCallback | None = None) -> Unmerge
     with _output(plan) as folder:
         written = _write(plan, folder, progress)
         wrong = {name: found.bound for name, found in written.items() if found.after != known[name].base}
-        if plan.exact and wrong:
-            raise Mismatch(
-                Problem(
-                    "E-NOT-EXACT",
-                    f"{next(iter(wrong))} came out with other bytes than the base's: the"
-                    " base changed while it was read",
-                    str(plan.out),
-                )
-            )
+        if plan.exact and any(known[name].base for name in wrong):
+            what = f"{next(iter(wrong))} came out with other bytes than the base's"
+            hint = "the undo record is damaged: use --base" if plan.record else "the base changed while it was read"
+            raise Mismatch(Problem("E-NOT-EXACT", what, str(plan.out), hint))
     seconds = time.monotonic() - started
     return UnmergeReport(plan, len(written) - len(wrong), len(written), max(wrong.values(), default=0.0), seconds)
 
 
-_BLANK = Written("blake3:" + "0" * 64, "blake3:" + "0" * 64, 0.0)
+_BLANK = "blake3:" + "0" * 64
 
 
 def _with_receipt(file: OutputFile, found: Receipt) -> OutputFile:
@@ -137,6 +140,7 @@ def _receipt(plan: Plan, written: Mapping[str, Written]) -> Receipt:
             base_dtype=original.dtype if original else tensor.dtype,
             base_shape=original.shape if original else tensor.shape,
             reversible=tensor.reversible,
+            targets=tuple(dict.fromkeys(item.target.name for item, _ in tensor.updates)),
         )
     return Receipt(TOOL, plan.dtype, plan.adapters, tensors)
 
@@ -166,7 +170,9 @@ def _output(plan: Plan) -> Iterator[Path]:
             yield place
 
 
-def _write(plan: Plan, folder: Path, progress: ProgressCallback | None) -> dict[str, Written]:
+def _write(
+    plan: Plan, folder: Path, progress: ProgressCallback | None, writer: UndoWriter | None = None
+) -> dict[str, Written]:
     """Write the weights files of a plan; return what is known of each computed tensor, by name."""
     meter = _Meter(plan.nbytes, progress)
     tasks: list[tuple[Path, Copy | Change]] = []
@@ -179,8 +185,8 @@ def _write(plan: Plan, folder: Path, progress: ProgressCallback | None) -> dict[
         tasks += [(path, task) for task in file.tasks]
     found: dict[str, Written] = {}
     # torch on one thread per worker: blocks are too small to be worth its own threads, which wait for each other.
-    with ThreadPoolExecutor(WORKERS, initializer=_single_threaded) as pool:
-        running = [pool.submit(_run, path, task, meter, not plan.exact) for path, task in tasks]
+    with ThreadPoolExecutor(plan.threads, initializer=_single_threaded) as pool:
+        running = [pool.submit(_run, path, task, plan, meter, writer) for path, task in tasks]
         try:
             for done in as_completed(running):
                 if (written := done.result()) is not None:
@@ -211,7 +217,9 @@ class _Meter:
                 self.progress(Progress(self.done, self.total, what))
 
 
-def _run(path: Path, task: Copy | Change, meter: _Meter, measure: bool) -> tuple[str, Written] | None:
+def _run(
+    path: Path, task: Copy | Change, plan: Plan, meter: _Meter, writer: UndoWriter | None
+) -> tuple[str, Written] | None:
     """One task of a plan, in a worker: it knows its place in the output."""
     with path.open("r+b", buffering=0) as out:
         out.seek(task.offset)
@@ -222,7 +230,14 @@ def _run(path: Path, task: Copy | Change, meter: _Meter, measure: bool) -> tuple
         if isinstance(task, Copy):
             _copy(task.source, out, step)
             return None
-        return task.tensor.name, compute(task.tensor, out, step, measure)
+        tensor = task.tensor
+        if plan.record is not None:
+            return tensor.name, restore(tensor, plan.record.tensors[tensor.name], out, step)
+        recorder = TensorRecorder() if writer is not None and tensor.original is not None else None
+        written = compute(tensor, out, step, not plan.exact, recorder, plan.digests)
+        if writer is not None and recorder is not None:
+            writer.add(tensor.name, recorder)
+        return tensor.name, written
 
 
 def _copy(source: TensorRef, out: BinaryIO, step: Callable[[int], None]) -> None:

@@ -23,6 +23,8 @@ from loratool.format import content_digest
 from loratool.layout import Change, NewTensor, OutputFile, Weighted, output_files, output_index, output_name
 from loratool.receipt import MergedAdapter, Receipt
 from loratool.tensors import CHUNK, DTYPE_BITS, FLOATS, TensorRef
+from loratool.undo import UndoRecord
+from loratool.undo import read as read_undo
 
 WORKERS = min(8, os.cpu_count() or 1)  # tasks that run at a time
 DTYPES = {"keep": None, "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -44,6 +46,10 @@ class Plan:
     notes: tuple[str, ...] = ()
     exact: bool = True
     receipt: Receipt | None = None  # of the checkpoint that is unmerged
+    digests: bool = True  # of the changed tensors, for the receipt
+    threads: int = WORKERS
+    undo: Path | None = None  # the record to write
+    record: UndoRecord | None = None  # the record to read
 
     @property
     def changes(self) -> list[NewTensor]:
@@ -56,8 +62,8 @@ class Plan:
     @property
     def memory(self) -> int:
         """An upper bound of the bytes held at a time, beside the interpreter and torch."""
-        largest = sorted((_memory(tensor) for tensor in self.changes), reverse=True)[:WORKERS]
-        return sum(largest) + WORKERS * CHUNK
+        largest = sorted((_memory(tensor) for tensor in self.changes), reverse=True)[: self.threads]
+        return sum(largest) + self.threads * CHUNK
 
     def to_json(self) -> dict[str, Any]:
         changes = self.changes
@@ -72,6 +78,9 @@ class Plan:
             "tensors_total": sum(len(file.tensors) for file in self.files),
             "bytes_to_write": self.nbytes,
             "memory_bound": self.memory,
+            "threads": self.threads,
+            "digests": self.digests,
+            "undo": None if self.undo is None else str(self.undo),
             "files": [{"name": file.name, "bytes": file.size} for file in self.files],
             "companions": [path.as_posix() for path in self.companions],
             "changes": [
@@ -111,6 +120,10 @@ def plan_merge(
     dtype: str = "keep",
     allow_new: bool = False,
     choices: Choices | None = None,
+    digests: bool = True,
+    undo: Path | None = None,
+    threads: int | None = None,
+    max_memory: int | None = None,
 ) -> Plan:
     """Check everything about a merge and lay out its files. Raises the errors of `loratool.errors`, all at once."""
     if dtype not in DTYPES:
@@ -121,7 +134,7 @@ def plan_merge(
     binding.read(adapters, choices or Choices())
     binding.bind()
     folders = [Path(adapter) for adapter, _ in adapters if not isinstance(adapter, Adapter)]
-    if problems := [*_output_problems(base, out, folders), *binding.problems]:
+    if problems := [*_output_problems(base, out, folders), *_undo_problems(undo, out, digests), *binding.problems]:
         raise Mismatch(problems)
     merged = tuple(
         MergedAdapter(content_digest(p.adapter), p.weight, p.name, len(p.adapter.updates)) for p in binding.parts
@@ -136,7 +149,7 @@ def plan_merge(
         files = (replace(files[0], name=out.name),)
     if dtype != "keep" and base.path.is_dir():
         notes.append("config.json is copied as it is: its torch_dtype may name another dtype than the weights now have")
-    return Plan(
+    plan = Plan(
         "merge",
         base.path,
         out,
@@ -149,7 +162,34 @@ def plan_merge(
         ),
         dtype,
         tuple(notes),
+        digests=digests,
+        undo=undo,
     )
+    return _within(plan, threads, max_memory)
+
+
+def _undo_problems(undo: Path | None, out: Path, digests: bool) -> Iterator[Problem]:
+    if undo is None:
+        return
+    if (problem := staging.refuse_existing(undo)) is not None:
+        yield replace(problem, hint="name another with --undo")
+    if out.absolute() in (undo.absolute(), *undo.absolute().parents):
+        yield Problem("E-OUTPUT", "the undo record would lie inside the output", str(undo), "write it somewhere else")
+    if not digests:
+        yield Problem("E-OPTION", "an undo record needs the digests that prove it", str(undo), "leave out --no-digests")
+
+
+def _within(plan: Plan, threads: int | None, max_memory: int | None) -> Plan:
+    """The plan with as many workers as asked for, and as fit into the memory allowed."""
+    if threads is not None and threads < 1:
+        raise ChoiceNeeded(Problem("E-OPTION", f"{threads} threads can do nothing"))
+    plan = replace(plan, threads=threads or WORKERS)
+    while max_memory is not None and plan.memory > max_memory:
+        if plan.threads == 1:
+            what = f"the largest tensor needs {plan.memory:,} bytes with its factors, {max_memory:,} are allowed"
+            raise Mismatch(Problem("E-MEMORY", what, str(plan.source), "allow more with --max-memory"))
+        plan = replace(plan, threads=plan.threads - 1)
+    return plan
 
 
 def _single(base: Checkpoint, out: Path) -> bool:
@@ -207,7 +247,7 @@ def _new_tensors(
         if updates or new_dtype != stored.dtype:
             shape = updates[0].item.target.shape if updates else stored.shape
             source = stored if shape == stored.shape else None
-            reversible = all(item.update.role == "add" and item.target.name == name for item, _ in updates)
+            reversible = all(item.update.role == "add" for item, _ in updates)
             changes[stored.name] = NewTensor(stored.name, source, new_dtype, shape, updates, reversible, stored)
     for name, weighted in wanted.items():
         if name not in base.tensors and weighted:
@@ -227,8 +267,11 @@ def plan_unmerge(
     out: Path,
     *,
     base_path: Path | None = None,
+    undo_path: Path | None = None,
     exact: bool = False,
     choices: Choices | None = None,
+    threads: int | None = None,
+    max_memory: int | None = None,
 ) -> Plan:
     """Check everything about an unmerge. With a base it is exact; without one, additive updates are subtracted."""
     merged = open_checkpoint(merged_path)
@@ -252,9 +295,14 @@ def plan_unmerge(
     problems += binding.problems
     parts = _matched(binding.parts, found, problems)
     problems += _changed_since(merged, found)
+    record = read_undo(undo_path) if undo_path is not None else None
+    if base is not None and record is not None:
+        problems.append(Problem("E-OPTION", "both a base and an undo record", hint="either of them is enough"))
+    if record is not None:
+        problems += _not_the_record(record, found, str(undo_path))
     if base is not None:
         problems += _not_the_base(base, merged, found)
-    else:
+    elif record is None:
         lost = [
             name
             for name, tensor in found.tensors.items()
@@ -273,19 +321,19 @@ def plan_unmerge(
                         "E-NOT-EXACT",
                         f"without the base this can not be taken out{'' if lost else ' exactly'}: {what}",
                         str(merged_path),
-                        "give --base BASE",
+                        "give --base BASE, or --undo RECORD if the merge wrote one",
                     ),
                 ]
             )
     if problems:
         raise Mismatch(problems)
-    changes, dropped = _old_tensors(merged, found, base, parts)
+    changes, dropped = _old_tensors(merged, found, base, parts, exact=record is not None)
     files = output_files(merged, changes, dropped=frozenset(dropped))
     single = _single(merged, out)
     if single:
         bare = {key: value for key, value in files[0].metadata.items() if key != receipt.METADATA_KEY}
         files = (replace(files[0], name=out.name).with_metadata(bare),)
-    return Plan(
+    plan = Plan(
         "unmerge",
         merged.path,
         out,
@@ -296,9 +344,11 @@ def plan_unmerge(
         found.adapters,
         "keep",
         tuple(binding.notes),
-        base is not None,
+        base is not None or record is not None,
         found,
+        record=record,
     )
+    return _within(plan, threads, max_memory)
 
 
 def _unmerged_view(merged: Checkpoint, found: Receipt) -> Checkpoint:
@@ -342,7 +392,11 @@ def _changed_since(merged: Checkpoint, found: Receipt) -> Iterator[Problem]:
     stored = _stored(merged)
     for name, known in found.tensors.items():
         ref = stored[name][1] if name in stored else None
-        if ref is None or (ref.dtype, ref.shape) != (known.dtype, known.shape) or ref.digest() != known.merged:
+        if (
+            ref is None
+            or (ref.dtype, ref.shape) != (known.dtype, known.shape)
+            or (known.merged and ref.digest() != known.merged)
+        ):
             yield Problem(
                 "E-RECEIPT",
                 f"{name} is not what the merge wrote: it was changed since",
@@ -357,7 +411,9 @@ def _not_the_base(base: Checkpoint, merged: Checkpoint, found: Receipt) -> Itera
     for name, known in found.tensors.items():
         ref = originals[name][1] if name in originals else None
         if known.base is not None and (
-            ref is None or (ref.dtype, ref.shape) != (known.base_dtype, known.base_shape) or ref.digest() != known.base
+            ref is None
+            or (ref.dtype, ref.shape) != (known.base_dtype, known.base_shape)
+            or (known.base and ref.digest() != known.base)
         ):
             what = f"{name} is missing in this base" if ref is None else f"{name} has other bytes in this base"
             hint = "give the base of this merge"
@@ -368,10 +424,25 @@ def _not_the_base(base: Checkpoint, merged: Checkpoint, found: Receipt) -> Itera
             yield Problem("E-BASE-MISMATCH", what, str(base.path), "one of the two was changed since the merge")
 
 
+def _not_the_record(record: UndoRecord, found: Receipt, where: str) -> Iterator[Problem]:
+    """Why an undo record is not that of this merge."""
+    changed = {name for name, known in found.tensors.items() if known.base is not None}
+    if record.receipt != found.digest or record.tensors.keys() != changed:
+        yield Problem("E-UNDO", "the undo record belongs to another merge", where, "give the record of this merge")
+        return
+    for name, tensor in record.tensors.items():
+        known = found.tensors[name]
+        if (tensor.base, tensor.dtype, tensor.shape) != (known.base, known.base_dtype, known.base_shape):
+            yield Problem("E-UNDO", f"the record and the receipt disagree about {name}", where, "use --base instead")
+
+
 def _old_tensors(
-    merged: Checkpoint, found: Receipt, base: Checkpoint | None, parts: list[Part]
+    merged: Checkpoint, found: Receipt, base: Checkpoint | None, parts: list[Part], exact: bool
 ) -> tuple[dict[str, NewTensor], list[str]]:
-    """Each changed tensor on its way back: the base's own bytes, or the updates with opposite weights."""
+    """Each changed tensor on its way back: the base's own bytes, or the updates with opposite weights.
+
+    For an `exact` way back by an undo record the updates keep the order and the weights of the merge.
+    """
     stored, originals = _stored(merged), _stored(base) if base else {}
     changes: dict[str, NewTensor] = {}
     dropped = []
@@ -379,19 +450,22 @@ def _old_tensors(
         if known.base is None:
             dropped.append(name)
             continue
-        clean, ref = stored[name]
-        source, items = ref, tuple[Weighted, ...]()
+        source: TensorRef | None = stored[name][1]
+        updates = [
+            Weighted(item, part.weight)
+            for part in parts
+            for target in known.targets
+            for item in part.adapter.targets().get(target, ())
+            if part.weight != 0
+        ]
         if base is not None:
-            source = originals[name][1]
-        else:
-            items = tuple(
-                Weighted(item, -part.weight)
-                for part in reversed(parts)
-                for item in part.adapter.targets().get(clean, ())
-                if part.weight != 0
-            )
-            if any(item.update.role != "add" for item, _ in items):
+            source, updates = originals[name][1], []
+        elif exact and known.shape != known.base_shape:
+            source, updates = None, []  # the record has all of it
+        elif not exact:
+            updates = [Weighted(item, -weight) for item, weight in reversed(updates)]
+            if any(item.update.role != "add" for item, _ in updates):
                 what = f"{name} was replaced or renormalised, the receipt says otherwise"
                 raise InvalidFile(Problem("E-RECEIPT", what, str(merged.path)))
-        changes[name] = NewTensor(name, source, known.base_dtype, known.base_shape, items)
+        changes[name] = NewTensor(name, source, known.base_dtype, known.base_shape, tuple(updates))
     return changes, dropped

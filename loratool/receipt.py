@@ -36,6 +36,8 @@ class MergedAdapter:
 class ChangedTensor:
     """One tensor that the merge changed: digests, dtypes and shapes before and after; `base` is None for a new one.
 
+    Digests are "" where the merge was told to leave them out.
+
     `reversible` is false where the change can not be computed backwards (replacements, DoRA).
     """
 
@@ -46,6 +48,7 @@ class ChangedTensor:
     base_dtype: str
     base_shape: tuple[int, ...]
     reversible: bool
+    targets: tuple[str, ...] = ()  # what the adapters call it
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,11 @@ class Receipt:
         document = self._content()
         return {**document, "digest": _digest(document)}
 
+    @property
+    def digest(self) -> str:
+        """What an undo record names its merge by."""
+        return _digest(self._content())
+
     def _content(self) -> dict[str, Any]:
         return {
             "format": FORMAT_NAME,
@@ -68,7 +76,7 @@ class Receipt:
             "dtype": self.dtype,
             "adapters": [vars(adapter) for adapter in self.adapters],
             "tensors": {
-                name: {**vars(t), "shape": list(t.shape), "base_shape": list(t.base_shape)}
+                name: {**vars(t), "shape": list(t.shape), "base_shape": list(t.base_shape), "targets": list(t.targets)}
                 for name, t in sorted(self.tensors.items())
             },
         }
@@ -111,6 +119,7 @@ def _parse(document: Any, path: Path) -> Receipt:
                 str(t["merged"]), _dtype(t["dtype"]), _shape(t["shape"]),
                 None if t["base"] is None else str(t["base"]), _dtype(t["base_dtype"]), _shape(t["base_shape"]),
                 bool(t["reversible"]),
+                tuple(map(str, t["targets"])),
             )
             for name, t in document["tensors"].items()
         }  # fmt: skip

@@ -30,6 +30,7 @@ ROOMS = (
     ("format",),
     ("conventions",),
     ("receipt", "layout"),
+    ("undo",),
     ("binding", "blocks"),
     ("plan",),
     ("merge",),

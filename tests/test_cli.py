@@ -159,11 +159,12 @@ def test_examples_of_the_help_run(kit: Kit, cli: Cli, monkeypatch: pytest.Monkey
         shutil.copy(kit / "native.lora.safetensors", work / f"{name}.lora.safetensors")
     shutil.copy(kit / ("peft.pth" if "--config" in arguments else "plain.pth"), work / "wrapped.pth")
     merged = work / "merged"
-    loratool.merge(work / "base", work / "my.lora.safetensors", merged)
+    loratool.merge(work / "base", work / "my.lora.safetensors", merged, undo=work / "merged.undo.safetensors")
     if "--config" in arguments:
         shutil.copy(kit / "adapter" / "adapter_config.json", work)
     monkeypatch.chdir(work)
-    outputs = [Path(value) for option, value in itertools.pairwise(arguments) if option in ("-o", "--base-out")]
+    written = {"-o", "--base-out"} | ({"--undo"} if arguments[0] == "merge" else set())
+    outputs = [Path(value) for option, value in itertools.pairwise(arguments) if option in written]
     for path in outputs:
         if path.is_dir():
             shutil.rmtree(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,14 +12,13 @@ from loratool.cli import options, output
 from loratool.names import natural
 from loratool.plan import DTYPES, Plan
 
-UNCHANGED = {"merge": "converted", "unmerge": "restored from the base"}  # tensors without updates
-
 
 @click.command(
     "merge",
     epilog="""\b
 Examples:
   loratool merge base/ my.lora.safetensors -o merged/
+  loratool merge base/ my.lora.safetensors -o merged/ --undo merged.undo.safetensors
   loratool merge base/ style/@0.8 task.lora.safetensors@0.5 -o merged/ --dry-run""",
 )
 @click.argument("base", type=click.Path(path_type=Path))
@@ -32,7 +32,10 @@ Examples:
     help="The dtype to write floating-point tensors in.",
 )
 @click.option("--allow-new", is_flag=True, help="Let adapters add tensors the base lacks, or resize them.")
+@click.option("--undo", type=click.Path(path_type=Path), help="Also write the record that makes unmerge exact.")
+@click.option("--no-digests", is_flag=True, help="Leave digests of the changed tensors out of the receipt.")
 @options.layout
+@options.resources
 @options.dry_run
 @options.as_json
 @options.quiet
@@ -42,7 +45,11 @@ def merge_command(
     out: Path,
     dtype: str,
     allow_new: bool,
+    undo: Path | None,
+    no_digests: bool,
     layout: dict[str, str],
+    threads: int | None,
+    max_memory: int | None,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -52,12 +59,20 @@ def merge_command(
     ADAPTERs are of any convention, each with a weight (1 if none is given). Tensor names, dtypes, shards and companion
     files stay the base's; a receipt of the merge is written beside them.
     """
+    choices: dict[str, Any] = {
+        "dtype": dtype,
+        "allow_new": allow_new,
+        "undo": undo,
+        "digests": not no_digests,
+        "layout": layout,
+        "threads": threads,
+        "max_memory": max_memory,
+    }
     if dry_run:
-        plan = loratool.plan(base, adapters, out, dtype=dtype, allow_new=allow_new, layout=layout)
-        print_plan(plan, as_json, quiet)
+        print_plan(loratool.plan(base, adapters, out, **choices), as_json, quiet)
         return
     with output.progress(quiet or as_json) as callback:
-        report = loratool.merge(base, adapters, out, dtype=dtype, allow_new=allow_new, layout=layout, progress=callback)
+        report = loratool.merge(base, adapters, out, **choices, progress=callback)
     if as_json:
         output.print_json("merge", report.to_json())
     elif not quiet:
@@ -65,6 +80,8 @@ def merge_command(
         output.notes(plan.notes)
         changed = f"{len(plan.changes)} of {sum(len(file.tensors) for file in plan.files)} tensors changed"
         output.say(f"{out}: {changed}, {output.size(plan.nbytes)} written in {report.seconds:.2f} s")
+        if undo is not None:
+            output.say(f"{undo}: undo record, {output.size(undo.stat().st_size)}")
 
 
 def print_plan(plan: Plan, as_json: bool, quiet: bool) -> None:
@@ -74,24 +91,26 @@ def print_plan(plan: Plan, as_json: bool, quiet: bool) -> None:
         output.print_json("plan", document)
     if as_json or quiet:
         return
-    exact = "" if plan.verb == "merge" else " (exact)" if plan.exact else " (approximate: the base is not given)"
+    exact = "" if plan.verb == "merge" else " (exact)" if plan.exact else " (approximate: no base, no undo record)"
     output.facts(
         [
             ("plan", f"{plan.verb} {plan.source} -> {plan.out}{exact}"),
             ("adapters", ", ".join(f"{a.name}@{a.weight:g}" for a in plan.adapters)),
             ("changes", f"{document['tensors_changed']} of {document['tensors_total']} tensors; the others are copied"),
             ("writes", f"{output.size(plan.nbytes)} in {output.count(len(plan.files), 'file')}"),
+            ("undo", f"{plan.undo}, bit for bit" if plan.undo else ""),
             ("copies", ", ".join(path.as_posix() for path in plan.companions)),
             ("dtype", plan.dtype if plan.dtype != "keep" else "as stored, computed wider and rounded once"),
-            ("memory", f"at most {output.size(plan.memory)} beside torch"),
+            ("memory", f"at most {output.size(plan.memory)} beside torch, for {output.count(plan.threads, 'thread')}"),
         ]
     )
+    how = "converted" if plan.verb == "merge" else "from the record" if plan.record else "from the base"
     rows = [
         (
             change["tensor"],
             "x".join(map(str, change["shape"])),
             change["dtype"],
-            ", ".join(f"{u['kind']}@{u['weight']:g}" for u in change["updates"]) or UNCHANGED[plan.verb],
+            ", ".join(f"{u['kind']}@{u['weight']:g}" for u in change["updates"]) or how,
         )
         for change in sorted(document["changes"], key=lambda change: natural(change["tensor"]))
     ]

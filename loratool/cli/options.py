@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -83,6 +84,27 @@ def layout(function: F) -> F:
         metavar="PATTERN=LAYOUT",
         help="How the base stores square matrices that nothing else settles: in_out (Conv1D) or out_in (Linear).",
     )(function)
+
+
+def _bytes(ctx: Context, param: Parameter, value: str | None) -> int | None:
+    """``300MB``, ``2GB``, or a plain number of bytes."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", value.strip().lower())
+    if match is None:
+        raise click.BadParameter(f"{value!r} is not a size like 300MB")
+    return int(float(match[1]) * 1000 ** " kmgt".index(match[2] or " "))
+
+
+def resources(function: F) -> F:
+    threads = click.option("--threads", type=click.IntRange(1), help="Workers [default: one per core, at most 8].")
+    memory = click.option(
+        "--max-memory",
+        callback=_bytes,
+        metavar="SIZE",
+        help="Memory for the work, beside the interpreter and torch, like 300MB.",
+    )
+    return threads(memory(function))
 
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")

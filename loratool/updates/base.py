@@ -58,6 +58,12 @@ class Block(Protocol):
     def apply(self, W: torch.Tensor, start: int, weight: float) -> None:
         """Change W in place: rows start.. of the update's region, flattened to [rows, columns]."""
 
+    def revert(self, W: torch.Tensor, terms: torch.Tensor, start: int, weight: float) -> None:
+        """The opposite of `apply`, up to rounding: changes merged rows W in place into a prediction of the base's.
+
+        Adds to `terms`, of W's shape, the magnitude of what was subtracted: the rounding error is a multiple of it.
+        """
+
     def reach(self) -> float:
         """No element of the scaled delta is larger; 0 for what is no delta."""
 
@@ -161,6 +167,9 @@ class Fixed:
     def observe(self, W: torch.Tensor, start: int) -> None:
         """Nothing to learn from the base."""
 
+    def revert(self, W: torch.Tensor, terms: torch.Tensor, start: int, weight: float) -> None:
+        """What was replaced can not be predicted; W stays."""
+
     def reach(self) -> float:
         return 0.0
 
@@ -177,6 +186,14 @@ class Additive(Fixed):
     def bound(self) -> float:
         """No element of the unscaled delta is larger."""
         raise NotImplementedError
+
+    def add_magnitude(self, terms: torch.Tensor, start: int, factor: float) -> None:
+        """terms += factor * the delta of the components' magnitudes, or more: what its rounding is relative to."""
+        raise NotImplementedError
+
+    def revert(self, W: torch.Tensor, terms: torch.Tensor, start: int, weight: float) -> None:
+        self.apply(W, start, -weight)
+        self.add_magnitude(terms, start, abs(weight * self.scale))
 
     def reach(self) -> float:
         return abs(self.scale) * self.bound()

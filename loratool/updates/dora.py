@@ -48,37 +48,58 @@ class Dora(Update):
     def open(self, dtype: torch.dtype, expert: int | None) -> DoraBlock:
         direction = self.direction.open(dtype, expert)
         assert isinstance(direction, Additive)
-        return DoraBlock(direction, self.read("magnitude", dtype, expert), self.axis)
+        magnitude = self.read("magnitude", dtype, expert)
+        return DoraBlock(direction, magnitude, self.axis, magnitude.new_zeros(len(magnitude)).double())
 
 
 @dataclass
 class DoraBlock(Fixed):
+    """`norm` is that of the pristine direction, in float64: per row for axis 0, per column of dim 1 for axis 1.
+
+    It is known after the first pass (axis 1), row by row after `apply` (axis 0), or from an undo record.
+    """
+
     direction: Additive
     magnitude: torch.Tensor  # [rows] for axis 0, [columns of dim 1] for axis 1
     axis: int
-    squares: torch.Tensor | None = None  # per column, float64: many rows are summed
+    norm: torch.Tensor  # of magnitude's shape
 
     def observe(self, W: torch.Tensor, start: int) -> None:
         squares = self._direction(W, start).double().square_().sum(dim=0)  # [columns]
         squares = squares.reshape(len(self.magnitude), -1).sum(dim=1)  # kernel positions share a column's norm
-        self.squares = squares if self.squares is None else self.squares + squares
+        self.norm = (self.norm.square_() + squares).sqrt_()
 
     def apply(self, W: torch.Tensor, start: int, weight: float) -> None:
         import torch
 
         V = self._direction(W, start)  # [rows, columns]
         if self.axis == 0:
-            norm = torch.linalg.vector_norm(V, dim=1, dtype=torch.float64).to(V.dtype)  # [rows]
-            factor = (self.magnitude[start : start + len(V)] / norm).unsqueeze(1)  # [rows, 1]
-        else:
-            assert self.squares is not None, "the first pass comes before apply"
-            norm = self.squares.sqrt().to(V.dtype)
-            factor = (self.magnitude / norm).repeat_interleave(V.shape[1] // len(norm))  # [columns]
-        V.mul_(factor)
+            self.norm[start : start + len(V)] = torch.linalg.vector_norm(V, dim=1, dtype=torch.float64)
+        V.mul_(self._factor(start, V))
         if weight == 1:
             W.copy_(V)
         else:
             W.add_(V.sub_(W), alpha=weight)
+
+    def revert(self, W: torch.Tensor, terms: torch.Tensor, start: int, weight: float) -> None:
+        # W' = (1 - w) W + w f (W + s D) with f = magnitude / norm, so W = (W' - w f s D) / ((1 - w) + w f).
+        import torch
+
+        factor = self._factor(start, W)
+        divisor = (1 - weight) + weight * factor
+        share = weight * factor / divisor  # [rows, 1] or [columns]
+        delta = self.direction.delta(start, start + len(W)).mul_(self.direction.scale)
+        size = torch.zeros_like(W)
+        self.direction.add_magnitude(size, start, abs(self.direction.scale))
+        W.div_(divisor).sub_(delta.mul_(share))
+        terms.div_(divisor.abs()).add_(size.mul_(share.abs()))
+
+    def _factor(self, start: int, W: torch.Tensor) -> torch.Tensor:
+        """magnitude / norm for rows start.. of W: [rows, 1] for axis 0, [columns] for axis 1."""
+        factor = self.magnitude / self.norm.to(W.dtype)
+        if self.axis == 0:
+            return factor[start : start + len(W)].unsqueeze(1)
+        return factor.repeat_interleave(W.shape[1] // len(factor))
 
     def _direction(self, W: torch.Tensor, start: int) -> torch.Tensor:
         V = W.clone()

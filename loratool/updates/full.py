@@ -70,6 +70,9 @@ class AddBlock(Additive):
     def delta(self, start: int, stop: int) -> torch.Tensor:
         return self.value[start:stop]
 
+    def add_magnitude(self, terms: torch.Tensor, start: int, factor: float) -> None:
+        terms.add_(self.value[start : start + len(terms)].abs(), alpha=factor)
+
     def bound(self) -> float:
         return float(self.value.abs().max())
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from loratool.tensors import Shape, TensorRef
 from loratool.updates.base import Additive, Scaling, Update, inner
-from loratool.updates.lora import low_rank_shapes, product_bound, with_core
+from loratool.updates.lora import core_size, low_rank_shapes, product_bound, with_core
 
 if TYPE_CHECKING:
     import torch
@@ -47,12 +47,15 @@ class Loha(Update):
     def open(self, dtype: torch.dtype, expert: int | None) -> LohaBlock:
         mid1 = None if self.mid1 is None else self.read("mid1", dtype, expert)
         mid2 = None if self.mid2 is None else self.read("mid2", dtype, expert)
+        A1, A2 = self.read("A1", dtype, expert), self.read("A2", dtype, expert)
         return LohaBlock(
-            with_core(self.read("A1", dtype, expert), mid1),
+            with_core(A1, mid1),
             self.read("B1", dtype, expert),
-            with_core(self.read("A2", dtype, expert), mid2),
+            with_core(A2, mid2),
             self.read("B2", dtype, expert),
             self.factors.factor,
+            core_size(A1, mid1),
+            core_size(A2, mid2),
         )
 
 
@@ -63,9 +66,16 @@ class LohaBlock(Additive):
     A2: torch.Tensor
     B2: torch.Tensor
     scale: float
+    size1: torch.Tensor  # [rank, columns], as in LoRA
+    size2: torch.Tensor
 
     def delta(self, start: int, stop: int) -> torch.Tensor:
         return (self.B1[start:stop] @ self.A1).mul_(self.B2[start:stop] @ self.A2)  # [rows, columns]
+
+    def add_magnitude(self, terms: torch.Tensor, start: int, factor: float) -> None:
+        rows = slice(start, start + len(terms))
+        left = self.B1.norm(dim=1)[rows] * self.B2.norm(dim=1)[rows]
+        terms.addr_(left, self.size1.norm(dim=0) * self.size2.norm(dim=0), alpha=factor)
 
     def bound(self) -> float:
         return product_bound(self.B1, self.A1) * product_bound(self.B2, self.A2)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from loratool.tensors import Shape, TensorRef
 from loratool.updates.base import Additive, Scaling, Update, inner
-from loratool.updates.lora import with_core
+from loratool.updates.lora import core_size, with_core
 
 if TYPE_CHECKING:
     import torch
@@ -59,19 +59,26 @@ class Lokr(Update):
         return [inner(B) for B in (self.B1, self.B2) if B is not None]
 
     def open(self, dtype: torch.dtype, expert: int | None) -> LokrBlock:
+        def read(name: str) -> torch.Tensor:
+            return self.read(name, dtype, expert)
+
         if self.w1 is not None:
-            w1 = self.read("w1", dtype, expert)
+            w1 = read("w1")  # [a, c]
+            size1 = w1.abs()
         else:
-            w1 = self.read("B1", dtype, expert) @ self.read("A1", dtype, expert)  # [a, c]
+            B1, A1 = read("B1"), read("A1")
+            w1, size1 = B1 @ A1, B1.abs() @ A1.abs()  # [a, c]
         if self.w2 is not None:
-            w2 = self.read("w2", dtype, expert)  # [b, d, kernel...]
+            w2 = read("w2")  # [b, d, kernel...]
+            size2 = w2.abs()
         else:
-            mid = None if self.mid2 is None else self.read("mid2", dtype, expert)
-            A2 = self.read("A2", dtype, expert)
-            d = A2.shape[1]
-            A2 = with_core(A2, mid)  # [rank, d * kernel]
-            w2 = (self.read("B2", dtype, expert) @ A2).reshape(-1, d, A2.shape[1] // d)
-        return LokrBlock(w1, w2.reshape(w2.shape[0], w2.shape[1], -1), self.factors.factor)
+            mid = None if self.mid2 is None else read("mid2")
+            B2, A2 = read("B2"), read("A2")
+            right, size = with_core(A2, mid), core_size(A2, mid)  # [rank, d * kernel]
+            w2, size2 = B2 @ right, B2.abs() @ size  # [b, d * kernel]
+            w2, size2 = (x.reshape(len(B2), A2.shape[1], -1) for x in (w2, size2))
+        w2, size2 = (x.reshape(x.shape[0], x.shape[1], -1) for x in (w2, size2))  # [b, d, kernel]
+        return LokrBlock(w1, w2, self.factors.factor, size1, size2)
 
 
 @dataclass
@@ -79,14 +86,24 @@ class LokrBlock(Additive):
     w1: torch.Tensor  # [a, c]
     w2: torch.Tensor  # [b, d, kernel]
     scale: float
+    size1: torch.Tensor  # of w1's shape: its elements' magnitudes, or those of the products they are sums of
+    size2: torch.Tensor
 
     def delta(self, start: int, stop: int) -> torch.Tensor:
-        import torch
+        return kronecker_rows(self.w1, self.w2, start, stop)
 
-        row = torch.arange(start, stop)
-        left = self.w1[row // len(self.w2)]  # [rows, c]
-        right = self.w2[row % len(self.w2)]  # [rows, d, kernel]
-        return torch.einsum("nc,ndk->ncdk", left, right).flatten(1)  # [rows, c * d * kernel]
+    def add_magnitude(self, terms: torch.Tensor, start: int, factor: float) -> None:
+        terms.add_(kronecker_rows(self.size1, self.size2, start, start + len(terms)), alpha=factor)
 
     def bound(self) -> float:
         return float(self.w1.abs().max() * self.w2.abs().max())
+
+
+def kronecker_rows(w1: torch.Tensor, w2: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Rows start:stop of the Kronecker product of w1 [a, c] and w2 [b, d, kernel]: [rows, c * d * kernel]."""
+    import torch
+
+    row = torch.arange(start, stop)
+    left = w1[row // len(w2)]  # [rows, c]
+    right = w2[row % len(w2)]  # [rows, d, kernel]
+    return torch.einsum("nc,ndk->ncdk", left, right).flatten(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 from loratool.tensors import Shape, TensorRef
@@ -39,8 +40,8 @@ class Lora(Update):
 
     def open(self, dtype: torch.dtype, expert: int | None) -> LoraBlock:
         mid = None if self.mid is None else self.read("mid", dtype, expert)
-        A = with_core(self.read("A", dtype, expert), mid)
-        return LoraBlock(A, self.read("B", dtype, expert), self.factors.factor)
+        A = self.read("A", dtype, expert)
+        return LoraBlock(with_core(A, mid), self.read("B", dtype, expert), self.factors.factor, core_size(A, mid))
 
 
 @dataclass
@@ -48,12 +49,22 @@ class LoraBlock(Additive):
     A: torch.Tensor  # [rank, columns]
     B: torch.Tensor  # [rows, rank]
     scale: float
+    size: torch.Tensor  # [rank, columns]: A, or with a core the magnitudes that A's elements are sums of
 
     def delta(self, start: int, stop: int) -> torch.Tensor:
         return self.B[start:stop] @ self.A  # [rows, columns]
 
     def bound(self) -> float:
         return product_bound(self.B, self.A)
+
+    def add_magnitude(self, terms: torch.Tensor, start: int, factor: float) -> None:
+        # Cauchy-Schwarz: |B[i] @ A[:, j]| <= |B[i]| |A[:, j]|, a rank-1 matrix, where |B| @ |A| would cost a product.
+        rows, columns = self.norms
+        terms.addr_(rows[start : start + len(terms)], columns, alpha=factor)
+
+    @cached_property
+    def norms(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.B.norm(dim=1), self.size.norm(dim=0)  # [rows], [columns]
 
     def apply(self, W: torch.Tensor, start: int, weight: float) -> None:
         # W + scale * (B @ A), fused: no delta is ever materialised.
@@ -75,6 +86,11 @@ def with_core(A: torch.Tensor, mid: torch.Tensor | None) -> torch.Tensor:
 
         A = torch.einsum("mn...,nj->mj...", mid, A)  # [rank, in, kernel...]
     return A.flatten(1)  # [rank, columns]
+
+
+def core_size(A: torch.Tensor, mid: torch.Tensor | None) -> torch.Tensor:
+    """What the rounding error of `with_core` is relative to, [rank, columns]; without a core there is none."""
+    return with_core(A.abs(), mid.abs()) if mid is not None else A.flatten(1)
 
 
 def low_rank_shapes(region: Shape, rank: int, core: str, left: str = "B", right: str = "A") -> dict[str, Shape]:
