@@ -134,6 +134,7 @@ def plan(
     layout: Mapping[str, str] | None = None,
     digests: bool = True,
     undo: PathLike | None = None,
+    link: bool = False,
     threads: int | None = None,
     max_memory: int | None = None,
 ) -> Plan:
@@ -148,6 +149,7 @@ def plan(
         choices=choices(layout=layout),
         digests=digests,
         undo=None if undo is None else Path(undo),
+        link=link,
         threads=threads,
         max_memory=max_memory,
     )
@@ -164,6 +166,7 @@ def merge(
     layout: Mapping[str, str] | None = None,
     digests: bool = True,
     undo: PathLike | None = None,
+    link: bool = False,
     threads: int | None = None,
     max_memory: int | None = None,
     progress: ProgressCallback | None = None,
@@ -174,9 +177,9 @@ def merge(
     "bf16", "fp16" or "fp32".
     `allow_new` permits adapters to add tensors or resize them. `undo` names a record to write, with which `unmerge`
     gives the base back bit for bit. `digests=False` leaves the digests of changed tensors out of the receipt, which
-    then proves less. `threads` workers (all cores, at most 8) use at most `max_memory` bytes beside the interpreter
-    and torch. `progress` is called from the workers, one call at a time. Every problem is raised before a byte is
-    written.
+    then proves less. `link` makes untouched files hard links instead of copies. `threads` workers (all cores, at most
+    8) use at most `max_memory` bytes beside the interpreter and torch. `progress` is called from the workers, one call
+    at a time. Every problem is raised before a byte is written.
 
     >>> loratool.merge("base/", [("style/", 0.8), "task.lora.safetensors"], "merged/")  # doctest: +SKIP
     """
@@ -189,6 +192,7 @@ def merge(
         layout=layout,
         digests=digests,
         undo=undo,
+        link=link,
         threads=threads,
         max_memory=max_memory,
     )

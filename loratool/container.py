@@ -48,12 +48,6 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _double(text: str) -> float:
-    if math.isinf(value := float(text)):
-        raise ValueError(f"{text:.30} is larger than any double")
-    return value
-
-
 def _whole(text: str) -> int:
     if len(text) > 300:  # beyond any double, and slow to read
         raise ValueError(f"{text:.30}... is larger than any double")
@@ -77,9 +71,7 @@ def strict_json(text: str, where: str, code: str, rule: str) -> Any:
     """Parse JSON: duplicate names, NaN, surrogates and deep nesting are errors, reported under `code` and `rule`."""
     too_deep = Problem("E-LIMIT", f"JSON is nested deeper than {MAX_DEPTH} levels", where, rule=rule)
     try:
-        document = json.loads(
-            text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_int=_whole, parse_float=_double
-        )
+        document = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_int=_whole)
         json.dumps(document, ensure_ascii=False).encode("utf-8")  # refuses an escaped lone surrogate
     except _Duplicate as error:
         raise InvalidFile(

@@ -91,10 +91,19 @@ def _parse(header: Header) -> _Parsed:
     _check_version(manifest, where)
     reader = _Reader(where, header.tensors)
     adapter = reader.adapter(manifest)
+    if not reader.problems and not _all_finite(manifest):
+        reader.complain("E-MANIFEST", "R-010", "a number is larger than any double")
     problems = reader.problems or adapter.check()
     if problems:
         raise (Unsupported if {p.code for p in problems} <= {"E-FEATURE", "E-KIND"} else InvalidFile)(problems)
     return _Parsed(adapter, manifest)
+
+
+def _all_finite(value: Any) -> bool:
+    """Whether no number of a document, vendors' keys included, overflows to infinity."""
+    if isinstance(value, dict | list):
+        return all(map(_all_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _check_version(manifest: dict[str, Any], where: str) -> None:
@@ -268,7 +277,7 @@ class _Reader:
             self.complain("E-RANK", "R-026", f"{what}: rank is {rank}, its tensors have {'none' if whole else 'one'}")
         elif whole and rule not in ("none", "alpha"):
             self.complain("E-RANK", "R-026", f"{what}: scaling {rule} needs a rank, its tensors have none")
-        elif not math.isfinite(scale) or not _agrees(scale, rule, alpha, rank):
+        elif not math.isfinite(scale) or not math.isfinite(alpha or 0) or not _agrees(scale, rule, alpha, rank):
             self.complain("E-SCALE", "R-025", f"{what}: scale {scale} is not {rule} of alpha {alpha}, rank {rank}")
         return Scaling(rule, rank, None if alpha is None else float(alpha), float(scale))
 

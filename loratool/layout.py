@@ -69,13 +69,14 @@ class OutputFile:
     tasks: tuple[Copy | Change, ...]
     tensors: tuple[tuple[str, str, Shape], ...]  # (name, dtype, shape) in order of offset
     metadata: Mapping[str, str]
+    same_as: Path | None = None  # the input file, where the output is to be equal to it
 
     def with_metadata(self, metadata: Mapping[str, str]) -> OutputFile:
         """The same file with other metadata; tasks move with the header's length."""
         header = encode_header(self.tensors, metadata)
         shift = len(header) - len(self.header)
         tasks = tuple(replace(task, offset=task.offset + shift) for task in self.tasks)
-        return replace(self, header=header, size=self.size + shift, tasks=tasks, metadata=metadata)
+        return replace(self, header=header, size=self.size + shift, tasks=tasks, metadata=metadata, same_as=None)
 
 
 def output_files(
@@ -101,7 +102,9 @@ def _output_file(
     tensors = tuple((name, item.dtype, item.shape) for name, item in zip(names, planned, strict=True))
     metadata = shard.metadata if shard.header else {"format": "pt"}  # what transformers expects of a shard
     header = encode_header(tensors, metadata)
-    if shard.header and tensors == tuple((name, ref.dtype, ref.shape) for name, ref in shard.tensors.items()):
+    kept = tensors == tuple((name, ref.dtype, ref.shape) for name, ref in shard.tensors.items())
+    kept &= shard.header is not None
+    if kept and shard.header:
         with shard.path.open("rb") as file:
             header = file.read(shard.header.size)  # nothing moves: the base's own header, to the byte
     tasks: list[Copy | Change] = []
@@ -113,7 +116,9 @@ def _output_file(
         elif nbytes:
             _append_copy(tasks, item, position)
         position += nbytes
-    return OutputFile(output_name(shard.path), header, position, tuple(tasks), tensors, metadata)
+    untouched = kept and not any(isinstance(task, Change) for task in tasks)
+    same_as = shard.path if untouched else None
+    return OutputFile(output_name(shard.path), header, position, tuple(tasks), tensors, metadata, same_as)
 
 
 def _nbytes(tensor: NewTensor) -> int:

@@ -20,7 +20,7 @@ from loratool import receipt, undo
 from loratool.blocks import Written, compute, restore, write_all
 from loratool.errors import InvalidFile, Mismatch, Problem
 from loratool.layout import Change, Copy, OutputFile
-from loratool.plan import Plan
+from loratool.plan import FileState, Plan
 from loratool.receipt import ChangedTensor, Receipt
 from loratool.staging import staged
 from loratool.tensors import FileSpan, TensorRef, open_to_read
@@ -178,6 +178,9 @@ def _write(
     tasks: list[tuple[Path, Copy | Change]] = []
     for file in plan.files:
         path = folder / file.name
+        if plan.link and file.same_as is not None and _linked(file.same_as, path):
+            meter.step(file.size, file.name)
+            continue
         with path.open("wb", buffering=0) as out:
             out.truncate(file.size)
             write_all(out, memoryview(file.header))
@@ -194,7 +197,19 @@ def _write(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    for known in plan.inputs:
+        if FileState.of(known.path) != known:
+            raise InvalidFile(Problem("E-CHANGED", "it was changed while it was read", str(known.path), "run it again"))
     return {tensor.name: found[tensor.name] for tensor in plan.changes}
+
+
+def _linked(source: Path, path: Path) -> bool:
+    """Make a hard link to a whole untouched file, and to the file itself where a hub cache has a symlink."""
+    try:
+        os.link(source.resolve(), path)
+    except OSError:
+        return False  # another file system, or one without hard links: it is copied
+    return True
 
 
 def _single_threaded() -> None:

@@ -95,6 +95,10 @@ class Pickled:
     keys: tuple[Any, ...]
     storage: tuple[Any, ...]
 
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
     def load(self, dtype: str, shape: Shape) -> torch.Tensor:
         return self.file.tensor(self.keys).reshape(shape)
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from loratool import conventions, receipt, staging
 from loratool.adapter import Adapter
@@ -18,7 +18,7 @@ from loratool.binding import Binding, Part
 from loratool.blocks import BLOCK_BYTES, compute_dtype
 from loratool.checkpoint import Checkpoint, open_checkpoint
 from loratool.conventions.choices import Choices
-from loratool.errors import AnswerIsNo, ChoiceNeeded, InvalidFile, Mismatch, Problem
+from loratool.errors import AnswerIsNo, ChoiceNeeded, InvalidFile, Mismatch, OutputRefused, Problem
 from loratool.format import content_digest
 from loratool.layout import Change, NewTensor, OutputFile, Weighted, output_files, output_index, output_name
 from loratool.receipt import MergedAdapter, Receipt
@@ -28,6 +28,19 @@ from loratool.undo import read as read_undo
 
 WORKERS = min(8, os.cpu_count() or 1)  # tasks that run at a time
 DTYPES = {"keep": None, "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+
+
+class FileState(NamedTuple):
+    """An input file as the plan saw it."""
+
+    path: Path
+    size: int
+    mtime: int  # nanoseconds
+
+    @classmethod
+    def of(cls, path: Path) -> FileState:
+        stat = path.stat()
+        return cls(path, stat.st_size, stat.st_mtime_ns)
 
 
 @dataclass(frozen=True)
@@ -48,6 +61,8 @@ class Plan:
     receipt: Receipt | None = None  # of the checkpoint that is unmerged
     digests: bool = True  # of the changed tensors, for the receipt
     threads: int = WORKERS
+    link: bool = False  # untouched files become hard links
+    inputs: tuple[FileState, ...] = ()
     undo: Path | None = None  # the record to write
     record: UndoRecord | None = None  # the record to read
 
@@ -122,6 +137,7 @@ def plan_merge(
     choices: Choices | None = None,
     digests: bool = True,
     undo: Path | None = None,
+    link: bool = False,
     threads: int | None = None,
     max_memory: int | None = None,
 ) -> Plan:
@@ -164,6 +180,7 @@ def plan_merge(
         tuple(notes),
         digests=digests,
         undo=undo,
+        link=link,
     )
     return _within(plan, threads, max_memory)
 
@@ -189,7 +206,22 @@ def _within(plan: Plan, threads: int | None, max_memory: int | None) -> Plan:
             what = f"the largest tensor needs {plan.memory:,} bytes with its factors, {max_memory:,} are allowed"
             raise Mismatch(Problem("E-MEMORY", what, str(plan.source), "allow more with --max-memory"))
         plan = replace(plan, threads=plan.threads - 1)
-    return plan
+    if (problem := staging.refuse_small_disk(plan.out, plan.nbytes)) is not None:
+        raise OutputRefused(problem)
+    return replace(plan, inputs=tuple(map(FileState.of, sorted(_inputs(plan)))))
+
+
+def _inputs(plan: Plan) -> set[Path]:
+    """The files that the plan's bytes come from."""
+    refs: list[TensorRef] = []
+    for file in plan.files:
+        for task in file.tasks:
+            if isinstance(task, Change):
+                parts = [ref for item, _ in task.tensor.updates for ref in item.update.components().values()]
+                refs += parts + ([task.tensor.source] if task.tensor.source else [])
+            else:
+                refs.append(task.source)
+    return {path for ref in refs if (path := ref.data.path) is not None}
 
 
 def _single(base: Checkpoint, out: Path) -> bool:

@@ -19,6 +19,8 @@ def refuse_existing(path: Path) -> Problem | None:
         return Problem("E-EXISTS", f"the output {path} exists already", str(path), "remove it, or name another with -o")
     if not path.absolute().parent.is_dir():
         return Problem("E-EXISTS", f"the folder {path.absolute().parent} does not exist", str(path), "create it first")
+    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        return Problem("E-DISK", f"the folder {path.absolute().parent} is not writable", str(path), "write elsewhere")
     return None
 
 
@@ -32,9 +34,13 @@ def staged(path: Path) -> Iterator[Path]:
     if (problem := refuse_existing(path)) is not None:
         raise OutputRefused(problem)
     parent = path.absolute().parent
+    prefix = f".{path.name}.partial-"
+    _remove_abandoned(parent, prefix)
     scratch: Path | None = None
+    lock: int | None = None
     try:
-        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=parent))
+        scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        lock = _lock(scratch)
         place = scratch / path.name
         yield place
         flush_tree(place)
@@ -49,6 +55,44 @@ def staged(path: Path) -> Iterator[Path]:
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A handle that holds the folder for as long as this process lives; None if somebody else holds it.
+
+    The lock goes with the process, however it ends, so a scratch folder that can be locked is abandoned.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows: nothing is ever taken for abandoned there
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _remove_abandoned(parent: Path, prefix: str) -> None:
+    """Remove what killed runs for the same output have left."""
+    for left in parent.iterdir():
+        if left.name.startswith(prefix) and left.is_dir() and not left.is_symlink():
+            with contextlib.suppress(OSError):
+                if (lock := _lock(left)) is not None:
+                    shutil.rmtree(left, ignore_errors=True)
+                    os.close(lock)
+
+
+def refuse_small_disk(path: Path, nbytes: int) -> Problem | None:
+    """A problem if the disk of `path` has less room than is to be written."""
+    free = shutil.disk_usage(path.absolute().parent).free
+    if free >= nbytes:
+        return None
+    return Problem("E-SPACE", f"{nbytes:,} bytes are to be written, {free:,} are free", str(path), "free some space")
 
 
 def flush_tree(path: Path) -> None:

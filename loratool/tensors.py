@@ -85,7 +85,10 @@ def all_finite(values: torch.Tensor) -> bool:
 
 
 class Data(Protocol):
-    """Where the bytes of a stored tensor are."""
+    """Where the bytes of a stored tensor are: in a file (`path`), or not."""
+
+    @property
+    def path(self) -> Path | None: ...
 
     def load(self, dtype: str, shape: Shape) -> torch.Tensor: ...
 
@@ -127,6 +130,7 @@ class InMemory:
 
     tensor: torch.Tensor
     storage: tuple[Any, ...] = ()
+    path: None = None
 
     def load(self, dtype: str, shape: Shape) -> torch.Tensor:
         return self.tensor.detach().cpu().reshape(shape)
@@ -140,6 +144,7 @@ class Computed:
     """A tensor that is made when it is needed, out of others or of numbers in a config."""
 
     make: Callable[[], torch.Tensor]
+    path: None = None
 
     def load(self, dtype: str, shape: Shape) -> torch.Tensor:
         return self.make().reshape(shape)

@@ -1,171 +1,150 @@
-"""A reader and a merge of FORMAT.md 1.0, without R-017 and R-050 to R-052 (a validator's) and digests (BLAKE3)."""
+"""Reads and merges adapters of FORMAT.md 1.0; `python reference_reader.py vectors/1.0` runs the test vectors."""
 
 import json
-import math
 import re
 import sys
 from pathlib import Path
 
 import numpy as np
 
-DTYPE = "BOOL|BF16|C64|[UIF](16|32|64)|[UI]8|F4|F6_E2M3|F6_E3M2|F8_E4M3|F8_E5M2|F8_E8M0|F8_E4M3FNUZ|F8_E5M2FNUZ"
 NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8"}
-DIGITS = {"F64": (53, 1024), "F32": (24, 128), "F16": (11, 16), "BF16": (8, 128)}  # significand, exponents below this
-RULES = {"alpha": lambda rank: 1, "alpha/rank": lambda rank: 1 / rank, "alpha/sqrt(rank)": lambda rank: rank**-0.5}
-# Types are patterns for a value written as JSON; a member that is absent is written as nothing.
-STR, INT, NUM = r'"(?:[^"\\]|\\.)*"', r"-?\d+", r"-?(?:\d.*|Infinity)"
-INTS, STRS, OBJECT = rf"\[({INT}(, {INT})*)?\]", rf"\[({STR}(, )?)*\]", rf"\{{({STR}: {STR}(, )?)*\}}"
-SHAPE = INTS.replace("-?", "")  # no negative sizes
-HEAD = {"format": '"loratool"', "version": r'"[1-9][0-9]*\.(0|[1-9][0-9]*)"', "features": STRS}
-MANIFEST = {**HEAD, "updates": r"\[.*\]", "base": r"\{.*\}", "provenance": OBJECT}
-PLACE = {"rows": rf"(\[{INT}, {INT}\])?", "expert": f"({INT})?", "experts": f"({INT})?"}
-SCALE = {"rank": f"({INT})?", "alpha": f"({NUM})?", "scaling": f"({STR})?", "scale": f"({NUM})?"}
-UPDATE = {"target": STR, "kind": STR, "shape": INTS, "layout": '("in_out"|"embedding")?', **PLACE, **SCALE}
-DORA = {**UPDATE, "direction": '"(lora|loha|lokr)"', "axis": "[01]"}
-IDENTITY = {"digest": '"blake3:[0-9a-f]{64}"', "dtype": f'"({DTYPE})"', "shape": SHAPE}
-# The sets of components and their axes: n, C, c, K, R, T of FORMAT.md, r the rank, any other letter one free axis.
-LOKR = [w1 + w2 for w1 in ("w1:ax ", "B1:ar A1:rx ") for w2 in ("w2:byK", "B2:br A2:ryK", "B2:br A2:ry mid2:rrK")]
-LOHA = ["B1:nr A1:rC B2:nr A2:rC", "B1:nr A1:rc mid1:rrK B2:nr A2:rc mid2:rrK"]
-FORMS = {"lora": ["B:nr A:rC", "B:nr A:rc mid:rrK"], "loha": LOHA, "lokr": LOKR, "add": ["value:R"]}
-FORMS |= {"replace": ["value:R"], "replace_rows": ["index:k value:kT"]}
-ROLES = {"replace": (1, 1), "replace_rows": (1, 1), "dora": (4, 6)}  # a bit, and the bits it must not meet (R-029)
+FLOATS = {"F64": (53, 1024), "F32": (24, 128), "F16": (11, 16), "BF16": (8, 128)}  # bits of precision, exponent's limit
+TEXT, NUMBER, SIZES = r'"(?:[^"\\]|\\.)*"', r"(-?(\d.*|Infinity))?", r"\[(\d+(, \d+)*)?\]"
+TEXTS, VERSION, SHAPE = rf"\{{({TEXT}: {TEXT}(, )?)*\}}", r'"1\.(0|[1-9]\d*)"', r"\[([1-9]\d*(, [1-9]\d*){0,7})?\]"
+MANIFEST = {"format": '"loratool"', "version": VERSION, "features": r"\[.*\]", "updates": r"\[.+\]", "base": r"\{.*\}"}
+PLACE = {"rows": r"(\[\d+, \d+\])?", "expert": r"\d*", "experts": r"\d*"}
+SCALE = {"rank": r"\d*", "alpha": NUMBER, "scaling": '(".*")?', "scale": NUMBER, "direction": ".*", "axis": "[01]?"}
+UPDATE = {"target": TEXT, "kind": TEXT, "shape": SHAPE, "layout": '("(in_out|embedding)")?', **PLACE, **SCALE}
+DTYPE = "BOOL|[UI](8|16|32|64)|BF16|F(4|16|32|64)|C64|F6_E2M3|F6_E3M2|F8_E(4M3|5M2)(FNUZ)?|F8_E8M0"
+IDENTITY = {"digest": '"blake3:[0-9a-f]{64}"', "dtype": f'"({DTYPE})"', "shape": SIZES}
+# Components and their axes: n, R, C, c, K as in FORMAT.md, r to u are ranks, any other letter is one free axis.
+LOKR = [f"{w1} {w2}" for w1 in ("w1:ax", "B1:ar A1:rx") for w2 in ("w2:byK", "B2:bs A2:syK", "B2:bs mid2:stK A2:ty")]
+LOHA = ["B1:nr A1:rC B2:ns A2:sC", "B1:nr mid1:rsK A1:sc B2:nt mid2:tuK A2:uc"]
+FORMS = {"lora": ["B:nr A:rC", "B:nr mid:rsK A:sc"], "loha": LOHA, "lokr": LOKR, "add": ["value:R"]}
+FORMS |= {"replace": ["value:R"], "replace_rows": ["index:k value:kC"]}
 
 
-class Refused(Exception):
-    code = property(lambda self: self.args[0])
+class Refused(Exception): ...  # the argument is an error code, or None where the fault is told no closer
 
 
-def need(ok, code):
-    if not ok:
+def need(*conditions, code=None):
+    if not all(conditions):
         raise Refused(code)
 
 
-def check(x, types, code):  # R-014, R-015, R-020
-    need(isinstance(x, dict), code)
-    need(all(key in types or "." in key for key in x), "E-UNKNOWN-KEY")
-    need(all(re.fullmatch(types[key], json.dumps(x[key]) if key in x else "") for key in types), code)
+def check(x, keys):  # R-014, R-015, R-020; a key's pattern is for its value in JSON, or for "" where it is absent
+    need(all(re.fullmatch(keys.get(k, ".*" if "." in k else ""), json.dumps(x[k]) if k in x else "") for k in keys | x))
 
 
-def parse(raw, code):  # R-002, R-003
-    hooks = {"object_pairs_hook": lambda pairs: need(len(dict(pairs)) == len(pairs), "E-DUPLICATE") or dict(pairs)}
-    hooks |= {"parse_constant": int, "parse_int": lambda digits: int(digits) if len(digits) < 309 else math.inf}
-    try:
-        brackets = re.findall(r"[][{}]", re.sub(STR, "", raw.decode()))
-        need(np.cumsum([0] + [1 if bracket in "[{" else -1 for bracket in brackets]).max() <= 16, "E-LIMIT")
-        x = json.loads(raw.decode(), **hooks)  # int("NaN") is an error
-        json.dumps(x, ensure_ascii=False).encode()  # so is an unpaired surrogate
-    except ValueError:
-        raise Refused(code) from None
-    return x if isinstance(x, dict) else need(False, code)
+def parse(text):  # R-002, R-003; int() refuses NaN, encode() an unpaired surrogate
+    need(np.cumsum([1 if c in "[{" else -1 for c in re.sub(rf'{TEXT}|[^][}}{{"]', "", text)]).max(initial=0) <= 16)
+    unique = {"object_pairs_hook": lambda pairs: need(len(dict(pairs)) == len(pairs)) or dict(pairs)}
+    return json.loads(json.dumps(json.loads(text, parse_constant=int, **unique), ensure_ascii=False).encode())
 
 
-def container(path):  # R-001 to R-006
-    """(manifest in JSON, {name: (dtype, shape, float64 array)}); arrays of other dtypes hold the bytes."""
+def container(path):  # R-001 to R-006: the manifest, {} if there is none, and {name: (dtype, shape, float64 array)}
     raw = Path(path).read_bytes()
-    n = int.from_bytes(raw[:8], "little")
-    need(2 <= n <= 100_000_000 and 8 + n <= len(raw) and re.fullmatch(rb"(?s)\{.*\} *", raw[8 : 8 + n]), "E-HEADER")
-    header, data, tensors, end = parse(raw[8 : 8 + n], "E-HEADER"), raw[8 + n :], {}, 0
+    n, end, tensors = 8 + int.from_bytes(raw[:8], "little"), 0, {}
+    need(10 <= n <= 8 + 10**8, n <= len(raw), re.fullmatch(rb"(?s)\{.*\} *", raw[8:n]), code="E-HEADER")
+    header = parse(raw[8:n].decode())
     meta = header.pop("__metadata__", {})
-    need(re.fullmatch(OBJECT, json.dumps(meta)), "E-HEADER")
-    entry = rf'\{{"data_offsets": \[\d+, \d+\], "dtype": {STR}, "shape": {SHAPE}\}}'
-    need(all(re.fullmatch(entry, json.dumps(t, sort_keys=True)) for t in header.values()), "E-HEADER")
+    need(re.fullmatch(TEXTS, json.dumps(meta)), all(len(t) == 3 for t in header.values()), code="E-HEADER")
     for name, t in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        check(t, {"dtype": TEXT, "shape": SIZES, "data_offsets": SIZES})
         dtype, shape, (start, stop) = t["dtype"], t["shape"], t["data_offsets"]
-        need(max(*shape, start, stop) <= 2**53, "E-HEADER")
-        bits = re.fullmatch(DTYPE, dtype) and int(re.findall(r"\d+", dtype + " 8")[0])  # BOOL has 8
-        need(bits and (stop - start) * 8 == math.prod(shape) * bits, "E-TENSOR")
-        need(start == end and stop <= len(data), "E-LAYOUT")
-        array, end = np.frombuffer(data[start:stop], NUMPY.get(dtype, "u1")), stop
+        array = np.frombuffer(raw[n + start : n + stop], NUMPY[dtype])
+        need(start == end, stop - start == array.nbytes, array.size == np.prod(shape, dtype=object))
         array = (array.astype("<u4") << 16).view("<f4") if dtype == "BF16" else array
-        tensors[name] = dtype, shape, array.astype(float).reshape(shape) if dtype in NUMPY else array
-    need(end == len(data), "E-LAYOUT")
-    return meta.get("loratool", "").encode(), tensors
+        tensors[name], end = (dtype, shape, array.astype(float).reshape(shape)), stop
+    need(n + end == len(raw), len(meta.get("loratool", "").encode()) <= 5 * 10**7)
+    return parse(meta.get("loratool", "{}")), tensors
 
 
-def update(u, prefix, tensors):  # R-016, R-021 to R-026, R-030 to R-034
-    """[(index into the target, {component: array})] with one item per expert, and the ranges this covers."""
-    kind, shape, rank, rule, scale = u.get("direction", u["kind"]), u["shape"], u.get("rank", 1), u.get("scaling"), u.get("scale", 0)
-    need(kind in FORMS, "E-KIND")
-    matrix, packed, has = kind in ("lora", "loha", "lokr"), {"expert", "experts"} & u.keys(), SCALE.keys() & u.keys()
-    need(re.fullmatch(r"[^\0-\x1f\x7f]+", u["target"]) and len(u["target"].encode()) <= 1024, "E-LIMIT")
-    need(1 <= rank <= 65536 and len(shape) <= 8 and math.prod(shape) <= 2**53, "E-LIMIT")
-    need(len(packed) < (1 if kind == "replace_rows" else 2) and not (packed and len(shape) < 2 + matrix), "E-RANGE")
-    need(not packed or 0 <= u.get("expert", 0) < shape[0] == u.get("experts", shape[0]), "E-RANGE")
-    lead, region = shape[: "experts" in u], shape[len(packed) :]
-    need(min(shape, default=1) >= 1 and len(region) >= (2 if matrix else kind == "replace_rows"), "E-SHAPE")
-    rows = u.get("rows", [0, *region[:1]])
-    need("rows" not in u or (region and 0 <= rows[0] < rows[1] <= region[0] and kind != "replace_rows"), "E-RANGE")
-    region = [*np.diff(rows), *region[1:]]
-    need("scale" in u if matrix else has == ({"scaling", "scale"} if kind == "add" else set()), "E-SCALE")
-    need(rule in (RULES if "alpha" in u else ["none"] if "scale" in u else [None]), "E-SCALE")
-    forms = [dict(part.split(":") for part in (form + " magnitude:m" * ("axis" in u)).split()) for form in FORMS[kind]]
-    parts = {name.removeprefix(prefix): t for name, t in tensors.items() if re.fullmatch(re.escape(prefix) + r"\w+", name)}
-    form = next((form for form in forms if form.keys() == parts.keys()), {})
-    need(form, "E-COMPONENTS")
-    products = "r" in "".join(form.values())
-    need(("rank" in u) == products and (products or rule in (None, "none", "alpha")), "E-RANK")
-    wanted = u["alpha"] * RULES[rule](rank) if "alpha" in u else scale
-    need(math.isfinite(scale) and abs(scale - wanted) <= abs(wanted) / 2**40, "E-SCALE")
-    sizes = {"n": region[:1], "R": region, "C": region[1:], "c": region[1:2], "K": region[2:], "T": shape[1:]}
-    sizes |= {"r": [rank], "m": region[u.get("axis", 0) :][:1]}
-    for name, axes in form.items():
-        dtype, got, parts[name] = parts[name]
-        need(dtype in (["I64"] if name == "index" else DIGITS), "E-DTYPE")
-        want = [sizes.setdefault(axis, got[i : i + 1] or [0]) for i, axis in enumerate(axes, len(lead))]
-        want = sum(want, lead)
-        need(got == want, "E-RANK" if name[0] == "B" and got[:-1] == want[:-1] else "E-SHAPE")
-    a, b, x, y, k = (sizes.get(axis, [1])[0] for axis in "abxyk")
-    need(1 <= k <= [*shape, 1][0] and (kind != "lokr" or region[:2] == [a * b, x * y]), "E-SHAPE")
-    need(all(np.isfinite(part).all() for part in parts.values()), "E-NONFINITE")
-    need((np.diff([-1, *parts.get("index", []), *shape[:1]]) > 0).all(), "E-RANGE")
-    at = [range(u["expert"], u["expert"] + 1) if "expert" in u else range(shape[0])] * len(packed) + [range(*rows)] * ("rows" in u)
-    ...
+def update(u, group, prefix, tensors):  # R-016, R-020 to R-034: ranges of two axes, and {component: (axes, array)}
+    check(u, UPDATE)
+    kind, shape, rank, rule = u.get("direction", u["kind"]), u["shape"], u.get("rank", 1), u.get("scaling")
+    matrix, full, packed = kind in ("lora", "loha", "lokr"), "replace" in kind, len({"expert", "experts"} & u.keys())
+    lead, R, rows = shape[: "experts" in u], shape[packed:], u.get("rows", [0, 2**53])
+    need(re.fullmatch(rb"[^\0-\x1f\x7f]{1,1024}", u["target"].encode()), np.prod(shape, dtype=object) <= 2**53)
+    need(not packed or (packed == 1 and u.get("expert", 0) < shape[0] == u.get("experts", shape[0])), code="E-RANGE")
+    need("rows" not in u or rows[0] < rows[1] <= [*R, 0][0], "rows" not in kind or not PLACE.keys() & u)
+    need(len(R) >= (2 if matrix else packed + ("rows" in kind)), all(shape == v["shape"] for v, *_ in group))
+    R[:1] = [min(rows[1], n) - rows[0] for n in R[:1]]
+    parts = {n.rpartition(".")[2]: tensors.pop(n) for n in [*tensors] if n.rpartition(".")[0] == prefix}
+    magnitude = f" magnitude:{'nc'[u['axis']]}" if "axis" in u else ""
+    [form] = [form + magnitude for form in FORMS[kind] if {*re.findall(r"(\w+):", form + magnitude)} == parts.keys()]
+    low, dora, alpha, scale = "B" in form, u["kind"] == "dora", u.get("alpha", 0), u.get("scale", 0)
+    need([key in u for key in SCALE] == [low, matrix and rule != "none", not full, not full, dora, dora])
+    scales = {None: 0, "none": scale, "alpha": alpha, "alpha/rank": alpha / rank, "alpha/sqrt(rank)": alpha / rank**0.5}
+    need(rule in [*scales][: 2 + matrix + 2 * low], abs(scale - scales[rule]) <= abs(scales[rule]) / 2**40 < np.inf)
+    sizes = {"R": R, "n": R[:1], "C": R[1:], "c": R[1:2], "K": R[2:]} | {axis: [rank] for axis in "rstu"}
+    for name, axes in re.findall(r"(\w+):(\w+)", form):
+        dtype, got, array = parts[name]
+        need((dtype == "I64") == (name == "index"), array.size, np.isfinite(array).all())
+        need(got == sum((sizes.setdefault(axis, got[i : i + 1]) for i, axis in enumerate(axes, len(lead))), lead))
+        parts[name] = "e" + axes, array.reshape(*(lead or [1]), *got[len(lead) :][: len(axes) - 1], -1)
+    need(kind != "lokr" or R[:2] == [sizes["a"][0] * sizes["b"][0], sizes["x"][0] * sizes["y"][0]])
+    need("index" not in parts or (np.diff([-1, *parts["index"][1][0], shape[0]]) > 0).all(), 1 <= rank <= 65536)
+    return ([[u.get("expert", 0), u.get("expert", 2**53) + 1], rows] if packed else [rows, [0, 2**53]]), parts
 
 
 def read(path):
-    """The manifest of an adapter, and [(update, dtype of its last component, places)]."""
-    text, tensors = container(path)
-    m, found, groups = parse(text, "E-MANIFEST"), [], {}
-    check({key: m[key] for key in HEAD if key in m}, HEAD, "E-MANIFEST")
-    need(m["version"].startswith("1."), "E-VERSION")
-    features = {*FORMS, "dora", "mid", *PLACE} - {"lora"}
-    need({*m["features"]} <= features and len({*m["features"]}) == len(m["features"]), "E-FEATURE")
-    check(m, MANIFEST, "E-MANIFEST")
-    need(1 <= len(m["updates"]) <= 1_000_000 and len(text) <= 50_000_000, "E-LIMIT")
-    for u in m["updates"]:
-        check(u, DORA if isinstance(u, dict) and u.get("kind") == "dora" else UPDATE, "E-MANIFEST")
-        group, (role, foes) = groups.setdefault(u["target"], []), ROLES.get(u["kind"], (2, 4))
-        ...
-    return m, found
-
-
-def factor(p, i=""):
-    """The matrix w, or the product of B and A, or that of B, mid and A."""
-    b, a, mid = (p.get(name + i) for name in ("B", "A", "mid"))
-    a = a if mid is None else np.einsum("mn...,nj->mj...", mid, a)
-    return p["w" + i] if b is None else np.tensordot(b, a, 1)
-
-
-def merge(base, adapters, consent=False):
-    """{name: (dtype, array)} of a base after a merge of [(adapter, weight)] (section 8)."""
-    tensors, steps, seen = container(base)[1], [], {}
-    for path, weight in adapters:
-        m, found = read(path)
+    """The manifest, and {target: [(update, ranges, components)]}."""
+    try:
+        (m, tensors), groups = container(path), {}
+        check(m, {**MANIFEST, "provenance": TEXTS})
+        need(len({*m["features"]} & ({*FORMS, "dora", "mid", *PLACE} - {"lora"})) == len(m["features"]))
+        for u in m["updates"]:
+            group = groups.setdefault(u["target"], [])
+            group.append((u, *update(u, group, f"{u['target']}.{len(group)}", tensors)))
+            for v, ranges, _ in group[:-1]:
+                kinds = u["kind"] + v["kind"]
+                meet = all(max(a[0], b[0]) < min(a[1], b[1]) for a, b in zip(group[-1][1], ranges, strict=True))
+                need(not meet or kinds.count("replace") == 1 or not re.search("dora|replace", kinds), code="E-OVERLAP")
+        need(not tensors, len(m["updates"]) <= 10**6, code="E-COMPONENTS")
+        check(m["base"], {"name": f"({TEXT})?", "tensors": r"(\{.*\})?"})
         for name, t in m["base"].get("tensors", {}).items():
-            need([*tensors.get(name, (t["dtype"], t["shape"]))[:2]] == [t["dtype"], t["shape"]], "E-BASE-MISMATCH")
-        steps += [(weight, *step) for step in found]
-    for weight, u, own, places in sorted(steps, key=lambda step: "replace" not in step[1]["kind"]):
-        name, kind, (role, foes) = u["target"], u["kind"], ROLES.get(u["kind"], (2, 4))
-        dtype, shape, w = tensors.get(name, (None, None, None))
-        need(dtype in (None, *DIGITS), "E-QUANTISED")
-        if shape != u["shape"]:  # R-043
-            need(kind == "replace" and not PLACE.keys() & u.keys(), "E-SHAPE" if dtype else "E-TARGET")
-            need(consent and weight == 1, "E-TARGET")
-            w = np.zeros(u["shape"])
-        tensors[name] = dtype or own, u["shape"], w
-        covered = seen.setdefault(name, np.zeros(w.shape, int))
-        for at, p in places:
-            need(not (covered[at] & foes).any(), "E-OVERLAP")
-            covered[at] |= role
-            new = p["value"] if "value" in p
-    return tensors
+            check(t, IDENTITY)
+            new = any(u["kind"] == "replace" and not PLACE.keys() & u for u, *_ in groups[name])
+            need(new or t["shape"] == groups[name][0][0]["shape"], code="E-BASE")
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise Refused(None) from error
+    return m, groups
+
+
+def merge(w, dtype, steps):  # R-060, R-061
+    """A tensor of that dtype after a merge of [(update, ranges, components, weight)]."""
+    for u, ranges, parts, weight in sorted(steps, key=lambda step: "replace" not in step[0]["kind"]):
+        at = parts["index"][1][0].astype(int) if "index" in parts else tuple(slice(*r) for r in ranges)[: w.ndim]
+        axes, arrays = zip(*(part for name, part in parts.items() if name not in ("index", "magnitude")), strict=True)
+        out = "".join(axis for axis in "enkabcxyCKR" if axis in str(axes))
+        new = np.einsum(f"{','.join(axes)}->{out}", *arrays, optimize=True).reshape(w[at].shape)
+        new = w[at] + float(u["scale"]) * (1 if u["kind"] == "dora" else weight) * new if "scale" in u else new
+        if u["kind"] == "dora":
+            packed = len({"expert", "experts"} & u.keys())
+            norm = np.sqrt((new * new).sum(tuple({*range(w.ndim)} - {packed - 1, packed + u["axis"]}), keepdims=True))
+            need(((norm > 0) & (norm < np.inf)).all(), code="E-NONFINITE")
+            new *= parts["magnitude"][1].reshape(norm.shape) / norm
+        w[at] = new if weight == 1 or u["kind"] in ("lora", "loha", "lokr", "add") else w[at] + weight * (new - w[at])
+    digits, top = FLOATS[dtype]
+    exponent = np.maximum(np.frexp(w)[1], 3 - top) - digits
+    need((np.abs(w) < 2.0 ** (top - 1) * (2 - 2.0**-digits)).all(), code="E-NONFINITE")
+    return np.ldexp(np.rint(np.ldexp(w, -exponent)), exponent)
+
+
+if __name__ == "__main__":
+    folder, passed, failed = Path(sys.argv[1]), [], []
+    index = json.loads((folder / "manifest.json").read_text("utf-8"))
+    for case in index["valid"] + [case for case in index["merge"] if "code" not in case] + index["invalid"]:
+        try:
+            found = [(read(folder / a["file"])[1], a.get("weight", 1)) for a in case.get("adapters", [case])]
+            base, wanted = (container(folder / case[key])[1] if key in case else {} for key in ("base", "merged"))
+            right = "merged" in case or case["also"] == ["R-055"]
+            for name, (dtype, shape, array) in wanted.items():
+                steps = [(*step, weight) for groups, weight in found for step in groups.get(name, [])]
+                right &= np.array_equal(merge(np.resize(base.get(name, [0.0])[-1], shape), dtype, steps), array)
+        except Refused as refused:
+            right = case.get("code") and refused.args[0] in (None, case["code"])
+        (passed if right else failed).append(f"failed: {case['name']}")
+    print(*failed, f"{len(passed)} passed, {len(failed)} failed", sep="\n")  # noqa: T201
+    sys.exit(bool(failed))

@@ -34,6 +34,7 @@ Examples:
 @click.option("--allow-new", is_flag=True, help="Let adapters add tensors the base lacks, or resize them.")
 @click.option("--undo", type=click.Path(path_type=Path), help="Also write the record that makes unmerge exact.")
 @click.option("--no-digests", is_flag=True, help="Leave digests of the changed tensors out of the receipt.")
+@click.option("--link", is_flag=True, help="Hard-link files that no adapter touches, instead of copying them.")
 @options.layout
 @options.resources
 @options.dry_run
@@ -47,6 +48,7 @@ def merge_command(
     allow_new: bool,
     undo: Path | None,
     no_digests: bool,
+    link: bool,
     layout: dict[str, str],
     threads: int | None,
     max_memory: int | None,
@@ -64,6 +66,7 @@ def merge_command(
         "allow_new": allow_new,
         "undo": undo,
         "digests": not no_digests,
+        "link": link,
         "layout": layout,
         "threads": threads,
         "max_memory": max_memory,
