@@ -47,14 +47,16 @@ loratool inspect wrapped.pth
 loratool extract wrapped.pth -o adapter.safetensors --alpha 16 --scaling alpha/rank
 loratool inspect adapter.safetensors --base base
 
-say "Base + adapter = a model of its own, and back again: from the base, or by arithmetic alone"
-loratool merge base adapter.safetensors -o merged
+say "Base + adapter = a model of its own, and back: from the base, by the undo record, by arithmetic alone"
+loratool merge base adapter.safetensors -o merged --undo merged.undo.safetensors
 loratool unmerge merged adapter.safetensors --base base -o unmerged
+loratool unmerge merged adapter.safetensors --undo merged.undo.safetensors -o undone
 loratool unmerge merged adapter.safetensors -o unmerged-alone
 
 say "Did it work? Asked without loratool (examples/compare.py)"
 "$bin/python" "$examples/compare.py" answers merged reference.pth
 "$bin/python" "$examples/compare.py" bits unmerged base
+"$bin/python" "$examples/compare.py" bits undone base
 # By arithmetic alone the last bits may be lost: the comparison tells how many, and may say no.
 "$bin/python" "$examples/compare.py" bits unmerged-alone base || true
 

@@ -72,7 +72,7 @@ def choose(source: Checkpoint, name: str | None = None) -> Convention:
                 "E-AMBIGUOUS",
                 f"more than one convention matches: {names}",
                 str(source.path),
-                "say which one with --from NAME",
+                "say which one with --from NAME (inspect and extract have it)",
             )
         )
     return found[0]
