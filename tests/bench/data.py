@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,7 @@ STD = 0.02  # of weights, and of the factor A
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 QV = ("q_proj", "v_proj")
 BLOCK = 1 << 22  # numbers drawn at a time
+T = TypeVar("T")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -36,42 +37,40 @@ class Model:
     def large(self) -> bool:
         return self.size >= 4
 
-    @property
-    def config(self) -> dict[str, object]:
-        hidden, inner, kv_heads, head = (4096, 14336, 8, 128) if self.large else (2048, 5632, 4, 64)
-        per_layer = hidden * (2 * hidden + 2 * kv_heads * head + 3 * inner + 2)
+    def config(self) -> dict[str, int]:
+        hidden, inner, heads, kv_heads = (4096, 14336, 32, 8) if self.large else (2048, 5632, 32, 4)
+        per_layer = hidden * (2 * hidden + 2 * kv_heads * hidden // heads + 3 * inner + 2)
         layers = max(1, round(self.size * (4 if self.large else 20)))
-        vocab = max(1, round((self.size * 1e9 - layers * per_layer) / (2 * hidden * 16))) * 16
+        vocab = max(1, round((self.size * 1e9 - layers * per_layer) / (2 * hidden * 16))) * 16  # what is left
         return {
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16",
-            "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "vocab_size": vocab,
-            "num_attention_heads": hidden // head, "num_key_value_heads": kv_heads, "head_dim": head,
-            "tie_word_embeddings": False, "max_position_embeddings": 2048,
-        }  # fmt: skip
+            "hidden_size": hidden,
+            "intermediate_size": inner,
+            "num_hidden_layers": layers,
+            "vocab_size": vocab,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+        }
 
     def linears(self, targets: tuple[str, ...] = ALL) -> dict[str, tuple[int, ...]]:
         """The linear layers by module name: [out, in]."""
-        c = self.config
-        hidden, inner, kv = c["hidden_size"], c["intermediate_size"], c["num_key_value_heads"] * c["head_dim"]  # type: ignore[operator]
-        out_in = {"q_proj": (hidden, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, hidden),
-                  "gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}  # fmt: skip
+        hidden, inner, layers, _, heads, kv_heads = self.config().values()
+        kv = kv_heads * hidden // heads
+        attention = {"q_proj": (hidden, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden)}
+        shapes = {f"self_attn.{name}": shape for name, shape in (attention | {"o_proj": (hidden, hidden)}).items()}
+        mlp = {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
         return {
-            f"model.layers.{layer}.{'mlp' if shape[0] == inner or shape[1] == inner else 'self_attn'}.{name}": shape
-            for layer in range(c["num_hidden_layers"])  # type: ignore[call-overload]
-            for name, shape in out_in.items()
-            if name in targets
+            f"model.layers.{layer}.{name}": shape
+            for layer in range(layers)
+            for name, shape in (shapes | mlp).items()
+            if name.rpartition(".")[2] in targets
         }
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        hidden, vocab, layers = (self.config[key] for key in ("hidden_size", "vocab_size", "num_hidden_layers"))
-        norms = [f"model.layers.{n}.{which}_layernorm" for n in range(layers) for which in ("input", "post_attention")]  # type: ignore[call-overload]
-        found = {
-            "model.embed_tokens": (vocab, hidden),
-            **self.linears(),
-            "model.norm": (hidden,),
-            "lm_head": (vocab, hidden),
-        }
-        return {f"{name}.weight": shape for name, shape in {**found, **dict.fromkeys(norms, (hidden,))}.items()}  # type: ignore[misc]
+        hidden, _, layers, vocab, *_ = self.config().values()
+        norms = [f"model.layers.{n}.{which}_layernorm" for n in range(layers) for which in ("input", "post_attention")]
+        ends = {"model.embed_tokens": (vocab, hidden), "lm_head": (vocab, hidden), "model.norm": (hidden,)}
+        found: Shapes = {**ends, **self.linears(), **dict.fromkeys(norms, (hidden,))}
+        return {f"{name}.weight": shape for name, shape in found.items()}
 
 
 class Numbers:
@@ -96,19 +95,20 @@ class Numbers:
             if self.repeat is None:
                 block = self.draw(min(count, BLOCK), std)
             else:
-                block = self.repeat.setdefault(
-                    std, self.draw(BLOCK, std) if std not in self.repeat else self.repeat[std]
-                )
+                if std not in self.repeat:
+                    self.repeat[std] = self.draw(BLOCK, std)
+                block = self.repeat[std]
             yield memoryview(block[:count].view(torch.uint8).numpy().data)
             count -= len(block)
 
 
 def write_file(path: Path, shapes: Shapes, dtype: str, stds: Mapping[str, float], numbers: Numbers | None) -> int:
-    """A safetensors file; without numbers a sparse one, whose header is all that is read. Returns its tensors' bytes."""
-    header, position = {"__metadata__": {"format": "pt"}}, 0
+    """A safetensors file, sparse without numbers: then its header is all that is read. Returns the tensors' bytes."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
     for name, shape in shapes.items():
         end = position + math.prod(shape) * WIDTH[dtype]
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}  # type: ignore[dict-item]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
         position = end
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
@@ -126,7 +126,8 @@ def write_file(path: Path, shapes: Shapes, dtype: str, stds: Mapping[str, float]
 def write_checkpoint(folder: Path, model: Model, shards: int, dtype: str = "BF16", sparse: bool = False) -> None:
     """A folder with a config, and one file or shards of about the same size with an index."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({**model.config, "dtype": TORCH[dtype]}))
+    kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": TORCH[dtype]}
+    (folder / "config.json").write_text(json.dumps({**kind, **model.config(), "tie_word_embeddings": False}))
     numbers = None if sparse else Numbers(1, dtype, model.large)
     shapes = model.tensors()
     share = sum(map(math.prod, shapes.values())) / shards
@@ -190,22 +191,18 @@ def wrongly_rounded(base: Path, adapter: Path, merged: Path, layer: int) -> tupl
             name = key.removeprefix("base_model.model.").replace(".lora_A.", ".")
             W, B = before[name], factors[key.replace(".lora_A.", ".lora_B.")]
             exact = W.double() + 2 * (B.double() @ A.double())
-            near = after[name].double()
-            # The nearest of three neighbours, without asking torch to round: it rounds float64 twice.
-            ends = (
-                torch.nextafter(after[name], torch.tensor(torch.inf, dtype=W.dtype)),
-                torch.nextafter(after[name], torch.tensor(-torch.inf, dtype=W.dtype)),
-            )
-            off = (near - exact).abs()
-            wrong += int(sum(((end.double() - exact).abs() < off) for end in ends).count_nonzero())  # type: ignore[union-attr]
+            off = (after[name].double() - exact).abs()
+            for end in (torch.inf, -torch.inf):  # a neighbour that is nearer: torch itself rounds float64 twice
+                other = torch.nextafter(after[name], torch.tensor(end, dtype=W.dtype))
+                wrong += int(((other.double() - exact).abs() < off).count_nonzero())
             total += W.numel()
     return wrong, total
 
 
-def apart(function: object, *arguments: object) -> object:
+def apart(function: Callable[..., T], *arguments: object) -> T:
     """Call a function in a process of its own: what is measured must not inherit the peak memory of its parent."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)  # type: ignore[arg-type]
+        return pool.apply(function, arguments)
 
 
 def same(one: Path, other: Path) -> bool:

@@ -64,15 +64,12 @@ def tell(text: str) -> None:
 
 
 def machine() -> dict[str, str]:
-    cpu = [
-        line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
-    ]
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
     packages = ", ".join(f"{name} {_version(name)}" for name in ("torch", "peft", "transformers"))
-    cores = len(os.sched_getaffinity(0))
-    hardware = f"{cores} cores of {len(cpu)} ({cpu[0] if cpu else '?'}), {memory / 1e9:.0f} GB of memory"
     return {
-        "machine": hardware,
+        "machine": f"{len(os.sched_getaffinity(0))} cores of {os.cpu_count()} ({cpu}), {memory:.0f} GB of memory",
         "software": f"Linux {platform.release()}, Python {platform.python_version()}, {packages}",
     }
 
