@@ -572,7 +572,8 @@ def test_progress_is_for_terminals_and_for_long_work(kit: Kit, monkeypatch: pyte
     assert "?" not in printed, "a bar without a total flashed"
     shutil.rmtree(kit / "new")
     slow = (
-        "import sys, time, importlib; m = importlib.import_module('loratool.merge'); import loratool.cli; old = m.Progress;"
+        "import sys, time, importlib; import loratool.cli;"
+        "m = importlib.import_module('loratool.merge'); old = m.Progress;"
         "m.Progress = lambda *a: (time.sleep(0.4), old(*a))[1];"
         "sys.exit(loratool.cli.run(sys.argv[1:]))"
     )
