@@ -135,6 +135,7 @@ def plan(
     digests: bool = True,
     undo: PathLike | None = None,
     link: bool = False,
+    resume: bool = False,
     threads: int | None = None,
     max_memory: int | None = None,
 ) -> Plan:
@@ -150,6 +151,7 @@ def plan(
         digests=digests,
         undo=None if undo is None else Path(undo),
         link=link,
+        resume=resume,
         threads=threads,
         max_memory=max_memory,
     )
@@ -167,6 +169,7 @@ def merge(
     digests: bool = True,
     undo: PathLike | None = None,
     link: bool = False,
+    resume: bool = False,
     threads: int | None = None,
     max_memory: int | None = None,
     progress: ProgressCallback | None = None,
@@ -174,12 +177,12 @@ def merge(
     """Write base + adapters as a checkpoint: W + sum of weight * scale * delta, rounded once.
 
     `adapters` is a path or an `Adapter`, or a list of them, each alone or as (adapter, weight). `dtype` is "keep",
-    "bf16", "fp16" or "fp32".
-    `allow_new` permits adapters to add tensors or resize them. `undo` names a record to write, with which `unmerge`
-    gives the base back bit for bit. `digests=False` leaves the digests of changed tensors out of the receipt, which
-    then proves less. `link` makes untouched files hard links instead of copies. `threads` workers (all cores, at most
-    8) use at most `max_memory` bytes beside the interpreter and torch. `progress` is called from the workers, one call
-    at a time. Every problem is raised before a byte is written.
+    "bf16", "fp16" or "fp32". `allow_new` permits adapters to add tensors or resize them. `undo` names a record to
+    write, with which `unmerge` gives the base back bit for bit. `digests=False` leaves the digests of changed tensors
+    out of the receipt, which then proves less. `link` makes untouched files hard links instead of copies. `resume`
+    keeps the finished files of an interrupted run of the same merge, after verifying them. `threads` workers (all
+    cores, at most 8) use at most `max_memory` bytes beside the interpreter and torch. `progress` is called from the
+    workers, one call at a time. Every problem is raised before a byte is written.
 
     >>> loratool.merge("base/", [("style/", 0.8), "task.lora.safetensors"], "merged/")  # doctest: +SKIP
     """
@@ -193,6 +196,7 @@ def merge(
         digests=digests,
         undo=undo,
         link=link,
+        resume=resume,
         threads=threads,
         max_memory=max_memory,
     )

@@ -16,12 +16,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from loratool import receipt, undo
+from loratool import receipt, resume, undo
 from loratool.blocks import Written, compute, restore, write_all
 from loratool.errors import InvalidFile, Mismatch, Problem
-from loratool.layout import Change, Copy, OutputFile
+from loratool.layout import Change, Copy, NewTensor, OutputFile
 from loratool.plan import FileState, Plan
 from loratool.receipt import ChangedTensor, Receipt
+from loratool.resume import Journal, Kept, kept_files
 from loratool.staging import staged
 from loratool.tensors import FileSpan, TensorRef, open_to_read
 from loratool.undo import TensorRecorder, UndoWriter
@@ -86,11 +87,12 @@ def run_merge(plan: Plan, progress: ProgressCallback | None = None) -> MergeRepo
         placeholder = _receipt(plan, {tensor.name: blank for tensor in plan.changes})
         plan = replace(plan, files=(_with_receipt(plan.files[0], placeholder),))
     with ExitStack() as stack:
+        kept = stack.enter_context(kept_files(plan)) if plan.resume else {}
         writer, record = None, None
         if plan.undo is not None:
             writer, record = stack.enter_context(undo.writing(plan.undo))
         folder = stack.enter_context(_output(plan))
-        done = _receipt(plan, _write(plan, folder, progress, writer))
+        done = _receipt(plan, _write(plan, folder, progress, writer, kept))
         if plan.single:
             header = _with_receipt(plan.files[0], done).header
             assert len(header) == len(plan.files[0].header), "digests have one length"
@@ -171,13 +173,23 @@ def _output(plan: Plan) -> Iterator[Path]:
 
 
 def _write(
-    plan: Plan, folder: Path, progress: ProgressCallback | None, writer: UndoWriter | None = None
+    plan: Plan,
+    folder: Path,
+    progress: ProgressCallback | None,
+    writer: UndoWriter | None = None,
+    kept: Mapping[str, Kept] | None = None,
 ) -> dict[str, Written]:
     """Write the weights files of a plan; return what is known of each computed tensor, by name."""
+    journal = Journal((folder if plan.single else folder.parent) / resume.FILE_NAME, plan)
     meter = _Meter(plan.nbytes, progress)
     tasks: list[tuple[Path, Copy | Change]] = []
     for file in plan.files:
         path = folder / file.name
+        if kept and file.name in kept:
+            kept[file.name].path.rename(path)
+            journal.file_kept(file.name, kept[file.name].written)
+            meter.step(file.size, file.name)
+            continue
         if plan.link and file.same_as is not None and _linked(file.same_as, path):
             meter.step(file.size, file.name)
             continue
@@ -186,20 +198,19 @@ def _write(
             write_all(out, memoryview(file.header))
         meter.step(len(file.header), file.name)
         tasks += [(path, task) for task in file.tasks]
-    found: dict[str, Written] = {}
     # torch on one thread per worker: blocks are too small to be worth its own threads, which wait for each other.
     with ThreadPoolExecutor(plan.threads, initializer=_single_threaded) as pool:
-        running = [pool.submit(_run, path, task, plan, meter, writer) for path, task in tasks]
+        running = [pool.submit(_run, path, task, plan, meter, writer, journal) for path, task in tasks]
         try:
             for done in as_completed(running):
-                if (written := done.result()) is not None:
-                    found[written[0]] = written[1]
+                done.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
     for known in plan.inputs:
         if FileState.of(known.path) != known:
             raise InvalidFile(Problem("E-CHANGED", "it was changed while it was read", str(known.path), "run it again"))
+    found = {name: written for file in journal.found.values() for name, written in file.items()}
     return {tensor.name: found[tensor.name] for tensor in plan.changes}
 
 
@@ -233,9 +244,10 @@ class _Meter:
 
 
 def _run(
-    path: Path, task: Copy | Change, plan: Plan, meter: _Meter, writer: UndoWriter | None
-) -> tuple[str, Written] | None:
+    path: Path, task: Copy | Change, plan: Plan, meter: _Meter, writer: UndoWriter | None, journal: Journal
+) -> None:
     """One task of a plan, in a worker: it knows its place in the output."""
+    written = {}
     with path.open("r+b", buffering=0) as out:
         out.seek(task.offset)
 
@@ -244,15 +256,21 @@ def _run(
 
         if isinstance(task, Copy):
             _copy(task.source, out, step)
-            return None
-        tensor = task.tensor
-        if plan.record is not None:
-            return tensor.name, restore(tensor, plan.record.tensors[tensor.name], out, step)
-        recorder = TensorRecorder() if writer is not None and tensor.original is not None else None
-        written = compute(tensor, out, step, not plan.exact, recorder, plan.digests)
-        if writer is not None and recorder is not None:
-            writer.add(tensor.name, recorder)
-        return tensor.name, written
+        else:
+            written[task.tensor.name] = _computed(task.tensor, out, step, plan, writer)
+    journal.task_done(path.name, written)
+
+
+def _computed(
+    tensor: NewTensor, out: BinaryIO, step: Callable[[int], None], plan: Plan, writer: UndoWriter | None
+) -> Written:
+    if plan.record is not None:
+        return restore(tensor, plan.record.tensors[tensor.name], out, step)
+    recorder = TensorRecorder() if writer is not None and tensor.original is not None else None
+    written = compute(tensor, out, step, not plan.exact, recorder, plan.digests)
+    if writer is not None and recorder is not None:
+        writer.add(tensor.name, recorder)
+    return written
 
 
 def _copy(source: TensorRef, out: BinaryIO, step: Callable[[int], None]) -> None:

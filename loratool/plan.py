@@ -62,6 +62,7 @@ class Plan:
     digests: bool = True  # of the changed tensors, for the receipt
     threads: int = WORKERS
     link: bool = False  # untouched files become hard links
+    resume: bool = False  # keep the verified files of an interrupted run
     inputs: tuple[FileState, ...] = ()
     undo: Path | None = None  # the record to write
     record: UndoRecord | None = None  # the record to read
@@ -138,6 +139,7 @@ def plan_merge(
     digests: bool = True,
     undo: Path | None = None,
     link: bool = False,
+    resume: bool = False,
     threads: int | None = None,
     max_memory: int | None = None,
 ) -> Plan:
@@ -150,7 +152,11 @@ def plan_merge(
     binding.read(adapters, choices or Choices())
     binding.bind()
     folders = [Path(adapter) for adapter, _ in adapters if not isinstance(adapter, Adapter)]
-    if problems := [*_output_problems(base, out, folders), *_undo_problems(undo, out, digests), *binding.problems]:
+    if problems := [
+        *_output_problems(base, out, folders),
+        *_undo_problems(undo, out, digests, resume),
+        *binding.problems,
+    ]:
         raise Mismatch(problems)
     merged = tuple(
         MergedAdapter(content_digest(p.adapter), p.weight, p.name, len(p.adapter.updates)) for p in binding.parts
@@ -173,19 +179,23 @@ def plan_merge(
         files,
         tuple(_companions(base)),
         output_index(base, files),
-        tuple(
-            MergedAdapter(content_digest(p.adapter), p.weight, p.name, len(p.adapter.updates)) for p in binding.parts
-        ),
+        merged,
         dtype,
         tuple(notes),
         digests=digests,
         undo=undo,
         link=link,
+        resume=resume,
     )
     return _within(plan, threads, max_memory)
 
 
-def _undo_problems(undo: Path | None, out: Path, digests: bool) -> Iterator[Problem]:
+def _undo_problems(undo: Path | None, out: Path, digests: bool, resume: bool) -> Iterator[Problem]:
+    """Options that do not go together: an undo record is proven by digests, and so is what is resumed."""
+    if resume and not digests:
+        yield Problem("E-OPTION", "only digests can verify what is resumed", hint="leave out --no-digests or --resume")
+    if resume and undo is not None:
+        yield Problem("E-OPTION", "an undo record is written in one run", hint="leave out --resume")
     if undo is None:
         return
     if (problem := staging.refuse_existing(undo)) is not None:

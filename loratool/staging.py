@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import shutil
 import tempfile
@@ -35,7 +36,8 @@ def staged(path: Path) -> Iterator[Path]:
         raise OutputRefused(problem)
     parent = path.absolute().parent
     prefix = f".{path.name}.partial-"
-    _remove_abandoned(parent, prefix)
+    with abandoned(path):
+        pass  # what killed runs have left goes
     scratch: Path | None = None
     lock: int | None = None
     try:
@@ -77,14 +79,19 @@ def _lock(folder: Path) -> int | None:
     return handle
 
 
-def _remove_abandoned(parent: Path, prefix: str) -> None:
-    """Remove what killed runs for the same output have left."""
-    for left in parent.iterdir():
-        if left.name.startswith(prefix) and left.is_dir() and not left.is_symlink():
-            with contextlib.suppress(OSError):
-                if (lock := _lock(left)) is not None:
-                    shutil.rmtree(left, ignore_errors=True)
-                    os.close(lock)
+@contextlib.contextmanager
+def abandoned(path: Path) -> Iterator[list[Path]]:
+    """The scratch folders that killed runs for `path` have left, held until the block ends and then removed."""
+    held = {}
+    for left in sorted(path.absolute().parent.glob(f".{glob.escape(path.name)}.partial-*")):
+        if left.is_dir() and not left.is_symlink() and (lock := _lock(left)) is not None:
+            held[left] = lock
+    try:
+        yield [*held]
+    finally:
+        for left, lock in held.items():
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(lock)
 
 
 def refuse_small_disk(path: Path, nbytes: int) -> Problem | None:

@@ -33,6 +33,7 @@ ROOMS = (
     ("undo",),
     ("binding", "blocks"),
     ("plan",),
+    ("resume",),
     ("merge",),
     ("extract", "summary"),
     ("api",),

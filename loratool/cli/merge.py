@@ -35,6 +35,7 @@ Examples:
 @click.option("--undo", type=click.Path(path_type=Path), help="Also write the record that makes unmerge exact.")
 @click.option("--no-digests", is_flag=True, help="Leave digests of the changed tensors out of the receipt.")
 @click.option("--link", is_flag=True, help="Hard-link files that no adapter touches, instead of copying them.")
+@click.option("--resume", is_flag=True, help="Keep the finished files of an interrupted run, once verified.")
 @options.layout
 @options.resources
 @options.dry_run
@@ -49,6 +50,7 @@ def merge_command(
     undo: Path | None,
     no_digests: bool,
     link: bool,
+    resume: bool,
     layout: dict[str, str],
     threads: int | None,
     max_memory: int | None,
@@ -67,6 +69,7 @@ def merge_command(
         "undo": undo,
         "digests": not no_digests,
         "link": link,
+        "resume": resume,
         "layout": layout,
         "threads": threads,
         "max_memory": max_memory,
