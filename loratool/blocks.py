@@ -188,11 +188,16 @@ def _predict(
     for update, part, offset in reversed([*_inside(opened, W, start, stop)]):
         low = offset + update.start - start
         update.block.revert(part, terms[low : low + len(part)], offset, update.weight)
-    ranks = [2 * (item.update.scaling.rank or 1) for item, _ in tensor.updates if item.update.scaling]
+    ranks = [
+        (item.update.scaling.rank or 1) * sum(name.startswith(("B", "mid")) for name in item.update.components())
+        for item, _ in tensor.updates
+        if item.update.scaling
+    ]
     unit = torch.finfo(W.dtype).eps / 2
     longest = max(ranks, default=0) + 2 * len(opened)
     # terms * (k + 8) u + 8 u |p|
-    band = terms.mul_(2 * (longest + 8) * unit).add_(W.abs(), alpha=16 * unit)
+    band = terms.add_(torch.finfo(W.dtype).tiny / unit).mul_(2 * (longest + 8) * unit)
+    band.add_(W.abs(), alpha=2 * (len(opened) + 8) * unit)
     return W, band
 
 

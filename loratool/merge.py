@@ -86,23 +86,39 @@ def run_merge(plan: Plan, progress: ProgressCallback | None = None) -> MergeRepo
         blank = Written(_BLANK, _BLANK, 0.0) if plan.digests else Written("", "", 0.0)
         placeholder = _receipt(plan, {tensor.name: blank for tensor in plan.changes})
         plan = replace(plan, files=(_with_receipt(plan.files[0], placeholder),))
-    with ExitStack() as stack:
-        kept = stack.enter_context(kept_files(plan)) if plan.resume else {}
-        writer, record = None, None
-        if plan.undo is not None:
-            writer, record = stack.enter_context(undo.writing(plan.undo))
-        folder = stack.enter_context(_output(plan))
-        done = _receipt(plan, _write(plan, folder, progress, writer, kept))
-        if plan.single:
-            header = _with_receipt(plan.files[0], done).header
-            assert len(header) == len(plan.files[0].header), "digests have one length"
-            with (folder / plan.files[0].name).open("r+b") as file:
-                file.write(header)
-        else:
-            (folder / receipt.FILE_NAME).write_text(done.dumps(), encoding="utf-8")
-        if writer is not None and record is not None:
-            writer.finish(record, done)
+    recorded = False
+    try:
+        with ExitStack() as stack:
+            kept = stack.enter_context(kept_files(plan)) if plan.resume else {}
+            folder = stack.enter_context(_output(plan))
+            if plan.undo is None:
+                done = _fill(plan, folder, progress, kept, None)
+            else:
+                # The record appears first: there is never a merge that promised one and has none.
+                with undo.writing(plan.undo) as (writer, record):
+                    done = _fill(plan, folder, progress, kept, writer)
+                    writer.finish(record, done)
+                recorded = True
+    except BaseException:
+        if recorded and plan.undo is not None:
+            plan.undo.unlink(missing_ok=True)
+        raise
     return MergeReport(plan, done, time.monotonic() - started)
+
+
+def _fill(
+    plan: Plan, folder: Path, progress: ProgressCallback | None, kept: Mapping[str, Kept], writer: UndoWriter | None
+) -> Receipt:
+    """Write the weights files of a merge and its receipt."""
+    done = _receipt(plan, _write(plan, folder, progress, writer, kept))
+    if plan.single:
+        header = _with_receipt(plan.files[0], done).header
+        assert len(header) == len(plan.files[0].header), "digests have one length"
+        with (folder / plan.files[0].name).open("r+b") as file:
+            file.write(header)
+    else:
+        (folder / receipt.FILE_NAME).write_text(done.dumps(), encoding="utf-8")
+    return done
 
 
 def run_unmerge(plan: Plan, progress: ProgressCallback | None = None) -> UnmergeReport:

@@ -200,7 +200,8 @@ def _undo_problems(undo: Path | None, out: Path, digests: bool, resume: bool) ->
         return
     if (problem := staging.refuse_existing(undo)) is not None:
         yield replace(problem, hint="name another with --undo")
-    if out.absolute() in (undo.absolute(), *undo.absolute().parents):
+    place = undo.resolve()
+    if out.resolve() in (place, *place.parents):
         yield Problem("E-OUTPUT", "the undo record would lie inside the output", str(undo), "write it somewhere else")
     if not digests:
         yield Problem("E-OPTION", "an undo record needs the digests that prove it", str(undo), "leave out --no-digests")
@@ -474,7 +475,9 @@ def _not_the_record(record: UndoRecord, found: Receipt, where: str) -> Iterator[
         return
     for name, tensor in record.tensors.items():
         known = found.tensors[name]
-        if (tensor.base, tensor.dtype, tensor.shape) != (known.base, known.base_dtype, known.base_shape):
+        if (tensor.base, tensor.merged, tensor.dtype, tensor.shape) != (
+            known.base, known.merged, known.base_dtype, known.base_shape
+        ):  # fmt: skip
             yield Problem("E-UNDO", f"the record and the receipt disagree about {name}", where, "use --base instead")
 
 

@@ -50,14 +50,14 @@ def encode_block(true: torch.Tensor, predicted: torch.Tensor, band: torch.Tensor
     bits = _bits(true)
     low = _bits((predicted - band).to(true.dtype))
     high = _bits(band.add_(predicted).to(true.dtype))
-    literal = low != high
+    literal = (low != high) | ~band.isfinite()
     if not bool(predicted.sum().isfinite()):
         literal |= ~predicted.isfinite()
     marked = (bits != low).logical_or_(literal)
     where = marked.view(-1).nonzero().view(-1)  # [marked]
     values = bits.view(-1)[where]
     difference = _code(values).long() - _code(low.view(-1)[where])
-    escaped = literal.view(-1)[where] | (difference.abs() > 127)
+    escaped = literal.view(-1)[where] | (difference > 127) | (difference < -127)
     literals = values[escaped]
     stream = difference.masked_fill_(escaped, _LITERAL).to(torch.int8)
     mask = _packed(marked.view(-1))
@@ -81,7 +81,11 @@ def decode_block(content: bytes, predicted: torch.Tensor, dtype: torch.dtype) ->
     masked = (count + 7) // 8
     limit = _COUNTS.size + masked + count * (1 + width)
     try:
-        plain = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompress(content, max_output_size=limit)
+        if zstandard.frame_content_size(content) > limit:
+            raise ValueError("a block is larger than its tensor's")
+        plain = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompress(
+            content, max_output_size=limit, allow_extra_data=False
+        )
     except zstandard.ZstdError as error:
         raise ValueError(str(error)) from None
     if len(plain) < _COUNTS.size + masked:
@@ -222,7 +226,7 @@ def _copy(source: BinaryIO, out: BinaryIO, left: int) -> None:
 def writing(path: Path) -> Iterator[tuple[UndoWriter, Path]]:
     """A writer, and the place where its finished record must be when the block ends."""
     with staged(path) as place:
-        scratch = place.parent / "blocks"
+        scratch = place.parent / f"{path.name}.blocks"
         scratch.touch()
         yield UndoWriter(scratch), place
 
@@ -238,7 +242,9 @@ def read(path: Path) -> UndoRecord:
     try:
         if document["format"] != FORMAT_NAME:
             raise ValueError(f"format {document['format']!r}")
-        if not str(document["version"]).startswith("1."):
+        if not isinstance(document["version"], str):
+            raise ValueError("version is no string")
+        if not document["version"].startswith("1."):
             raise Unsupported(Problem("E-VERSION", f"undo record version {document['version']}", where,
                                       "install a newer loratool"))  # fmt: skip
         tensors = {name: _tensor(name, entry, header.tensors) for name, entry in document["tensors"].items()}
@@ -261,6 +267,8 @@ def _tensor(name: str, entry: Mapping[str, Any], stored: Mapping[str, TensorRef]
         raise ValueError(f"dtype {entry['dtype']!r}")
     dims = tuple(map(_count, shape))
     height = _count(entry["height"])
+    if not height:
+        raise ValueError(f"the blocks of {name!r} have no rows")
     return UndoTensor(
         str(entry["base"]), str(entry["merged"]), entry["dtype"], dims, height, tuple(blocks), data, norms
     )

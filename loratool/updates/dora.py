@@ -91,8 +91,10 @@ class DoraBlock(Fixed):
         delta = self.direction.delta(start, start + len(W)).mul_(self.direction.scale)
         size = torch.zeros_like(W)
         self.direction.add_magnitude(size, start, abs(self.direction.scale))
-        W.div_(divisor).sub_(delta.mul_(share))
-        terms.div_(divisor.abs()).add_(size.mul_(share.abs()))
+        worse = (abs(1 - weight) + (weight * factor).abs()) / divisor.abs()  # how much the divisor's sum cancels
+        W.div_(divisor)
+        terms.div_(divisor.abs()).add_(W.abs() * worse).add_(size.mul_(share.abs() * worse))
+        W.sub_(delta.mul_(share))
 
     def _factor(self, start: int, W: torch.Tensor) -> torch.Tensor:
         """magnitude / norm for rows start.. of W: [rows, 1] for axis 0, [columns] for axis 1."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from loratool.tensors import Shape, TensorRef
 from loratool.updates.base import Additive, Scaling, Update, inner
-from loratool.updates.lora import core_size, low_rank_shapes, product_bound, with_core
+from loratool.updates.lora import core_size, low_rank_shapes, product_bound, safe_norm, with_core
 
 if TYPE_CHECKING:
     import torch
@@ -74,8 +74,8 @@ class LohaBlock(Additive):
 
     def add_magnitude(self, terms: torch.Tensor, start: int, factor: float) -> None:
         rows = slice(start, start + len(terms))
-        left = self.B1.norm(dim=1)[rows] * self.B2.norm(dim=1)[rows]
-        terms.addr_(left, self.size1.norm(dim=0) * self.size2.norm(dim=0), alpha=factor)
+        left = safe_norm(self.B1, 1)[rows] * safe_norm(self.B2, 1)[rows]
+        terms.addr_(left, safe_norm(self.size1, 0) * safe_norm(self.size2, 0), alpha=factor)
 
     def bound(self) -> float:
         return product_bound(self.B1, self.A1) * product_bound(self.B2, self.A2)

@@ -75,7 +75,7 @@ class Lokr(Update):
             mid = None if self.mid2 is None else read("mid2")
             B2, A2 = read("B2"), read("A2")
             right, size = with_core(A2, mid), core_size(A2, mid)  # [rank, d * kernel]
-            w2, size2 = B2 @ right, B2.abs() @ size  # [b, d * kernel]
+            w2, size2 = B2 @ right, B2.abs() @ size.abs()  # [b, d * kernel]
             w2, size2 = (x.reshape(len(B2), A2.shape[1], -1) for x in (w2, size2))
         w2, size2 = (x.reshape(x.shape[0], x.shape[1], -1) for x in (w2, size2))  # [b, d, kernel]
         return LokrBlock(w1, w2, self.factors.factor, size1, size2)

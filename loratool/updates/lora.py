@@ -64,11 +64,20 @@ class LoraBlock(Additive):
 
     @cached_property
     def norms(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.B.norm(dim=1), self.size.norm(dim=0)  # [rows], [columns]
+        return safe_norm(self.B, 1), safe_norm(self.size, 0)  # [rows], [columns]
 
     def apply(self, W: torch.Tensor, start: int, weight: float) -> None:
         # W + scale * (B @ A), fused: no delta is ever materialised.
         W.addmm_(self.B[start : start + W.shape[0]], self.A, alpha=weight * self.scale)
+
+
+def safe_norm(matrix: torch.Tensor, dim: int) -> torch.Tensor:
+    """Euclidean norms along `dim`; scaled before, since squares of ordinary factors can leave float32."""
+    import torch
+
+    largest = matrix.abs().amax(dim=dim, keepdim=True).clamp_(min=torch.finfo(matrix.dtype).tiny)
+    norms: torch.Tensor = (matrix / largest).norm(dim=dim) * largest.squeeze(dim)
+    return norms
 
 
 def product_bound(B: torch.Tensor, A: torch.Tensor) -> float:

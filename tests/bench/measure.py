@@ -30,7 +30,7 @@ PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out
 print(json.dumps({"seconds": time.monotonic() - started}))
 """
 BUSY = 0.1  # of all cores, by others: wait before measuring
-PATIENCE = 60.0  # seconds
+PATIENCE = 5.0  # seconds; after that the run counts, with a note
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ def run(command: list[str], backed: int = 0) -> Run:
         work = float(json.loads(said)["seconds"])
     except (ValueError, KeyError):
         work = wall
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert usage.ru_maxrss > own or command[0] in ("cp", "sh"), "the peak would be this process's, not the child's"
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # the child's peak starts at it: it must stay small
+    assert own < 60_000, "something large was imported into the benchmark itself"
     read, written, fetched = int(io["rchar"]), int(io["wchar"]), int(io["read_bytes"])
     return Run(wall, work, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, read, written, fetched, busy)
 
