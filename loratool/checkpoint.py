@@ -171,7 +171,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     problems = [
         Problem("E-INDEX", f"weight_map points outside its folder: {name!r}", str(index))
         for name in sorted(set(weight_map.values()))
-        if not re.fullmatch(r"[^/\\:\x00]+", name)
+        if not re.fullmatch(r"[^/\\:\x00]{1,255}", name)
         or name in (".", "..")
         or not name.endswith((".safetensors", *PICKLE_SUFFIXES))
     ]

@@ -27,6 +27,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -439,10 +440,16 @@ class Fuzzer:
                     self.step(target)
 
 
-def capped() -> None:
+@contextmanager
+def capped() -> Iterator[None]:
     """Let this process have no more than MEMORY above what it has now: more is a MemoryError, and a finding."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def work(arguments: tuple[int, float, Path]) -> dict[str, Any]:
@@ -450,8 +457,8 @@ def work(arguments: tuple[int, float, Path]) -> dict[str, Any]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="loratool-fuzz-") as folder:
         fuzzer = Fuzzer(Path(folder), seed, keep)
-        capped()
-        fuzzer.run(seconds)
+        with capped():
+            fuzzer.run(seconds)
     return {
         "runs": fuzzer.runs,
         "accepted": fuzzer.accepted,

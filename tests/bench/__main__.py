@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -31,6 +32,7 @@ def main() -> None:
     names = options.only.split(",")
     if unknown := set(names) - set(SECTIONS):
         parser.error(f"no section {', '.join(sorted(unknown))}: there are {', '.join(SECTIONS)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the models are removed on the way
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
     if options.dir is not None:
         options.dir.mkdir(parents=True, exist_ok=True)
