@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from loratool.container import Header, read_header, strict_json
 from loratool.errors import ChoiceNeeded, InvalidFile, Problem
 from loratool.pickles import STATE_KEYS, Pickled, Tree, read_tree
 from loratool.tensors import InMemory, TensorRef
+
+T = TypeVar("T")
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 # Weights in other formats beside the ones that are read: stale after a merge, so they are not companions.
@@ -109,7 +111,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         weight_map = _weight_map(index)
         files = [index.parent / name for name in sorted(set(weight_map.values()))]
         _all_there(files, index)
-    shards = tuple(_open_shard(file) for file in files)
+    shards = tuple(_readable(file, _open_shard) for file in files)
     if index is not None:
         _check_index(index, weight_map, shards)
     tensors, notes = _clean([(name, tensor) for shard in shards for name, tensor in shard.tensors.items()], path)
@@ -121,13 +123,21 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a side file (config, index), parsed strictly."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _readable(path, lambda file: file.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise InvalidFile(Problem("E-JSON", f"not UTF-8: {error}", str(path))) from None
     document = strict_json(text, str(path), "E-JSON", "")
     if not isinstance(document, dict):
         raise InvalidFile(Problem("E-JSON", "not a JSON object", str(path)))
     return document
+
+
+def _readable(path: Path, read: Callable[[Path], T]) -> T:
+    """What `read` makes of a file; a disk that fails is an error that names it."""
+    try:
+        return read(path)
+    except OSError as error:
+        raise InvalidFile(Problem("E-READ", f"can not be read: {error.strerror or error}", str(path))) from error
 
 
 def _files_of(path: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from loratool.conventions.choices import Choices
 from loratool.errors import ChoiceNeeded, OutputRefused, Problem, Unsupported
 from loratool.layout import output_files, output_index
 from loratool.merge import ProgressCallback, run_copy
-from loratool.plan import Plan
+from loratool.plan import FileState, Plan, settled
 from loratool.staging import refuse_existing
 from loratool.tensors import TensorRef
 from loratool.updates import Replace
@@ -60,6 +60,7 @@ def run_extract(
     if problems:
         raise OutputRefused(problems)
     source = open_checkpoint(wrapped)
+    inputs = [FileState.of(shard.path) for shard in source.shards]
     chosen = conventions.choose(source, convention)
     base = chosen.unwrap(source, choices)
     if not base:
@@ -80,7 +81,9 @@ def run_extract(
     adapter = replace(adapter, base=identity, provenance={**adapter.provenance, "tool": TOOL})
     with native_format.writing(adapter, out):  # appears last: if the base can not be written, neither is there
         if base_out is not None:
-            run_copy(_base_plan(source, base, base_out), progress)
+            run_copy(settled(_base_plan(source, base, base_out)), progress)
+        for known in inputs:
+            known.check()
     return ExtractReport(adapter, chosen.NAME, chosen.TITLE, out, base_out)
 
 

@@ -20,7 +20,7 @@ from loratool import receipt, resume, undo
 from loratool.blocks import Written, compute, restore, write_all
 from loratool.errors import InvalidFile, Mismatch, Problem
 from loratool.layout import Change, Copy, NewTensor, OutputFile
-from loratool.plan import FileState, Plan
+from loratool.plan import Plan
 from loratool.receipt import ChangedTensor, Receipt
 from loratool.resume import Journal, Kept, kept_files
 from loratool.staging import staged
@@ -182,7 +182,8 @@ def _output(plan: Plan) -> Iterator[Path]:
             place.mkdir()
             for path in plan.companions:
                 (place / path).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(plan.source / path, place / path)
+                with open_to_read(plan.source / path) as source, (place / path).open("wb") as copy:
+                    shutil.copyfileobj(source, copy)
             if plan.index is not None:
                 (place / plan.index[0]).write_bytes(plan.index[1])
             yield place
@@ -224,8 +225,7 @@ def _write(
             pool.shutdown(cancel_futures=True)
             raise
     for known in plan.inputs:
-        if FileState.of(known.path) != known:
-            raise InvalidFile(Problem("E-CHANGED", "it was changed while it was read", str(known.path), "run it again"))
+        known.check()
     found = {name: written for file in journal.found.values() for name, written in file.items()}
     return {tensor.name: found[tensor.name] for tensor in plan.changes}
 

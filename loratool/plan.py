@@ -36,11 +36,21 @@ class FileState(NamedTuple):
     path: Path
     size: int
     mtime: int  # nanoseconds
+    file: tuple[int, int]  # device and inode: another file may have the same size and time
 
     @classmethod
     def of(cls, path: Path) -> FileState:
         stat = path.stat()
-        return cls(path, stat.st_size, stat.st_mtime_ns)
+        return cls(path, stat.st_size, stat.st_mtime_ns, (stat.st_dev, stat.st_ino))
+
+    def check(self) -> None:
+        """Raises InvalidFile if the file is another one by now."""
+        try:
+            same = FileState.of(self.path) == self
+        except OSError:
+            same = False
+        if not same:
+            raise InvalidFile(Problem("E-CHANGED", "it was changed while it was read", str(self.path), "run it again"))
 
 
 @dataclass(frozen=True)
@@ -187,7 +197,7 @@ def plan_merge(
         link=link,
         resume=resume,
     )
-    return _within(plan, threads, max_memory)
+    return settled(plan, threads, max_memory)
 
 
 def _undo_problems(undo: Path | None, out: Path, digests: bool, resume: bool) -> Iterator[Problem]:
@@ -207,8 +217,11 @@ def _undo_problems(undo: Path | None, out: Path, digests: bool, resume: bool) ->
         yield Problem("E-OPTION", "an undo record needs the digests that prove it", str(undo), "leave out --no-digests")
 
 
-def _within(plan: Plan, threads: int | None, max_memory: int | None) -> Plan:
-    """The plan with as many workers as asked for, and as fit into the memory allowed."""
+def settled(plan: Plan, threads: int | None = None, max_memory: int | None = None) -> Plan:
+    """The plan with as many workers as asked for and as fit into the memory allowed, its inputs noted.
+
+    Raises OutputRefused for a disk that is too small, Mismatch for memory that is.
+    """
     if threads is not None and threads < 1:
         raise ChoiceNeeded(Problem("E-OPTION", f"{threads} threads can do nothing"))
     plan = replace(plan, threads=threads or WORKERS)
@@ -217,7 +230,9 @@ def _within(plan: Plan, threads: int | None, max_memory: int | None) -> Plan:
             what = f"the largest tensor needs {plan.memory:,} bytes with its factors, {max_memory:,} are allowed"
             raise Mismatch(Problem("E-MEMORY", what, str(plan.source), "allow more with --max-memory"))
         plan = replace(plan, threads=plan.threads - 1)
-    if (problem := staging.refuse_small_disk(plan.out, plan.nbytes)) is not None:
+    copied = [file.size for file in plan.files if not (plan.link and file.same_as)]
+    beside = [(plan.source / path).stat().st_size for path in plan.companions]
+    if (problem := staging.refuse_small_disk(plan.out, sum(copied) + sum(beside))) is not None:
         raise OutputRefused(problem)
     return replace(plan, inputs=tuple(map(FileState.of, sorted(_inputs(plan)))))
 
@@ -391,7 +406,7 @@ def plan_unmerge(
         found,
         record=record,
     )
-    return _within(plan, threads, max_memory)
+    return settled(plan, threads, max_memory)
 
 
 def _unmerged_view(merged: Checkpoint, found: Receipt) -> Checkpoint:

@@ -41,14 +41,13 @@ def staged(path: Path) -> Iterator[Path]:
     scratch: Path | None = None
     lock: int | None = None
     try:
-        scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-        lock = _lock(scratch)
+        scratch, lock = _scratch(parent, prefix)
         place = scratch / path.name
         yield place
         flush_tree(place)
         if (problem := refuse_existing(path)) is not None:
             raise OutputRefused(problem)
-        place.rename(path)
+        _move(place, path)
         flush(parent)
     except (BrokenPipeError, ConnectionError):
         raise  # not of this disk: a caller's progress callback talks to somebody
@@ -59,6 +58,32 @@ def staged(path: Path) -> Iterator[Path]:
             shutil.rmtree(scratch, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def _scratch(parent: Path, prefix: str) -> tuple[Path, int | None]:
+    """A new scratch folder, held. Between its making and its locking another run may take it for abandoned."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        with contextlib.suppress(FileNotFoundError):
+            lock = _lock(folder)
+            if lock is None and os.name != "nt":
+                continue
+            if lock is None or os.path.samestat(os.fstat(lock), folder.stat()):
+                return folder, lock
+            os.close(lock)
+
+
+def _move(place: Path, path: Path) -> None:
+    """Give a finished output its name, and never that of something else that has appeared meanwhile."""
+    if place.is_dir():
+        place.rename(path)  # fails over a folder that is not empty, and over a file
+        return
+    try:
+        path.hardlink_to(place)  # a rename would replace a file
+    except OSError as error:
+        if error.errno == errno.EEXIST:
+            raise
+        place.rename(path)  # a file system without links
 
 
 def _lock(folder: Path) -> int | None:
@@ -84,8 +109,9 @@ def abandoned(path: Path) -> Iterator[list[Path]]:
     """The scratch folders that killed runs for `path` have left, held until the block ends and then removed."""
     held = {}
     for left in sorted(path.absolute().parent.glob(f".{glob.escape(path.name)}.partial-*")):
-        if left.is_dir() and not left.is_symlink() and (lock := _lock(left)) is not None:
-            held[left] = lock
+        with contextlib.suppress(OSError):  # its run may remove it at this moment
+            if left.is_dir() and not left.is_symlink() and (lock := _lock(left)) is not None:
+                held[left] = lock
     try:
         yield [*held]
     finally:
@@ -121,6 +147,9 @@ def flush(path: Path) -> None:
 
 
 def _disk_problem(error: OSError, path: Path) -> Problem:
+    if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR) and path.exists():
+        what = f"the output {path} has appeared while it was made"
+        return Problem("E-EXISTS", what, str(path), "another run? name another output with -o")
     hint = ""
     if error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", -1)):
         hint = "free some space, or write to another disk"

@@ -12,7 +12,6 @@ import builtins
 import contextlib
 import errno
 import fcntl
-import functools
 import hashlib
 import io
 import json
@@ -43,7 +42,6 @@ import loratool
 ROOT = Path(__file__).parent.parent
 
 # Known bugs, each with a test that fails until it is mended: then the mark must go.
-known = functools.partial(pytest.mark.xfail, strict=True)
 
 # --- the process that is hurt ---------------------------------------------------------------------------------------
 

@@ -20,9 +20,7 @@ def test_changed_files_get_an_answer(target: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", sorted(REGRESSIONS.glob("*-*")), ids=lambda file: file.name)
-def test_what_broke_something_once(file: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    if file.name == "index-0cba7e5845c5":
-        request.applymarker(pytest.mark.xfail(reason="checkpoint.py: names longer than a file's can be", strict=True))
+def test_what_broke_something_once(file: Path, tmp_path: Path) -> None:
     world, content = World(tmp_path), file.read_bytes()
     with capped():
         world.check(file.name.partition("-")[0], content)

@@ -177,7 +177,7 @@ def _print_failure(problems: Sequence[Problem]) -> None:
 
 
 def report_interrupt(as_json: bool) -> int:
-    problem = Problem("E-INTERRUPTED", "interrupted; nothing was left behind")
+    problem = Problem("E-INTERRUPTED", "interrupted; nothing unfinished was left behind")
     if as_json:
         _print_failure([problem])
     else:

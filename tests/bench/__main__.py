@@ -2,7 +2,7 @@
 
 python -m tests.bench --quick                          a few minutes, on small models
 python -m tests.bench --json out.json --plot out.svg   all of it, with the table on stdout
-python -m tests.bench --only speed,memory --rounds 5 --size 1.1 --dir /tmp/bench
+python -m tests.bench --only speed,memory --rounds 5 --size 1.1 --dir bench-data
 """
 
 from __future__ import annotations
