@@ -472,7 +472,7 @@ def test_a_full_disk_is_named(base: Path, tmp_path: Path, monkeypatch: pytest.Mo
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("shutil.copyfile", full)
+    monkeypatch.setattr("shutil.copyfileobj", full)
     error = refused(lambda: loratool.merge(base, BOTH, tmp_path / "out"))
     assert error.code == "E-DISK"
     assert "space" in error.hint

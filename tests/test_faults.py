@@ -473,9 +473,14 @@ def spots(calls: Sequence[str], writes: int) -> list[int]:
 # --- kill -9 --------------------------------------------------------------------------------------------------------
 
 
+def appears(call: str) -> bool:
+    """Whether a call gives an output its name: a folder is renamed, a file is linked out of the scratch folder."""
+    return call.startswith("rename ") or (call.startswith("link ") and ".partial" in call)
+
+
 def renames(calls: Sequence[str]) -> tuple[int, int]:
-    """The numbers of the first and the last rename."""
-    found = [n for n, call in enumerate(calls, 1) if call.startswith("rename ")]
+    """The numbers of the first and the last call that gives an output its name."""
+    found = [n for n, call in enumerate(calls, 1) if appears(call)]
     return found[0], found[-1]
 
 
@@ -497,7 +502,7 @@ def test_of_two_outputs_the_one_that_needs_the_other_appears_last(
     act: str, first: str, world: World, tmp_path: Path
 ) -> None:
     """A merge without its record can not be repeated nor undone; a record, or a base, alone does no harm."""
-    done = world.server.run(*world.argv(act, tmp_path), at=2, kinds=["rename"], how="kill")
+    done = world.server.run(*world.argv(act, tmp_path), at=2, kinds=["rename", "link"], how="kill")
     assert done.code == -signal.SIGKILL
     assert world.whole_or_absent(act, tmp_path, staging=True) == [first]
 
@@ -506,7 +511,7 @@ def test_nothing_is_renamed_before_it_is_flushed(world: World) -> None:
     for act in ACTS:
         calls = [re.sub(r"\.partial-[^/]*", ".partial", call) for call in world.calls(act)]
         for n, call in enumerate(calls):
-            if call.startswith("rename "):
+            if appears(call):
                 moved = call.split()[1]
                 names = {call.split()[1] for call in calls if call.startswith("write ")}
                 written = {name for name in names if name == moved or name.startswith(f"{moved}/")}
