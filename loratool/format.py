@@ -23,7 +23,6 @@ from loratool.staging import staged
 from loratool.tensors import DTYPE_BITS, FLOATS, TensorRef, all_finite, is_int
 from loratool.updates import KINDS, RULES, Add, Dora, Replace, ReplaceRows, Scaling, Update
 
-SUFFIX = ".lora.safetensors"
 METADATA_KEY = "loratool"
 FORMAT_NAME = "loratool"
 VERSION = "1.0"

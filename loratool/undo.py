@@ -26,7 +26,6 @@ from loratool.tensors import DTYPE_BITS, FileSpan, Shape, TensorRef, as_bytes, i
 if TYPE_CHECKING:
     import torch
 
-SUFFIX = ".undo.safetensors"
 METADATA_KEY = "loratool.undo"
 FORMAT_NAME = "loratool-undo"
 VERSION = "1.0"
