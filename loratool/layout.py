@@ -7,6 +7,7 @@ so tasks can run in any order.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -42,6 +43,10 @@ class NewTensor:
     reversible: bool = True
     original: TensorRef | None = None
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
 
 @dataclass(frozen=True)
 class Copy:
@@ -50,6 +55,10 @@ class Copy:
     source: TensorRef
     offset: int
 
+    @property
+    def nbytes(self) -> int:
+        return self.source.nbytes
+
 
 @dataclass(frozen=True)
 class Change:
@@ -57,6 +66,10 @@ class Change:
 
     tensor: NewTensor
     offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes
 
 
 @dataclass(frozen=True)
@@ -110,7 +123,7 @@ def _output_file(
     tasks: list[Copy | Change] = []
     position = len(header)
     for item in planned:
-        nbytes = item.nbytes if isinstance(item, TensorRef) else _nbytes(item)
+        nbytes = item.nbytes
         if isinstance(item, NewTensor):
             tasks.append(Change(item, position))
         elif nbytes:
@@ -119,13 +132,6 @@ def _output_file(
     untouched = kept and not any(isinstance(task, Change) for task in tasks)
     same_as = shard.path if untouched else None
     return OutputFile(output_name(shard.path), header, position, tuple(tasks), tensors, metadata, same_as)
-
-
-def _nbytes(tensor: NewTensor) -> int:
-    size = DTYPE_BITS[tensor.dtype]
-    for dim in tensor.shape:
-        size *= dim
-    return size // 8
 
 
 def _append_copy(tasks: list[Copy | Change], source: TensorRef, offset: int) -> None:

@@ -9,8 +9,9 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,10 +24,13 @@ from loratool.layout import Change, Copy, NewTensor, OutputFile
 from loratool.plan import Plan
 from loratool.receipt import ChangedTensor, Receipt
 from loratool.resume import Journal, Kept, kept_files
-from loratool.staging import staged
+from loratool.staging import flush, staged
 from loratool.tensors import FileSpan, TensorRef, open_to_read
 from loratool.undo import TensorRecorder, UndoWriter
 from loratool.version import TOOL
+
+
+FLUSH_BYTES = 64 << 20  # written to a file before it is flushed on the way
 
 
 class Progress(NamedTuple):
@@ -215,14 +219,21 @@ def _write(
             write_all(out, memoryview(file.header))
         meter.step(len(file.header), file.name)
         tasks += [(path, task) for task in file.tasks]
+    queue = _Queue(tasks)
     # torch on one thread per worker: blocks are too small to be worth its own threads, which wait for each other.
-    with ThreadPoolExecutor(plan.threads, initializer=_single_threaded) as pool:
-        running = [pool.submit(_run, path, task, plan, meter, writer, journal) for path, task in tasks]
+    with _Flusher() as flusher, ThreadPoolExecutor(plan.threads, initializer=_single_threaded) as pool:
+
+        def work() -> None:
+            for path, task in queue:
+                _run(path, task, plan, meter, writer, journal)
+                flusher.wrote(path, task.nbytes)
+
+        running = [pool.submit(work) for _ in range(plan.threads)]
         try:
             for done in as_completed(running):
                 done.result()
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            queue.clear()
             raise
     for known in plan.inputs:
         known.check()
@@ -237,6 +248,60 @@ def _linked(source: Path, path: Path) -> bool:
     except OSError:
         return False  # another file system, or one without hard links: it is copied
     return True
+
+
+class _Queue:
+    """Hands out tasks to workers: of the file that the fewest of them write to, since a file has one lock for all."""
+
+    def __init__(self, tasks: Sequence[tuple[Path, Copy | Change]]) -> None:
+        self.lock = threading.Lock()
+        self.left: dict[Path, deque[Copy | Change]] = {}
+        for path, task in tasks:
+            self.left.setdefault(path, deque()).append(task)
+        self.writers = dict.fromkeys(self.left, 0)
+
+    def clear(self) -> None:
+        with self.lock:
+            self.left.clear()
+
+    def __iter__(self) -> Iterator[tuple[Path, Copy | Change]]:
+        while True:
+            with self.lock:
+                if not self.left:
+                    return
+                path = min(self.left, key=self.writers.__getitem__)  # the first of equals, to finish it for --resume
+                task = self.left[path].popleft()
+                if not self.left[path]:
+                    del self.left[path]
+                self.writers[path] += 1
+            yield path, task
+            with self.lock:
+                self.writers[path] -= 1
+
+
+class _Flusher:
+    """Sends what is written to the disk while the rest is computed, so that little is left to wait for at the end."""
+
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(1)
+        self.lock = threading.Lock()
+        self.dirty: dict[Path, int] = {}
+        self.flushes: list[Future[None]] = []
+
+    def wrote(self, path: Path, nbytes: int) -> None:
+        with self.lock:
+            self.dirty[path] = self.dirty.get(path, 0) + nbytes
+            if self.dirty[path] >= FLUSH_BYTES:
+                self.dirty[path] = 0
+                self.flushes.append(self.pool.submit(flush, path))
+
+    def __enter__(self) -> _Flusher:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.pool.shutdown(cancel_futures=any(failure))
+        for done in self.flushes if not any(failure) else ():
+            done.result()  # an error of the disk is told once, here
 
 
 def _single_threaded() -> None:

@@ -15,7 +15,7 @@ from loratool import staging
 from loratool.blocks import Written
 from loratool.layout import Copy, OutputFile
 from loratool.plan import Plan
-from loratool.tensors import DTYPE_BITS, FileSpan, TensorRef
+from loratool.tensors import FileSpan, TensorRef
 from loratool.version import TOOL
 
 FILE_NAME = "journal"  # in the scratch folder, beside the output
@@ -105,14 +105,11 @@ def _is_right(path: Path, file: OutputFile, written: Mapping[str, Written]) -> b
         return False
     for task in file.tasks:
         if isinstance(task, Copy):
-            if not _equal(_span(path, task.offset, task.source.nbytes), task.source.chunks()):
+            if not _equal(_span(path, task.offset, task.nbytes), task.source.chunks()):
                 return False
         else:
-            size = DTYPE_BITS[task.tensor.dtype] // 8
-            for dim in task.tensor.shape:
-                size *= dim
             known = written.get(task.tensor.name)
-            if known is None or _span(path, task.offset, size).digest() != known.after:
+            if known is None or _span(path, task.offset, task.nbytes).digest() != known.after:
                 return False
     return True
 
