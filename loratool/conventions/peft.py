@@ -460,6 +460,8 @@ def _trained_copy(key: str, keys: Container[str]) -> str | None:
 
 def _without_layers(path: str) -> _Module:
     """A module's own path, without the `base_layer` segments that wrapping put into it."""
+    if "base_layer" not in path:
+        return _Module(path)
     segments = path.split(".")
     inner = len(segments)
     while inner and segments[inner - 1] == "base_layer":
