@@ -458,10 +458,10 @@ def content_digest(adapter: Adapter) -> str:
     from blake3 import blake3
 
     hasher = blake3()
-    keyed = sorted(adapter.updates, key=lambda item: _canonical_json(_entry(item)).encode())
-    for item in keyed:
-        hasher.update(_canonical_json(_entry(item)).encode())
-        for part, tensor in sorted(item.update.components().items()):
+    entries = [(_canonical_json(_entry(item)).encode(), item.update) for item in adapter.updates]
+    for entry, update in sorted(entries, key=lambda pair: pair[0]):
+        hasher.update(entry)
+        for part, tensor in sorted(update.components().items()):
             hasher.update(f"\n{part} {tensor.dtype} {list(tensor.shape)}\n".encode())
             for chunk in tensor.chunks():
                 hasher.update(chunk)
