@@ -72,7 +72,8 @@ def strict_json(text: str, where: str, code: str, rule: str) -> Any:
     too_deep = Problem("E-LIMIT", f"JSON is nested deeper than {MAX_DEPTH} levels", where, rule=rule)
     try:
         document = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_int=_whole)
-        json.dumps(document, ensure_ascii=False).encode("utf-8")  # refuses an escaped lone surrogate
+        if "\\u" in text:  # the only way to a lone surrogate, which can not be encoded
+            json.dumps(document, ensure_ascii=False).encode("utf-8")
     except _Duplicate as error:
         raise InvalidFile(
             Problem("E-DUPLICATE", f"the name {str(error)!r} occurs twice in one JSON object", where, rule="R-003")

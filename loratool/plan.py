@@ -504,6 +504,7 @@ def _old_tensors(
     For an `exact` way back by an undo record the updates keep the order and the weights of the merge.
     """
     stored, originals = _stored(merged), _stored(base) if base else {}
+    given = [(part.adapter.targets(), part.weight) for part in parts if part.weight != 0]
     changes: dict[str, NewTensor] = {}
     dropped = []
     for name, known in found.tensors.items():
@@ -512,11 +513,10 @@ def _old_tensors(
             continue
         source: TensorRef | None = stored[name][1]
         updates = [
-            Weighted(item, part.weight)
-            for part in parts
+            Weighted(item, weight)
+            for targets, weight in given
             for target in known.targets
-            for item in part.adapter.targets().get(target, ())
-            if part.weight != 0
+            for item in targets.get(target, ())
         ]
         if base is not None:
             source, updates = originals[name][1], []

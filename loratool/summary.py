@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +88,13 @@ class Summary:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        document = asdict(replace(self, receipt=None))
-        document["receipt"] = None if self.receipt is None else self.receipt.to_json()
-        return document
+        return {
+            **vars(self),
+            "groups": [vars(group) for group in self.groups],
+            "layers": [vars(layer) for layer in self.layers],
+            "fit": None if self.fit is None else vars(self.fit),
+            "receipt": None if self.receipt is None else self.receipt.to_json(),
+        }
 
 
 def inspect_path(
@@ -100,9 +104,7 @@ def inspect_path(
     choices = choices or Choices()
     source = open_checkpoint(path)
     base = open_checkpoint(base_path) if base_path is not None else None
-    chosen = None
-    if convention is not None or conventions.matching(source):
-        chosen = conventions.choose(source, convention)
+    chosen = conventions.find(source, convention)
     adapter = chosen.read(source, choices, base.tensors if base else None) if chosen else None
     wrapped = bool(chosen and chosen.unwrap(source, choices))
     found = None if adapter else receipt.find(source)

@@ -212,9 +212,11 @@ class TensorRef:
         return self.permute(1, 0)
 
     def reshape(self, *shape: int) -> TensorRef:
+        if shape == self.shape:
+            return self
         if not self.views:
             return replace(self, shape=shape, stored_shape=shape)
-        return self if shape == self.shape else replace(self, shape=shape, views=(*self.views, ("reshape", shape)))
+        return replace(self, shape=shape, views=(*self.views, ("reshape", shape)))
 
     def narrow(self, dim: int, start: int, length: int) -> TensorRef:
         shape = (*self.shape[:dim], length, *self.shape[dim + 1 :])

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from loratool.adapter import Adapter, BaseIdentity, Target, Targeted
 from loratool.checkpoint import Checkpoint
 from loratool.conventions.choices import Choices
-from loratool.conventions.orientation import CONV1D_NAMES, square_layout
+from loratool.conventions.orientation import CONV1D_NAMES, shown_layouts, square_layout
 from loratool.conventions.peft_config import MAX_ROW, PeftConfig, parse, refuse_unsupported
 from loratool.errors import ChoiceNeeded, InvalidFile, LoratoolError, Mismatch, Problem, Unsupported
 from loratool.format import is_native
@@ -112,7 +112,10 @@ class PeftReader:
     notes: list[str] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
-    rename: Callable[[str], str] = str  # the base's name for one of the adapter's modules; known once keys are sorted
+    # Known once keys are sorted:
+    rename: Callable[[str], str] = str  # the base's name for one of the adapter's modules
+    shown: Mapping[str, set[str]] = field(default_factory=dict)  # layouts that the base gives away
+    owned: dict[str, list[str]] = field(default_factory=dict)  # the base's parameters by module
 
     def adapter(self) -> Adapter:
         wrapped, whole = self._sort()
@@ -122,6 +125,10 @@ class PeftReader:
         self.rename = self._match(wrapped, whole)
         if self.base is not None:  # a whole tensor in the adapter is what its deltas were trained on
             self.base = {**self.base, **{self._renamed(name): ref for name, ref in whole.items()}}
+            self.shown = shown_layouts(self.base)
+            for tensor in self.base:
+                owner, _, last = tensor.rpartition(".")
+                self.owned.setdefault(owner, []).append(last)
         updates = [item for module in self._split_tokens(wrapped, whole) for item in self._guarded(module)]
         updates += [self._replacement(name, ref) for name, ref in whole.items()]
         if self.problems:
@@ -360,7 +367,7 @@ class PeftReader:
         """The parameter that a module's factors belong to; keys name only the module."""
         owner = self.rename(module.name)
         targeted = self.config.parameters_of(module.name) if self.config else []
-        below = [name.removeprefix(owner + ".") for name in self.base or () if parent(name) == owner]
+        below = self.owned.get(owner, [])
         if not below:
             choices = targeted or ["weight"]
         elif self.base is None or "weight" in below:
@@ -443,7 +450,7 @@ class PeftReader:
             raise Mismatch(Problem("E-SHAPE", what, self.where, "is this the adapter's base?"))
         if shape[0] != shape[1]:
             return "" if dims == shape else "in_out"
-        layout = None if self.base is None else square_layout(name, flag, self.base)
+        layout = None if self.base is None else square_layout(name, flag, self.base, self.shown)
         if layout is None:
             leaf = module.rpartition(".")[2]
             what = f"{module} is square, and nothing shows whether the base stores it as [out, in] or [in, out]"
@@ -460,6 +467,8 @@ def _trained_copy(key: str, keys: Container[str]) -> str | None:
 
 def _without_layers(path: str) -> _Module:
     """A module's own path, without the `base_layer` segments that wrapping put into it."""
+    if "base_layer" not in path:
+        return _Module(path)
     segments = path.split(".")
     inner = len(segments)
     while inner and segments[inner - 1] == "base_layer":

@@ -109,9 +109,7 @@ class Update:
 
     def components(self) -> dict[str, TensorRef]:
         """The update's tensors by the component names of the spec; absent optional ones are left out."""
-        return {
-            field.name: value for field in fields(self) if isinstance(value := getattr(self, field.name), TensorRef)
-        }
+        return {name: value for name, value in vars(self).items() if isinstance(value, TensorRef)}
 
     def expected(self, region: Shape) -> Mapping[str, Shape]:
         """The shape each component must have for a region of this shape, apart from a leading expert dimension."""
