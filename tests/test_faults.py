@@ -631,7 +631,7 @@ def test_a_disk_that_refuses_any_call_is_an_error_and_leaves_nothing(act: str, w
     calls = world.calls(act)[: renames(world.calls(act))[0]]  # later there is an output, which is whole
     for kind, how in REFUSALS.items():
         count = sum(call.startswith(f"{kind} ") for call in calls)
-        for n in range(1, count + 1, 1 + count // 3):
+        for n in range(1, count + 1, 1 + count // 2):
             out = tmp_path / f"{kind}-{n}"
             out.mkdir()
             done = world.server.run(*world.argv(act, out), at=n, kinds=[kind], how=how, stays=kind == "write")
@@ -1052,9 +1052,10 @@ def test_a_companion_that_changes_while_it_is_copied(
 
 @pytest.mark.parametrize("act", ACTS)
 def test_of_two_runs_for_one_output_the_first_to_finish_wins(act: str, world: World, tmp_path: Path) -> None:
-    """One is held before its scratch folder is made, one when all is written and nothing has its name."""
+    """The other is held before its scratch folder is made, before that is locked, or when all is written."""
     good = world.outputs(act)
-    for n, where in enumerate(({"kinds": ["mkdir"]}, {"kinds": ["rename", "link"], "only": ".partial-"})):
+    last = {"kinds": ["rename", "link"], "only": ".partial-"}
+    for n, where in enumerate(({"kinds": ["mkdir"]}, {"kinds": ["lock"]}, last)):
         out = tmp_path / str(n)
         out.mkdir()
         held = world.server.start(*world.argv(act, out), how="hold", at=1, **where)
@@ -1068,7 +1069,7 @@ def test_of_two_runs_for_one_output_the_first_to_finish_wins(act: str, world: Wo
 
 @pytest.mark.parametrize("act", ACTS)
 def test_of_two_runs_that_race_exactly_one_wins(act: str, world: World, tmp_path: Path) -> None:
-    for n in range(3):
+    for n in range(2):
         out = tmp_path / str(n)
         out.mkdir()
         done = [world.server.wait(run) for run in [world.server.start(*world.argv(act, out)) for _ in range(2)]]
@@ -1276,7 +1277,7 @@ def test_a_resumed_merge_may_be_killed_and_resumed_again(act: str, world: World,
     killed(world, act, tmp_path)
     calls = world.server.run(*world.argv(act, tmp_path)).calls
     remove(tmp_path / beside(tmp_path)[0])
-    for n in spots(calls, 4):
+    for n in spots(calls, 2):
         killed(world, act, tmp_path)
         done = world.server.run(*world.argv(act, tmp_path), at=n, how="torn" if n % 2 else "kill")
         assert done.code == -signal.SIGKILL or len(done.calls) < n, done
