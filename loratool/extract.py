@@ -16,7 +16,7 @@ from loratool.errors import ChoiceNeeded, OutputRefused, Problem, Unsupported
 from loratool.layout import output_files, output_index
 from loratool.merge import ProgressCallback, run_copy
 from loratool.plan import FileState, Plan, settled
-from loratool.staging import refuse_existing
+from loratool.staging import refuse_existing, take_back
 from loratool.tensors import TensorRef
 from loratool.updates import Replace
 from loratool.version import TOOL
@@ -59,8 +59,10 @@ def run_extract(
         problems.append(Problem("E-OUTPUT", "the adapter and its base can not have one name", str(out)))
     if problems:
         raise OutputRefused(problems)
+    files = [wrapped] if wrapped.is_file() else sorted(wrapped.glob("*"))
+    states = {path: FileState.of(path) for path in files if path.is_file()}  # before a header is read
     source = open_checkpoint(wrapped)
-    inputs = [FileState.of(shard.path) for shard in source.shards]
+    inputs = [states[shard.path] if shard.path in states else FileState.of(shard.path) for shard in source.shards]
     chosen = conventions.choose(source, convention)
     base = chosen.unwrap(source, choices)
     if not base:
@@ -79,11 +81,18 @@ def run_extract(
         raise ChoiceNeeded(replace(native_format.unknown_alpha(unknown), where=str(wrapped), hint=hint))
     identity = replace(adapter.base, tensors=_identities(adapter, base))
     adapter = replace(adapter, base=identity, provenance={**adapter.provenance, "tool": TOOL})
-    with native_format.writing(adapter, out):  # appears last: if the base can not be written, neither is there
-        if base_out is not None:
-            run_copy(settled(_base_plan(source, base, base_out)), progress)
-        for known in inputs:
-            known.check()
+    written = None
+    try:
+        with native_format.writing(adapter, out):  # appears last: if the base can not be written, neither is there
+            if base_out is not None:
+                run_copy(settled(_base_plan(source, base, base_out)), progress)
+                written = base_out.stat()
+            for known in inputs:
+                known.check()
+    except BaseException:
+        if base_out is not None and written is not None:
+            take_back(base_out, written)
+        raise
     return ExtractReport(adapter, chosen.NAME, chosen.TITLE, out, base_out)
 
 
