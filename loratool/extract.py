@@ -15,7 +15,7 @@ from loratool.conventions.choices import Choices
 from loratool.errors import ChoiceNeeded, OutputRefused, Problem, Unsupported
 from loratool.layout import output_files, output_index
 from loratool.merge import ProgressCallback, run_copy
-from loratool.plan import FileState, Plan, settled
+from loratool.plan import Plan, settled
 from loratool.staging import refuse_existing, take_back
 from loratool.tensors import TensorRef
 from loratool.updates import Replace
@@ -59,10 +59,8 @@ def run_extract(
         problems.append(Problem("E-OUTPUT", "the adapter and its base can not have one name", str(out)))
     if problems:
         raise OutputRefused(problems)
-    files = [wrapped] if wrapped.is_file() else sorted(wrapped.glob("*"))
-    states = {path: FileState.of(path) for path in files if path.is_file()}  # before a header is read
     source = open_checkpoint(wrapped)
-    inputs = [states[shard.path] if shard.path in states else FileState.of(shard.path) for shard in source.shards]
+    inputs = {ref.data.state for ref in source.tensors.values() if ref.data.state is not None}
     chosen = conventions.choose(source, convention)
     base = chosen.unwrap(source, choices)
     if not base:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from loratool.adapter import Targeted
 from loratool.checkpoint import Checkpoint, Shard, read_json
 from loratool.container import encode_header
-from loratool.tensors import DTYPE_BITS, FileSpan, Shape, TensorRef
+from loratool.tensors import DTYPE_BITS, FileSpan, Shape, TensorRef, reading
 
 
 class Weighted(NamedTuple):
@@ -118,7 +118,7 @@ def _output_file(
     kept = tensors == tuple((name, ref.dtype, ref.shape) for name, ref in shard.tensors.items())
     kept &= shard.header is not None
     if kept and shard.header:
-        with shard.path.open("rb") as file:
+        with reading(shard.path), shard.path.open("rb") as file:
             header = file.read(shard.header.size)  # nothing moves: the base's own header, to the byte
     tasks: list[Copy | Change] = []
     position = len(header)

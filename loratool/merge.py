@@ -6,7 +6,6 @@ What is between the targets is copied without being decoded; `blocks.py` compute
 from __future__ import annotations
 
 import os
-import shutil
 import threading
 import time
 from collections import deque
@@ -25,7 +24,7 @@ from loratool.plan import Plan
 from loratool.receipt import ChangedTensor, Receipt
 from loratool.resume import Journal, Kept, kept_files
 from loratool.staging import flush, staged
-from loratool.tensors import FileSpan, TensorRef, open_to_read
+from loratool.tensors import CHUNK, FileSpan, TensorRef, open_to_read, reading
 from loratool.undo import TensorRecorder, UndoWriter
 from loratool.version import TOOL
 
@@ -185,11 +184,20 @@ def _output(plan: Plan) -> Iterator[Path]:
             place.mkdir()
             for path in plan.companions:
                 (place / path).parent.mkdir(parents=True, exist_ok=True)
-                with open_to_read(plan.source / path) as source, (place / path).open("wb") as copy:
-                    shutil.copyfileobj(source, copy)
+                _copy_companion(plan.source / path, place / path)
             if plan.index is not None:
                 (place / plan.index[0]).write_bytes(plan.index[1])
             yield place
+
+
+def _copy_companion(path: Path, place: Path) -> None:
+    with open_to_read(path) as source, place.open("wb") as copy:
+        while True:
+            with reading(path):
+                piece = source.read(CHUNK)
+            if not piece:
+                return
+            copy.write(piece)
 
 
 def _write(
@@ -367,7 +375,7 @@ def _copy(source: TensorRef, out: BinaryIO, step: Callable[[int], None]) -> None
                     raise InvalidFile(Problem("E-CHANGED", "the file became shorter while it was read", str(file.name)))
                 position, left = position + count, left - count
                 step(count)
-        source = replace(source, shape=(left,), stored_shape=(left,), data=FileSpan(source.data.path, position))
+        source = replace(source, shape=(left,), stored_shape=(left,), data=replace(source.data, offset=position))
     for chunk in source.chunks() if source.nbytes else ():
         write_all(out, chunk)
         step(len(chunk))

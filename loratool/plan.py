@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from loratool import conventions, receipt, staging
 from loratool.adapter import Adapter
@@ -22,35 +22,12 @@ from loratool.errors import AnswerIsNo, ChoiceNeeded, InvalidFile, Mismatch, Out
 from loratool.format import content_digest
 from loratool.layout import Change, NewTensor, OutputFile, Weighted, output_files, output_index, output_name
 from loratool.receipt import MergedAdapter, Receipt
-from loratool.tensors import CHUNK, DTYPE_BITS, FLOATS, TensorRef
+from loratool.tensors import CHUNK, DTYPE_BITS, FLOATS, FileState, TensorRef
 from loratool.undo import UndoRecord
 from loratool.undo import read as read_undo
 
 WORKERS = min(8, os.cpu_count() or 1)  # tasks that run at a time
 DTYPES = {"keep": None, "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
-
-
-class FileState(NamedTuple):
-    """An input file as the plan saw it."""
-
-    path: Path
-    size: int
-    mtime: int  # nanoseconds
-    file: tuple[int, int]  # device and inode: another file may have the same size and time
-
-    @classmethod
-    def of(cls, path: Path) -> FileState:
-        stat = path.stat()
-        return cls(path, stat.st_size, stat.st_mtime_ns, (stat.st_dev, stat.st_ino))
-
-    def check(self) -> None:
-        """Raises InvalidFile if the file is another one by now."""
-        try:
-            same = FileState.of(self.path) == self
-        except OSError:
-            same = False
-        if not same:
-            raise InvalidFile(Problem("E-CHANGED", "it was changed while it was read", str(self.path), "run it again"))
 
 
 @dataclass(frozen=True)
@@ -234,11 +211,11 @@ def settled(plan: Plan, threads: int | None = None, max_memory: int | None = Non
     beside = [(plan.source / path).stat().st_size for path in plan.companions]
     if (problem := staging.refuse_small_disk(plan.out, sum(copied) + sum(beside))) is not None:
         raise OutputRefused(problem)
-    return replace(plan, inputs=tuple(map(FileState.of, sorted(_inputs(plan)))))
+    return replace(plan, inputs=tuple(sorted(_inputs(plan))))
 
 
-def _inputs(plan: Plan) -> set[Path]:
-    """The files that the plan's bytes come from."""
+def _inputs(plan: Plan) -> set[FileState]:
+    """The files that the plan's bytes come from, as they were when they were first read."""
     refs: list[TensorRef] = []
     for file in plan.files:
         for task in file.tasks:
@@ -247,7 +224,8 @@ def _inputs(plan: Plan) -> set[Path]:
                 refs += parts + ([task.tensor.source] if task.tensor.source else [])
             else:
                 refs.append(task.source)
-    return {path for ref in refs if (path := ref.data.path) is not None}
+    companions = {FileState.of(plan.source / path) for path in plan.companions}
+    return companions | {ref.data.state for ref in refs if ref.data.state is not None}
 
 
 def _single(base: Checkpoint, out: Path) -> bool:

@@ -43,14 +43,6 @@ import loratool
 ROOT = Path(__file__).parent.parent
 
 # Known bugs, each with a test that fails until it is mended: then the mark must go.
-PLANS_OF_TWO = pytest.mark.xfail(
-    reason="the state of an input is noted when the plan is made, not when it is first read"
-)
-COMPANION_READ = pytest.mark.xfail(
-    reason="a companion that can not be read is told as an output that can not be written"
-)
-COMPANION_CHANGE = pytest.mark.xfail(reason="companions are not among the inputs of a plan")
-NAMELESS = pytest.mark.xfail(reason="headers and pickles are read outside of what names the file in an error")
 
 # --- the process that is hurt ---------------------------------------------------------------------------------------
 
@@ -842,7 +834,6 @@ def test_open_modes_of_companions_are_not_taken_over(world: World, tmp_path: Pat
 COMPANIONS = ("config.json", "tokenizer.json")
 
 
-@COMPANION_READ
 def test_a_companion_that_can_not_be_read_is_told_with_its_name(world: World, tmp_path: Path) -> None:
     for name in COMPANIONS:
         done = world.server.run(*world.argv("merge", tmp_path), at=1, kinds=["read"], how="EIO", only=name, stays=True)
@@ -867,7 +858,6 @@ def test_a_read_that_fails_is_told_and_leaves_nothing(act: str, world: World, tm
     world.again(act, tmp_path)
 
 
-@NAMELESS
 @pytest.mark.parametrize("act", ["merge-link", "unmerge-file", "extract"])
 def test_a_read_that_fails_is_told_with_its_file_wherever_it_is(act: str, world: World, tmp_path: Path) -> None:
     """A header that is read again for the output, the undo record's own, and a pickle."""
@@ -999,11 +989,7 @@ READ_TWICE = {
 
 @pytest.mark.parametrize(
     ("act", "name"),
-    [
-        pytest.param(act, name, marks=[PLANS_OF_TWO] if act.startswith("merge") or act == "unmerge-alone" else [])
-        for act, names in READ_TWICE.items()
-        for name in names
-    ],
+    [(act, name) for act, names in READ_TWICE.items() for name in names],
 )
 def test_a_source_that_changes_between_two_reads_never_gives_a_mixture(
     act: str, name: str, world: World, tmp_path: Path, meanwhile: Callable[..., tuple[Done, World, Path]]
@@ -1025,7 +1011,6 @@ def test_a_source_that_changes_between_two_reads_never_gives_a_mixture(
             other.refused(done, act, out)
 
 
-@COMPANION_CHANGE
 def test_a_companion_that_changes_while_it_is_copied(
     world: World, tmp_path: Path, meanwhile: Callable[..., tuple[Done, World, Path]]
 ) -> None:
