@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 BLOCK_BYTES = CHUNK  # stored bytes of a row block: small enough for it and its wider copy to stay in the cache
 ROLE_ORDER = ("replace", "add", "renormalise")  # section "Merging" of the spec
 NARROW = [dtype for dtype in FLOATS if DTYPE_BITS[dtype] <= 16]
-FACTORS_AT_ONCE = 1 << 18  # numbers of a factor that are gathered at a time, to compute single elements
+FACTORS_AT_ONCE = 1 << 16  # numbers of a factor that are gathered at a time, to compute single elements
 
 
 class Written(NamedTuple):

@@ -169,7 +169,8 @@ def output_index(base: Checkpoint, files: Sequence[OutputFile]) -> tuple[str, by
     document = read_json(base.index)
     metadata = document.get("metadata")
     if document["weight_map"] == weight_map and isinstance(metadata, dict) and metadata.get("total_size") == total:
-        return base.index.name, base.index.read_bytes()
+        with reading(base.index):
+            return base.index.name, base.index.read_bytes()
     document["weight_map"] = dict(sorted(weight_map.items()))
     document["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), "total_size": total}
     document["metadata"].pop("total_parameters", None)  # not recounted

@@ -109,7 +109,7 @@ def _memory(tensor: NewTensor) -> int:
     width = DTYPE_BITS[compute_dtype(tensor)] // 8
     factors = sum(ref.numel * width * 2 for item, _ in tensor.updates for ref in item.update.components().values())
     rows = max(BLOCK_BYTES, math.prod(tensor.shape[1:]) * 8)  # a block is at least one row
-    return factors + 6 * rows * width // 2
+    return factors + 8 * rows * width // 2
 
 
 # --- merge -----------------------------------------------------------------------------------------------------------

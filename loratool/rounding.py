@@ -56,7 +56,7 @@ def round_exactly(
     for start in range(0, len(where), at_once):
         part = slice(start, start + at_once)
         values[part] = exact(where[part])
-    out.view(-1)[where] = round_once(values, out.new_empty(len(where)))
+        out.view(-1)[where[part]] = round_once(values[part], out.new_empty(len(where[part])))
     return where, values
 
 

@@ -116,9 +116,11 @@ class LoraBlock(Additive):
 
 
 def safe_norm(matrix: torch.Tensor, dim: int) -> torch.Tensor:
-    """Euclidean norms along `dim`; scaled before, since squares of ordinary factors can leave float32."""
+    """Euclidean norms along `dim`: in float64, since squares of ordinary factors leave float32; or scaled before."""
     import torch
 
+    if matrix.dtype == torch.float32:
+        return torch.linalg.vector_norm(matrix, dim=dim, dtype=torch.float64).float()
     largest = matrix.abs().amax(dim=dim, keepdim=True).clamp_(min=torch.finfo(matrix.dtype).tiny)
     norms: torch.Tensor = (matrix / largest).norm(dim=dim) * largest.squeeze(dim)
     return norms
