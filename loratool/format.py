@@ -476,6 +476,8 @@ def validate(path: Path) -> list[Problem]:
     try:
         header = read_header(path)
     except LoratoolError as error:
+        if error.code == "E-READ":
+            raise  # no finding about the file: there is none
         return list(error.problems)
     try:
         parsed = _parse(header)
