@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from loratool import receipt, resume, undo
 from loratool.blocks import Written, compute, restore, write_all
 from loratool.errors import InvalidFile, Mismatch, Problem
 from loratool.layout import Change, Copy, NewTensor, OutputFile
-from loratool.plan import Plan
+from loratool.plan import Plan, changed_since
 from loratool.receipt import ChangedTensor, Receipt
 from loratool.resume import Journal, Kept, kept_files
 from loratool.staging import flush, staged
@@ -134,11 +134,23 @@ def run_unmerge(plan: Plan, progress: ProgressCallback | None = None) -> Unmerge
         written = _write(plan, folder, progress)
         wrong = {name: found.bound for name, found in written.items() if found.after != known[name].base}
         if plan.exact and any(known[name].base for name in wrong):
-            what = f"{next(iter(wrong))} came out with other bytes than the base's"
-            hint = "the undo record is damaged: use --base" if plan.record else "the base changed while it was read"
-            raise Mismatch(Problem("E-NOT-EXACT", what, str(plan.out), hint))
+            raise Mismatch([*_blamed(plan, wrong)])
     seconds = time.monotonic() - started
     return UnmergeReport(plan, len(written) - len(wrong), len(written), max(wrong.values(), default=0.0), seconds)
+
+
+def _blamed(plan: Plan, wrong: Iterable[str]) -> Iterator[Problem]:
+    """Why some tensors of an exact unmerge did not come out as the base's."""
+    assert plan.receipt is not None
+    sources = {tensor.name: tensor.source for tensor in plan.changes}
+    for name in wrong:
+        source = sources[name]
+        if plan.record and source is not None and source.digest() != plan.receipt.tensors[name].merged:
+            yield changed_since(name, plan.source)
+        else:
+            what = f"{name} came out with other bytes than the base's"
+            hint = "the undo record is damaged: use --base" if plan.record else "the base changed while it was read"
+            yield Problem("E-NOT-EXACT", what, str(plan.out), hint)
 
 
 _BLANK = "blake3:" + "0" * 64

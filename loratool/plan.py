@@ -330,8 +330,8 @@ def plan_unmerge(
     binding.read(given, choices or Choices())
     problems += binding.problems
     parts = _matched(binding.parts, found, problems)
-    problems += _changed_since(merged, found)
     record = read_undo(undo_path) if undo_path is not None else None
+    problems += _changed_since(merged, found, digests=record is None)  # a record proves what comes out instead
     if base is not None and record is not None:
         problems.append(Problem("E-OPTION", "both a base and an undo record", hint="either of them is enough"))
     if record is not None:
@@ -424,21 +424,21 @@ def _stored(checkpoint: Checkpoint) -> dict[str, tuple[str, TensorRef]]:
     return {ref.name: (name, ref) for name, ref in checkpoint.tensors.items()}
 
 
-def _changed_since(merged: Checkpoint, found: Receipt) -> Iterator[Problem]:
+def _changed_since(merged: Checkpoint, found: Receipt, digests: bool) -> Iterator[Problem]:
     stored = _stored(merged)
     for name, known in found.tensors.items():
         ref = stored[name][1] if name in stored else None
         if (
             ref is None
             or (ref.dtype, ref.shape) != (known.dtype, known.shape)
-            or (known.merged and ref.digest() != known.merged)
+            or (digests and known.merged and ref.digest() != known.merged)
         ):
-            yield Problem(
-                "E-RECEIPT",
-                f"{name} is not what the merge wrote: it was changed since",
-                str(merged.path),
-                "unmerge the original output of the merge",
-            )
+            yield changed_since(name, merged.path)
+
+
+def changed_since(name: str, merged: Path) -> Problem:
+    what = f"{name} is not what the merge wrote: it was changed since"
+    return Problem("E-RECEIPT", what, str(merged), "unmerge the original output of the merge")
 
 
 def _not_the_base(base: Checkpoint, merged: Checkpoint, found: Receipt) -> Iterator[Problem]:

@@ -120,7 +120,8 @@ def safe_norm(matrix: torch.Tensor, dim: int) -> torch.Tensor:
     import torch
 
     if matrix.dtype == torch.float32:
-        return torch.linalg.vector_norm(matrix, dim=dim, dtype=torch.float64).float()
+        found: torch.Tensor = torch.linalg.vector_norm(matrix, dim=dim, dtype=torch.float64)
+        return found.float()
     largest = matrix.abs().amax(dim=dim, keepdim=True).clamp_(min=torch.finfo(matrix.dtype).tiny)
     norms: torch.Tensor = (matrix / largest).norm(dim=dim) * largest.squeeze(dim)
     return norms
