@@ -35,6 +35,7 @@ from diffusers_cases import (  # noqa: E402
 )
 from models import State  # noqa: E402
 from peft import LoraConfig  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 import loratool  # noqa: E402
 
@@ -102,9 +103,14 @@ def test_current_with_metadata(pipelines: dict[str, Path], tmp_path: Path, rslor
     assert layers[out_projection].scale == pytest.approx(12 / root)
 
 
-@pytest.mark.parametrize("ranks", [{}, {"to_q": 2, "fc1": 3}])
-def test_nothing_stored_means_scale_1(pipelines: dict[str, Path], tmp_path: Path, ranks: dict[str, int]) -> None:
-    unet, text = both(pipelines["sd"], lora(UNET_TARGETS, rank_pattern=ranks), lora(TEXT_TARGETS, rank_pattern=ranks))
+@pytest.mark.parametrize("ranks", [({}, {}), ({"to_q": 2, "conv1": 6}, {"fc1": 3})], ids=["one", "many"])
+def test_nothing_stored_means_scale_1(
+    pipelines: dict[str, Path], tmp_path: Path, ranks: tuple[dict[str, int], dict[str, int]]
+) -> None:
+    configs = [
+        lora(targets, rank_pattern=own) for targets, own in zip((UNET_TARGETS, TEXT_TARGETS), ranks, strict=True)
+    ]
+    unet, text = both(pipelines["sd"], *configs)
     adapter = write(tmp_path / "a", below("unet", unet) | below("text_encoder", text))
     assert_fused(pipelines["sd"], adapter, tmp_path / "out")
     assert {layer.scale for layer in loratool.inspect(adapter).layers} == {1.0}
@@ -223,6 +229,44 @@ def test_flux(pipelines: dict[str, Path], tmp_path: Path, alphas: Callable[[int]
     ).read_bytes()
     scales = [layer.scale for layer in loratool.inspect(adapter).layers if layer.target.startswith("transformer.")]
     assert sorted(set(scales)) == sorted({(alphas or (lambda n: 4.0))(n) / 4 for n in range(len(scales))})
+
+
+def test_some_alphas(pipelines: dict[str, Path], tmp_path: Path) -> None:
+    """A module without alpha among those with one alpha gets theirs; among those with several, diffusers takes any."""
+    base = pipelines["flux"]
+    state = load_file(flux_adapter(base, tmp_path / "a", lambda n: 2.0) / "pytorch_lora_weights.safetensors")
+    first, second, *_ = (name for name in state if name.endswith(".alpha"))
+    del state[first]
+    assert_fused(base, write(tmp_path / "one", state), tmp_path / "out")
+    state[second] += 1
+    with pytest.raises(loratool.LoratoolError, match="alpha") as caught:
+        loratool.merge(base, write(tmp_path / "two", state), tmp_path / "out2")
+    assert caught.value.code == "E-ALPHA"
+    answered = loratool.load(tmp_path / "two", alpha=2, scaling="alpha/rank")
+    assert not answered.unknown_scales()
+
+
+def test_alpha_twice(pipelines: dict[str, Path], tmp_path: Path) -> None:
+    base = pipelines["flux"]
+    state = load_file(flux_adapter(base, tmp_path / "a", lambda n: 2.0) / "pytorch_lora_weights.safetensors")
+    adapter = write(tmp_path / "both", state, {"transformer.r": 4, "transformer.lora_alpha": 2})
+    with pytest.raises(ValueError, match="network_alphas"):
+        load(base).load_lora_weights(adapter)
+    with pytest.raises(loratool.LoratoolError, match="alpha is stored twice"):
+        loratool.merge(base, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("other", ["unet", "text_encoder"])
+def test_config_of_another_component(pipelines: dict[str, Path], tmp_path: Path, other: str) -> None:
+    """diffusers fails on a component that the config says nothing about, so its scale is asked for."""
+    unet, text = both(pipelines["sd"], lora(ATTENTION), lora(["q_proj"]))
+    config = {f"{other}.r": 4, f"{other}.lora_alpha": 2, f"{other}.target_modules": [*ATTENTION, "q_proj"]}
+    adapter = write(tmp_path / "a", below("unet", unet) | below("text_encoder", text), config)
+    with pytest.raises((ValueError, KeyError), match=r"target_modules|model_type"):
+        fused(load(pipelines["sd"]), adapter)
+    with pytest.raises(loratool.LoratoolError) as caught:
+        loratool.merge(pipelines["sd"], adapter, tmp_path / "out")
+    assert caught.value.code == "E-ALPHA"
 
 
 def test_flux_norms(pipelines: dict[str, Path], tmp_path: Path) -> None:

@@ -337,12 +337,9 @@ class Reader:
     def _configured(self, component: str, module: str, rank: int) -> Scaling:
         path, config = _path(component, module), self.configs.get(component)
         if config is None:
-            # diffusers then takes LoraConfig's defaults, and can not load any other rank than theirs.
-            default = PeftConfig()
+            # diffusers then makes a LoraConfig of nothing, and fails on it.
             self.open_scales += 1
-            if self.choices.alpha:
-                return self.choices.scaling_of(path, rank)
-            return Scaling.by(default.rule, default.alpha if rank == default.rank else None, rank)
+            return self.choices.scaling_of(path, rank)
         alphas = config.alphas(module)
         if len(set(alphas)) > 1:
             self.notes.append(f"{path}: several alpha_pattern entries match; the file's first is used, as PEFT does")
