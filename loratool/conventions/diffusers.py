@@ -77,7 +77,9 @@ def detect(source: Checkpoint) -> bool:
     # PEFT's own prefix is PEFT's file. `transformer.h` are GPT-2 and its like, out of some other dump.
     if any(name.startswith(("base_model.model.", "transformer.h.")) for name in source.tensors):
         return False
-    factors = [name for name in source.tensors if (key := _key(name)) and key.part in _SIDES.values()]
+    factors = [
+        name for name in source.tensors if "lora" in name and (key := _key(name)) and key.part in _SIDES.values()
+    ]
     if METADATA_KEY in source.metadata or source.shards[0].path.stem.startswith(FILE_STEM):
         return bool(factors)
     return any(_is_telling(name) for name in factors)
@@ -153,6 +155,7 @@ class Reader:
     configs: dict[str, PeftConfig] = field(default_factory=dict)
     alphas: dict[str, dict[str, float]] = field(default_factory=dict)  # the stored ones, by component and module
     open_scales: int = 0  # updates whose alpha the file leaves to its reader
+    implied: int = 0  # those of them that nothing but diffusers' rule gives one
 
     def updates(self) -> list[Targeted]:
         self._sort()
@@ -329,6 +332,7 @@ class Reader:
         if self.choices.alpha:
             return self.choices.scaling_of(path, rank)
         if not alphas:
+            self.implied += 1
             return Scaling.by("alpha/rank", rank, rank)
         # Its loader takes the first alpha of the component, in the file's order.
         values = set(alphas.values())
@@ -372,9 +376,9 @@ class Reader:
         if self.choices.alpha and not self.open_scales:
             what = "--alpha is given, and the file stores every alpha"
             raise ChoiceNeeded(Problem("E-OPTION", what, self.where, "leave it out"))
-        if self.open_scales and not self.choices.alpha:
-            what = f"{self.open_scales} updates have no alpha of their own"
-            self.notes.append(f"{what}: they are scaled as diffusers does, alpha = rank where nothing else is stored")
+        if self.implied:
+            what = f"no alpha is stored for {self.implied} updates: diffusers takes alpha = rank, scale 1"
+            self.notes.append(f"{what}; if the trainer had another, --alpha with --scaling says so")
 
 
 def _path(component: str, name: str) -> str:
