@@ -15,6 +15,9 @@ import torch
 pytestmark = pytest.mark.peers
 diffusers = pytest.importorskip("diffusers")
 
+from diffusers.loaders.single_file_utils import (  # noqa: E402
+    convert_flux_transformer_checkpoint_to_diffusers as convert_flux,
+)
 from diffusers_cases import (  # noqa: E402
     FLUX_TARGETS,
     TEXT_TARGETS,
@@ -35,7 +38,7 @@ from diffusers_cases import (  # noqa: E402
 )
 from models import State  # noqa: E402
 from peft import LoraConfig  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 import loratool  # noqa: E402
 
@@ -306,3 +309,82 @@ def test_undo(pipelines: dict[str, Path], tmp_path: Path) -> None:
             if path.is_file():
                 other = tmp_path / f"back{number}" / path.relative_to(base)
                 assert other.read_bytes() == path.read_bytes(), path
+
+
+# --- Flux's original names, and XLabs' -------------------------------------------------------------------------------
+
+
+class Original(State):
+    """A checkpoint of Flux in its original names; it makes up every tensor that diffusers' conversion takes out of it.
+
+    As many outputs as in the real model where the conversion splits them, and four inputs.
+    """
+
+    def __init__(self, tensors: State) -> None:
+        super().__init__(tensors)
+        self.taken: State = {}
+        # By these names the conversion knows how many blocks there are, and that there is guidance.
+        self.update(dict.fromkeys(("double_blocks.0.", "single_blocks.0.", "guidance_in."), torch.zeros(1)))
+
+    def pop(self, name: str, *_: Any) -> torch.Tensor:  # type: ignore[override]
+        module, _, last = name.rpartition(".")
+        rows = {"qkv": 9216, "linear1": 21504}.get(module.rpartition(".")[2], 8)
+        made = torch.randn(rows, 4) if last == "weight" else torch.randn(rows)
+        self.taken[name] = self.get(name, made)
+        return self.taken[name]
+
+    def converted(self) -> State:
+        return {name: tensor.clone() for name, tensor in convert_flux(self).items()}
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "transformer."])
+@pytest.mark.parametrize("before", ["", "transformer."])
+def test_original_names(tmp_path: Path, prefix: str, before: str) -> None:
+    """Merged into the original and converted by diffusers, an adapter gives what it gives merged into the converted."""
+    torch.manual_seed(0)
+    original = Original({})
+    base = original.converted()
+    weights, state = dict(original.taken), {}
+    for name, weight in original.taken.items():
+        module, _, last = name.rpartition(".")
+        if last == "weight":
+            A, B = torch.randn(2, 4), torch.randn(len(weight), 2)
+            state |= {f"{prefix}{module}.lora_A.weight": A, f"{prefix}{module}.lora_B.weight": B}
+            weights[name] = weight + B @ A
+        elif last == "scale":
+            weights[name] = state[f"{prefix}{name}"] = torch.randn(len(weight))
+        elif f"{prefix}{module}.lora_B.weight" in state:
+            bias = state[f"{prefix}{module}.lora_B.bias"] = torch.randn(len(weight))
+            weights[name] = weight + bias
+    truth = Original(weights).converted()
+    save_file({f"{before}{k}": v for k, v in base.items()}, tmp_path / "base.safetensors")
+    save_file(state, tmp_path / "a.safetensors")
+    report = loratool.merge(tmp_path / "base.safetensors", tmp_path / "a.safetensors", tmp_path / "out.safetensors")
+    merged = load_file(tmp_path / "out.safetensors")
+    for name, wanted in truth.items():
+        torch.testing.assert_close(merged[f"{before}{name}"], wanted, rtol=1e-5, atol=1e-5, msg=name)
+    assert len(report.receipt.tensors) == len(base)
+
+
+def test_xlabs(pipelines: dict[str, Path], tmp_path: Path) -> None:
+    state: State = {}
+    for block, into, out in (
+        ("double_blocks.0.processor.qkv_lora1", 32, 96), ("double_blocks.0.processor.qkv_lora2", 32, 96),
+        ("double_blocks.0.processor.proj_lora1", 32, 32), ("double_blocks.0.processor.proj_lora2", 32, 32),
+        ("single_blocks.0.processor.qkv_lora", 32, 96), ("single_blocks.0.processor.proj_lora", 160, 32),
+    ):  # fmt: skip
+        state |= {f"{block}.down.weight": torch.randn(3, into), f"{block}.up.weight": torch.randn(out, 3)}
+    base, adapter = pipelines["flux"], write(tmp_path / "a", state)
+    truth = fused(load(base), adapter)
+    loratool.merge(base, adapter, tmp_path / "out")
+    merged, before = states(load(tmp_path / "out"))["transformer"], states(load(base))["transformer"]
+    for name, wanted in truth["transformer"].items():
+        torch.testing.assert_close(merged[name], wanted, rtol=1e-5, atol=1e-5, msg=name)
+    assert sum(not torch.equal(merged[name], before[name]) for name in merged) == 6 + 2 + 3 + 1
+    assert "which tensors of the base" in str(loratool.inspect(adapter).notes)
+    save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(96, 32)}, tmp_path / "original.safetensors")
+    with pytest.raises(loratool.LoratoolError, match="diffusers' Flux only"):
+        loratool.merge(tmp_path / "original.safetensors", adapter, tmp_path / "out2.safetensors")
+    save_file({"transformer_blocks.0.attn.to_q.weight": torch.zeros(5, 32)}, tmp_path / "other.safetensors")
+    with pytest.raises(loratool.LoratoolError, match="has 96 outputs"):
+        loratool.merge(tmp_path / "other.safetensors", adapter, tmp_path / "out2.safetensors")

@@ -165,18 +165,19 @@ import os, signal, sys, loratool
 def stop(step):
     if step.done > step.total - 40:
         os.kill(os.getpid(), signal.SIGKILL)
-loratool.merge(sys.argv[1], sys.argv[2], sys.argv[3], threads=1, progress=stop)
+loratool.merge(sys.argv[1], sys.argv[2], sys.argv[3], threads=1, progress=stop, resume=True)
 """
 
 
 def test_resume(base: Path, tmp_path: Path) -> None:
-    """Files of one name in two folders are kept apart."""
+    """Files of one name in two folders are kept apart, also by a run that kept them and was killed as well."""
     path = adapter(tmp_path, unet__a=(6, 4), text_encoder__fc=(5, 5), text_encoder_2__fc=(5, 5))
     arguments = [sys.executable, "-c", KILLED, str(base), str(path), str(tmp_path / "out")]
     assert subprocess.run(arguments, check=False).returncode == -signal.SIGKILL
     (scratch,) = tmp_path.glob(".out.partial-*")
     kept = {file.stat().st_ino for file in scratch.glob("out/text*/model.safetensors")}
     assert len(kept) == 2
+    assert subprocess.run(arguments, check=False).returncode == -signal.SIGKILL
     loratool.merge(base, path, tmp_path / "out", resume=True)
     assert {file.stat().st_ino for file in (tmp_path / "out").glob("text*/model.safetensors")} == kept
     loratool.merge(base, path, tmp_path / "again")

@@ -13,7 +13,6 @@ alone has none. The scale is PEFT's with the LoraConfig in the header (`lora_ada
 from __future__ import annotations
 
 import re
-import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,8 +21,10 @@ from typing import Any, NamedTuple
 from loratool.adapter import Adapter, Target, Targeted
 from loratool.checkpoint import Checkpoint
 from loratool.container import strict_json
+from loratool.conventions import flux_names
 from loratool.conventions.choices import Choices
 from loratool.conventions.peft_config import PeftConfig, parse, refuse_unsupported
+from loratool.conventions.scalars import scalar
 from loratool.errors import ChoiceNeeded, InvalidFile, LoratoolError, Mismatch, Problem, Unsupported
 from loratool.format import is_native
 from loratool.names import natural, prefix_rule
@@ -54,12 +55,11 @@ _PART = re.compile(
     r"^(?P<module>.+?)(?:"
     r"\.(?P<peft>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector|alpha)"
     r"|\.lora(?:_linear_layer)?\.(?P<side>down|up)\.weight"
-    r"|\.(?P<leaf>\w+)_lora\.(?P<old>down|up)\.weight)$"
+    r"|\.(?P<leaf>\w+)_lora(?P<stream>[12]?)\.(?P<old>down|up)\.weight)$"
 )
 _SIDES = {"down": "lora_A.weight", "up": "lora_B.weight"}
 # Attention processors had the UNet's names for a text encoder's projections as well.
 _TEXT_LEAVES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
-_SCALARS = {"F16": "e", "F32": "f", "F64": "d"}
 
 
 class Key(NamedTuple):
@@ -96,7 +96,7 @@ def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | N
     reader = Reader(source.tensors, _configs(source), choices, base, where)
     updates = reader.updates()
     notes = (*source.notes, *reader.notes)
-    return Adapter(tuple(updates), provenance={"convention": NAME}, notes=notes)
+    return Adapter(tuple(updates), provenance={"convention": NAME}, notes=notes, doubts=tuple(reader.doubts))
 
 
 def unwrap(source: Checkpoint, choices: Choices) -> Mapping[str, TensorRef]:
@@ -116,6 +116,8 @@ def _key(name: str) -> Key | None:
     if component.startswith("text_encoder"):
         segments += [leaf] if leaf else []
         segments[-1:] = [_TEXT_LEAVES.get(segment, segment) for segment in segments[-1:]]
+    elif leaf in ("qkv", "proj"):
+        segments.append(f"{leaf}_lora{match['stream']}")  # XLabs': it names no module of any base
     elif leaf:
         segments += ["to_out", "0"] if leaf == "to_out" else [leaf]
     side = match["side"] or match["old"]
@@ -149,6 +151,7 @@ class Reader:
     base: Mapping[str, TensorRef] | None
     where: str
     notes: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     modules: dict[tuple[str, str], dict[str, TensorRef]] = field(default_factory=lambda: defaultdict(dict))
     norms: dict[tuple[str, str], TensorRef] = field(default_factory=dict)  # by component and tensor name
@@ -159,6 +162,7 @@ class Reader:
 
     def updates(self) -> list[Targeted]:
         self._sort()
+        self._split_flux()
         self._read_alphas()
         self._read_configs()
         self._check_dora()
@@ -225,6 +229,37 @@ class Reader:
             inner = (component, f"{module}.0")
             if set(self.modules[component, module]) == {"lora_magnitude_vector"} and inner in self.modules:
                 self.modules[inner].update(self.modules.pop((component, module)))
+
+    def _split_flux(self) -> None:
+        """Flux's original names, where the base has diffusers'; XLabs' can be nothing else."""
+        home = None if self.base is None else flux_names.component_of(self.base)
+        for component, module in [*self.modules]:
+            if component not in ("", "transformer") or not flux_names.diffusers_modules(module):
+                continue
+            if home is not None:
+                parts = self.modules.pop((component, module))
+                try:
+                    for name, own in flux_names.split(module, parts, self._rows_of(home), self.where):
+                        self.modules[home, name].update(own)
+                except LoratoolError as error:
+                    self.problems += error.problems
+            elif flux_names.is_xlabs(module) and self.base is None:
+                self.doubts.append(f"{module}: which tensors of the base it updates")
+            elif flux_names.is_xlabs(module):
+                what = f"{module}: XLabs' names are known for diffusers' Flux only, and the base is none"
+                hint = "merge into the diffusers version of the model"
+                self.problems.append(Problem("E-UNSUPPORTED", what, self.where, hint))
+        for component, name in [*self.norms] if home is not None else []:
+            owner, _, last = name.rpartition(".")
+            if last == "scale" and (found := flux_names.diffusers_modules(owner)):
+                self.norms[home or "", f"{found[0]}.weight"] = self.norms.pop((component, name))
+
+    def _rows_of(self, component: str) -> Callable[[str], int | None]:
+        def rows(module: str) -> int | None:
+            ref = (self.base or {}).get(_path(component, f"{module}.weight"))
+            return ref.shape[0] if ref is not None and ref.shape else None
+
+        return rows
 
     def _match(self) -> Callable[[str, str], str]:
         """The base's name for a tensor of a component: in a pipeline below the component's name, alone without it."""
@@ -356,21 +391,9 @@ class Reader:
         for (component, module), parts in self.modules.items():
             if (ref := parts.get("alpha")) is not None:
                 try:
-                    self.alphas.setdefault(component, {})[module] = self._scalar(ref)
+                    self.alphas.setdefault(component, {})[module] = scalar(ref, self.where)
                 except LoratoolError as error:
                     self.problems += error.problems
-
-    def _scalar(self, ref: TensorRef) -> float:
-        """One number out of a file, without torch: `inspect` shows scales."""
-        raw = b"".join(map(bytes, ref.chunks())) if ref.numel == 1 else b""
-        if ref.numel == 1 and ref.dtype == "BF16":
-            raw, code = b"\0\0" + raw, "f"  # the upper half of a float32
-        elif ref.numel == 1 and ref.dtype in _SCALARS:
-            code = _SCALARS[ref.dtype]
-        else:
-            what = f"tensor {ref.name!r} is {ref.dtype} {list(ref.shape)}, not one floating-point number"
-            raise InvalidFile(Problem("E-SHAPE", what, self.where, "diffusers refuses it too"))
-        return float(struct.unpack(f"<{code}", raw)[0])
 
     def _say_scales(self) -> None:
         if self.choices.alpha and not self.open_scales:
