@@ -401,7 +401,7 @@ class Reader:
             raise ChoiceNeeded(Problem("E-OPTION", what, self.where, "leave it out"))
         if self.implied:
             what = f"no alpha is stored for {self.implied} updates: diffusers takes alpha = rank, scale 1"
-            self.notes.append(f"{what}; if the trainer had another, --alpha with --scaling says so")
+            self.notes.append(f"{what}; if the trainer had another, load it with alpha and scaling")
 
 
 def _path(component: str, name: str) -> str:
