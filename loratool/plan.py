@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,10 @@ def plan_merge(
     changes, additions = _new_tensors(base, binding.wanted, DTYPES[dtype])
     single = _single(base, out)
     files = output_files(base, changes, additions)
+    touched = [*changes, *(new.name for new in additions)]
+    if stale := base.left_out(_components(base, touched)):
+        names = ", ".join(map(str, stale[:3])) + (" ..." if stale[3:] else "")
+        notes.append(f"not in the output, because nothing was merged into them: {names}")
     if single:
         files = (replace(files[0], name=out.name),)
     if dtype != "keep" and base.path.is_dir():
@@ -164,7 +168,7 @@ def plan_merge(
         out,
         single,
         files,
-        tuple(_companions(base)),
+        tuple(_companions(base, touched)),
         output_index(base, files),
         merged,
         dtype,
@@ -232,17 +236,24 @@ def _single(base: Checkpoint, out: Path) -> bool:
     return base.path.is_file() and out.suffix == ".safetensors"
 
 
-def _companions(base: Checkpoint) -> list[Path]:
-    return [path for path in base.companions() if path.name != receipt.FILE_NAME]
+def _companions(base: Checkpoint, touched: Iterable[str]) -> list[Path]:
+    return [path for path in base.companions(_components(base, touched)) if path.name != receipt.FILE_NAME]
+
+
+def _components(base: Checkpoint, touched: Iterable[str]) -> set[str]:
+    """The components of a pipeline that own one of the tensors, given by stored names."""
+    return {name.partition(".")[0] for name in touched} & base.components.keys()
 
 
 def _refuse_base(base: Checkpoint) -> None:
-    if receipt.find(base) is not None:
+    for checkpoint in (base, *base.components.values()):
+        if receipt.find(checkpoint) is None:
+            continue
         raise Mismatch(
             Problem(
                 "E-MERGED",
                 "this checkpoint is the result of a merge already: it has a receipt",
-                str(base.path),
+                str(checkpoint.path),
                 "merge all adapters at once from the original base, or `loratool unmerge` it first",
             )
         )
@@ -268,7 +279,7 @@ def _output_problems(source: Checkpoint, out: Path, folders: Sequence[Path]) -> 
     if out.suffix == ".safetensors" and source.path.is_dir():
         yield Problem("E-OUTPUT", "the input is a folder, so the output is one too", str(out), "give a folder with -o")
     names = [output_name(shard.path) for shard in source.shards]
-    if len(set(names)) < len(names):
+    if len({(shard.path.parent, name) for shard, name in zip(source.shards, names, strict=True)}) < len(names):
         yield Problem("E-OUTPUT", f"two weights files would have one name: {', '.join(names)}", str(source.path))
 
 
@@ -375,7 +386,7 @@ def plan_unmerge(
         out,
         single,
         files,
-        tuple(_companions(merged)),
+        tuple(_companions(merged, found.tensors)),
         output_index(merged, files),
         found.adapters,
         "keep",

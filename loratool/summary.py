@@ -116,6 +116,7 @@ def inspect_path(
     headers = [shard.header.size if shard.header else None for shard in source.shards]
     known = [size for size in headers if size is not None]
     notes = [*(adapter.notes if adapter else source.notes), *(adapter.doubts if adapter else ())]
+    notes += [_component(name, part) for name, part in source.components.items()]
     if adapter and adapter.unknown_scales():
         config = " (or --config)" if chosen is conventions.peft_wrapped else ""
         notes.append(f"alpha is not stored in it: extract needs --alpha with --scaling{config}")
@@ -123,7 +124,7 @@ def inspect_path(
         path=str(path),
         what=what,
         convention=chosen.NAME if chosen else None,
-        title=chosen.TITLE if chosen else what,
+        title=chosen.TITLE if chosen else f"{what}: diffusers pipeline" if source.components else what,
         format_version=native_format.VERSION if chosen is conventions.native else None,
         files=len(source.shards),
         file_bytes=sum(shard.path.stat().st_size for shard in source.shards),
@@ -142,6 +143,11 @@ def inspect_path(
         receipt=found,
         notes=tuple(notes),
     )
+
+
+def _component(name: str, part: Checkpoint) -> str:
+    parameters = sum(ref.numel for ref in part.tensors.values())
+    return f"component {name}: {len(part.tensors)} tensors with {parameters:,} parameters in {len(part.shards)} files"
 
 
 def _layer(item: Targeted) -> Layer:
