@@ -222,9 +222,10 @@ def _write(
     """Write the weights files of a plan; return what is known of each computed tensor, by name."""
     journal = Journal((folder if plan.single else folder.parent) / resume.FILE_NAME, plan)
     meter = _Meter(plan.nbytes, progress)
-    tasks: list[tuple[Path, Copy | Change]] = []
+    tasks: list[tuple[str, Copy | Change]] = []
     for file in plan.files:
         path = folder / file.name
+        path.parent.mkdir(exist_ok=True)  # a component's folder
         if kept and file.name in kept:
             kept[file.name].path.rename(path)
             journal.file_kept(file.name, kept[file.name].written)
@@ -237,15 +238,15 @@ def _write(
             out.truncate(file.size)
             write_all(out, memoryview(file.header))
         meter.step(len(file.header), file.name)
-        tasks += [(path, task) for task in file.tasks]
+        tasks += [(file.name, task) for task in file.tasks]
     queue = _Queue(tasks)
     # torch on one thread per worker: blocks are too small to be worth its own threads, which wait for each other.
     with _Flusher() as flusher, ThreadPoolExecutor(plan.threads, initializer=_single_threaded) as pool:
 
         def work() -> None:
-            for path, task in queue:
-                _run(path, task, plan, meter, writer, journal)
-                flusher.wrote(path, task.nbytes)
+            for name, task in queue:
+                _run(folder / name, name, task, plan, meter, writer, journal)
+                flusher.wrote(folder / name, task.nbytes)
 
         running = [pool.submit(work) for _ in range(plan.threads)]
         try:
@@ -272,30 +273,30 @@ def _linked(source: Path, path: Path) -> bool:
 class _Queue:
     """Hands out tasks to workers: of the file that the fewest of them write to, since a file has one lock for all."""
 
-    def __init__(self, tasks: Sequence[tuple[Path, Copy | Change]]) -> None:
+    def __init__(self, tasks: Sequence[tuple[str, Copy | Change]]) -> None:
         self.lock = threading.Lock()
-        self.left: dict[Path, deque[Copy | Change]] = {}
-        for path, task in tasks:
-            self.left.setdefault(path, deque()).append(task)
+        self.left: dict[str, deque[Copy | Change]] = {}
+        for name, task in tasks:
+            self.left.setdefault(name, deque()).append(task)
         self.writers = dict.fromkeys(self.left, 0)
 
     def clear(self) -> None:
         with self.lock:
             self.left.clear()
 
-    def __iter__(self) -> Iterator[tuple[Path, Copy | Change]]:
+    def __iter__(self) -> Iterator[tuple[str, Copy | Change]]:
         while True:
             with self.lock:
                 if not self.left:
                     return
-                path = min(self.left, key=self.writers.__getitem__)  # the first of equals, to finish it for --resume
-                task = self.left[path].popleft()
-                if not self.left[path]:
-                    del self.left[path]
-                self.writers[path] += 1
-            yield path, task
+                name = min(self.left, key=self.writers.__getitem__)  # the first of equals, to finish it for --resume
+                task = self.left[name].popleft()
+                if not self.left[name]:
+                    del self.left[name]
+                self.writers[name] += 1
+            yield name, task
             with self.lock:
-                self.writers[path] -= 1
+                self.writers[name] -= 1
 
 
 class _Flusher:
@@ -344,7 +345,7 @@ class _Meter:
 
 
 def _run(
-    path: Path, task: Copy | Change, plan: Plan, meter: _Meter, writer: UndoWriter | None, journal: Journal
+    path: Path, name: str, task: Copy | Change, plan: Plan, meter: _Meter, writer: UndoWriter | None, journal: Journal
 ) -> None:
     """One task of a plan, in a worker: it knows its place in the output."""
     written = {}
@@ -352,13 +353,13 @@ def _run(
         out.seek(task.offset)
 
         def step(nbytes: int) -> None:
-            meter.step(nbytes, path.name)
+            meter.step(nbytes, name)
 
         if isinstance(task, Copy):
             _copy(task.source, out, step)
         else:
             written[task.tensor.name] = _computed(task.tensor, out, step, plan, writer)
-    journal.task_done(path.name, written)
+    journal.task_done(name, written)
 
 
 def _computed(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import threading
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from blake3 import blake3
 
@@ -39,19 +38,13 @@ def fingerprint(plan: Plan) -> str:
 
 
 class Journal:
-    """Names each file of an output, with what is known of its computed tensors, when its last task is done.
-
-    Workers know a file by its last name. A pipeline has files of one name in several folders: they are done together.
-    """
+    """Names each file of an output, with what is known of its computed tensors, when its last task is done."""
 
     def __init__(self, path: Path, plan: Plan) -> None:
         self.path = path
         self.lock = threading.Lock()
-        self.tasks = {file.name: len(file.tasks) for file in plan.files}
-        self.left = Counter[str]()
-        for name, tasks in self.tasks.items():
-            self.left[PurePath(name).name] += tasks
-        self.found: dict[str, dict[str, Written]] = {last: {} for last in self.left}
+        self.left = {file.name: len(file.tasks) for file in plan.files}
+        self.found: dict[str, dict[str, Written]] = {file.name: {} for file in plan.files}
         path.write_text(json.dumps({"plan": fingerprint(plan)}) + "\n", encoding="utf-8")
 
     def task_done(self, file: str, written: Mapping[str, Written]) -> None:
@@ -63,19 +56,15 @@ class Journal:
                 self._add(file)
 
     def file_kept(self, file: str, written: Mapping[str, Written]) -> None:
-        last = PurePath(file).name
         with self.lock:
-            self.left[last] -= self.tasks[file]
-            self.found[last].update(written)
-            if not self.left[last]:
-                self._add(last)
+            self.found[file].update(written)
+            self._add(file)
 
-    def _add(self, last: str) -> None:
-        """Add a line for each file of this name. One that a kill cuts short is not read again."""
-        tensors = {name: list(found) for name, found in self.found[last].items()}
-        lines = [json.dumps({"file": file, "tensors": tensors}) for file in self.tasks if PurePath(file).name == last]
+    def _add(self, file: str) -> None:
+        """Add a line. One that a kill cuts short is not read again."""
+        line = json.dumps({"file": file, "tensors": {name: list(found) for name, found in self.found[file].items()}})
         with self.path.open("a", encoding="utf-8") as journal:
-            journal.write("".join(line + "\n" for line in lines))
+            journal.write(line + "\n")
 
 
 @contextmanager
