@@ -29,7 +29,6 @@ from loratool.tensors import FileSpan, TensorRef, open_to_read
 from loratool.undo import TensorRecorder, UndoWriter
 from loratool.version import TOOL
 
-
 FLUSH_BYTES = 64 << 20  # written to a file before it is flushed on the way
 
 
