@@ -179,7 +179,7 @@ def _decomposed(module: Module, piece: Piece, known: bool) -> Piece:
     if magnitude is None:
         return piece
     rows, columns = piece.region[:2]
-    lengths = [(rows, 1), (1, columns)]
+    lengths: list[Shape] = [(rows, 1), (1, columns)]
     if not known and bare(magnitude.shape)[0] == 1 and columns % magnitude.numel == 0:
         lengths[1] = (1, magnitude.numel)  # the base would tell how many of the columns are a kernel's
     if bare(magnitude.shape) not in lengths:
