@@ -160,6 +160,7 @@ BAD: dict[str, tuple[State, str, str]] = {
     "diff-shape": ({"lycoris_fc.diff": values(6, 8)}, "E-SHAPE", "make [6, 8], the base has [8, 6]"),
     "diff-b-shape": ({"lycoris_fc.diff_b": values(6)}, "E-SHAPE", "fc.bias"),
     "magnitude": ({**LOHA, "lycoris_fc.dora_scale": values(6, 1)}, "E-SHAPE", "neither [out, 1, ...] nor [1, in, ...]"),
+    "magnitude-scalar": ({**LOHA, "lycoris_fc.dora_scale": torch.tensor(1.0)}, "E-SHAPE", "dora_scale is []"),
     "magnitude-alone": ({"lycoris_fc.dora_scale": values(8, 1)}, "E-COMPONENTS", "no factors"),
     "magnitude-diff": ({"lycoris_fc.diff": values(8, 6), "lycoris_fc.dora_scale": values(8, 1)}, "E-COMPONENTS", "no"),
     "alpha-alone": ({"lycoris_fc.alpha": torch.tensor(1.0)}, "E-COMPONENTS", "only alpha"),
@@ -180,6 +181,13 @@ def test_what_is_wrong_is_said(name: str, tmp_path: Path) -> None:
     assert message in str(caught.value)
     assert "lora.safetensors" in str(caught.value)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1, 0), (1, 5), (8,)])
+def test_a_wrong_magnitude_is_no_traceback_without_a_base(shape: tuple[int, ...], tmp_path: Path) -> None:
+    file = saved({**LOHA, "lycoris_fc.dora_scale": torch.ones(shape)}, tmp_path / "x.safetensors")
+    with pytest.raises(loratool.LoratoolError, match="dora_scale is"):
+        loratool.inspect(file)
 
 
 def test_a_rescaled_scale_that_the_file_does_not_hold_is_refused(tmp_path: Path) -> None:

@@ -178,14 +178,14 @@ def _decomposed(module: Module, piece: Piece, known: bool) -> Piece:
     magnitude = module.parts.get("dora_scale")
     if magnitude is None:
         return piece
-    rows, columns = piece.region[:2]
+    shape, (rows, columns) = bare(magnitude.shape), piece.region[:2]
     lengths: list[Shape] = [(rows, 1), (1, columns)]
-    if not known and bare(magnitude.shape)[0] == 1 and columns % magnitude.numel == 0:
-        lengths[1] = (1, magnitude.numel)  # the base would tell how many of the columns are a kernel's
-    if bare(magnitude.shape) not in lengths:
+    if not known and len(shape) == 2 and shape[0] == 1 and shape[1] and columns % shape[1] == 0:
+        lengths[1] = shape  # the base would tell how many of the columns are a kernel's
+    if shape not in lengths:
         what = f"{module.key}: dora_scale is {list(magnitude.shape)}, neither [out, 1, ...] nor [1, in, ...]"
         raise InvalidFile(Problem("E-SHAPE", f"{what} of {list(piece.region)}"))
-    axis = lengths.index(bare(magnitude.shape))
+    axis = lengths.index(shape)
     return piece._replace(update=Dora(piece.update, magnitude.reshape(magnitude.numel), axis))
 
 
