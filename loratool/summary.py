@@ -174,7 +174,7 @@ def _layer(item: Targeted) -> Layer:
 def _groups(layers: Iterable[Layer]) -> tuple[Group, ...]:
     grouped: dict[tuple[str, str], list[Layer]] = {}
     for layer in layers:
-        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", layer.target)
+        pattern = re.sub(r"(?<=[._])\d+(?=[._])", "*", layer.target)  # kohya's names have "_" for "."
         grouped.setdefault((pattern, layer.kind), []).append(layer)
     return tuple(
         Group(

@@ -86,6 +86,15 @@ def layout(function: F) -> F:
     )(function)
 
 
+def component(function: F) -> F:
+    return click.option(
+        "--component",
+        multiple=True,
+        metavar="NAME",
+        help="Only these parts (unet, te, te1, ...) of a kohya or LyCORIS adapter; may be repeated.",
+    )(function)
+
+
 def _bytes(ctx: Context, param: Parameter, value: str | None) -> int | None:
     """``300MB``, ``2GB``, or a plain number of bytes."""
     if value is None:

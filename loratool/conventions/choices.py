@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,8 @@ class Choices:
     """Answers to what a file leaves open. Patterns are shell-style (``*q_proj*``), matched on module names.
 
     `alpha` maps patterns to alphas, tried in order; `layout` maps patterns to "in_out" or "out_in", for square
-    matrices whose orientation nothing shows; `config` is a PEFT adapter_config.
+    matrices whose orientation nothing shows; `config` is a PEFT adapter_config; `components` names the parts of a
+    pipeline ("unet", "te1") that are wanted of an adapter for several, all if empty.
     """
 
     alpha: Mapping[str, float] = field(default_factory=dict)
@@ -25,6 +26,7 @@ class Choices:
     config: Mapping[str, Any] | None = None
     adapter: str | None = None
     layout: Mapping[str, str] = field(default_factory=dict)
+    components: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if wrong_alpha := [alpha for alpha in self.alpha.values() if not math.isfinite(alpha)]:
