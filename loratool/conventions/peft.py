@@ -26,7 +26,7 @@ from loratool.errors import ChoiceNeeded, InvalidFile, LoratoolError, Mismatch, 
 from loratool.format import is_native
 from loratool.names import modules, natural, parent, prefix_rule
 from loratool.tensors import Computed, Shape, TensorRef
-from loratool.updates import RULES, Add, Dora, Lora, Replace, ReplaceRows, Scaling
+from loratool.updates import Add, Dora, Lora, Replace, ReplaceRows, Scaling
 
 if TYPE_CHECKING:
     import torch
@@ -89,9 +89,9 @@ class PeftReader:
         self.notes += keys.notes
         if not wrapped and not whole:
             raise InvalidFile(Problem("E-EMPTY", "no adapter tensor in it", self.where))
-        self.choices.check_used([module.name for module in wrapped], self.where)
         copies = self._replicated()
         self.rename = self._match(wrapped, whole)
+        self.choices.check_used([name for module in wrapped for name in self._names(module)], self.where)
         updates = [Targeted(Target(name, ref.shape), Replace(ref)) for name, ref in copies.items()]
         if self.base is not None:  # a whole tensor in the adapter is what its deltas were trained on
             self.facts.base = self.base = {**self.base, **{self._renamed(name): ref for name, ref in whole.items()}}
@@ -104,6 +104,12 @@ class PeftReader:
         updates.sort(key=lambda item: (natural(item.target.name), item.update.role != "replace"))
         name = BaseIdentity(self.config.base_name if self.config else "")
         return Adapter(tuple(updates), name, notes=tuple(self.notes), doubts=tuple(self.facts.doubts))
+
+    def _names(self, module: Module) -> list[str]:
+        """What a pattern of the user's can match: the module, and its parameters where those are adapted one by one."""
+        owner = self.rename(module.name)
+        below = [name.removeprefix(f"{owner}.") for name in self.base or () if parent(name) == owner]
+        return [module.name, *(f"{module.name}.{last}" for last in below if last not in ("weight", "bias"))]
 
     def _replicated(self) -> Mapping[str, TensorRef]:
         """Makes the base the longer stack that the adapter was trained on; its tensors that are copies of others."""
@@ -321,27 +327,31 @@ class PeftReader:
         return Scaling.by(self.config.rule, alphas[0] if alphas else self.config.alpha, rank)
 
     def _lokr_scaling(self, module: str, rank: int | None) -> Scaling:
-        """alpha/r. Where both factors of LoKr are whole, only the config has r; without it the scale is not known."""
+        """alpha/r. Where both factors of LoKr are whole, only the config has r; without it the scale is not known.
+
+        The scale is then a bare one: in the file, a rank is one that the tensors show.
+        """
         if rank is None and self.config is not None:
             if len({*self.config.ranks(module)}) > 1:
                 self.notes.append(
                     f"{module}: several rank_pattern entries match; the file's first is used, as PEFT does"
                 )
-            rank = self.config.rank_of(module)
+            return Scaling("none", None, None, self._scaling(module, self.config.rank_of(module)).scale)
         if rank is None:
-            needs_rank = self.choices.scaling not in (None, *(rule for rule in RULES if "rank" not in rule))
-            return Scaling("none", None, None, None) if needs_rank else self.choices.scaling_of(module, 1)
+            known = self.choices.scaling == "alpha"
+            return Scaling("none", None, None, self.choices.scaling_of(module, 1).scale if known else None)
         return self._scaling(module, rank)
 
     def _adalora_scaling(self, module: Module, rank: int) -> Scaling:
-        """lora_alpha / (ranks it started with + 1e-5). A wrapped checkpoint has their number, a saved config too."""
-        if self.config is not None:
-            alpha, start = self.config.alpha, float(self.config.rank)
-        else:
-            given = self.choices.scaling_of(module.name, rank)
-            if given.alpha is None or given.rule != "alpha/rank" or "ranknum" not in module.parts:
-                return Scaling("none", rank, None, None)
-            alpha, start = given.alpha, float(module.parts["ranknum"].read())
+        """lora_alpha / (ranks it started with + 1e-5). A wrapped checkpoint has their number, a saved one's config."""
+        given = self.choices.scaling_of(module.name, rank) if self.config is None else self.config
+        stored = module.parts.get("ranknum")
+        if given.alpha is None or given.rule != "alpha/rank" or (stored is None and self.config is None):
+            return Scaling("none", rank, None, None)
+        if stored is not None and stored.numel != 1:
+            raise InvalidFile(Problem("E-SHAPE", f"{module.name}: ranknum is {list(stored.shape)}", self.where))
+        start = float(stored.read()) if stored is not None else float(self.config.rank if self.config else rank)
+        alpha = given.alpha
         alpha = alpha if alpha > 0 else start
         return Scaling("none", rank, None, alpha / (start + peft_kinds.RANKNUM))
 

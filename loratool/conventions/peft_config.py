@@ -125,7 +125,7 @@ def parse(document: Mapping[str, Any], where: str) -> PeftConfig:
         kind=kind,
         rank=document.get(rank_name, 12 if kind == "ADALORA" else 8),
         alpha=float(document.get(alpha_name, 8)),
-        rule="alpha/sqrt(rank)" if get("use_rslora", False) else "alpha/rank",
+        rule="alpha/sqrt(rank)" if get("use_rslora", False) and kind == "LORA" else "alpha/rank",
         rank_pattern=ranks,
         alpha_pattern={pattern: float(alpha) for pattern, alpha in alphas.items()},
         fan_in_fan_out=get("fan_in_fan_out", False),

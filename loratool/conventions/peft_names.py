@@ -28,10 +28,10 @@ WRAPPED_PART = re.compile(
 # Parts of other methods, and of LoRA variants whose delta is another formula.
 _METHODS = (
     r"ia3_|p?vera_|oft_|boft_|vblora_|randlora_|fourierft_|waveft_|hra_|hira_|glora_|gralora_|delora_|tinylora_|unilora_"
-    r"|shira_|road_|c3a_|miss_|bone_|psoft_|adamss_|deft_|beft_|frod_|lily_|peanut_|ln_tuning_|lora_diag|lora_[A-Z]"
+    r"|shira_|road_|c3a_|miss_|bone_|psoft_|adamss_|deft_|beft_|frod_|lily_|peanut_|ln_tuning_"
 )
-FOREIGN = re.compile(rf"\.((?:{_METHODS})\w*)\b")
-_FOREIGN_WRAPPED = re.compile(rf"(?:^|\.)((?:{_METHODS})\w*)\.[^.]+(?:\.weight|\.bias)?$")
+FOREIGN = re.compile(rf"\.((?:{_METHODS}|lora_diag|lora_[A-Z])\w*)\b")
+_FOREIGN_WRAPPED = re.compile(rf"(?:^|\.)((?:{_METHODS})\w*)\.(?!weight$|bias$)[^.]+(?:\.weight|\.bias)?$")
 
 
 @dataclass
