@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loratool.adapter import Adapter, BaseIdentity, Target, Targeted
 from loratool.checkpoint import Checkpoint
@@ -22,14 +22,12 @@ from loratool.conventions.peft_base import BaseFacts
 from loratool.conventions.peft_config import MAX_ROW, PeftConfig, parse, refuse_unsupported
 from loratool.conventions.peft_layers import replicate
 from loratool.conventions.peft_names import PART, PREFIX, Module, is_wrapped, sort_keys
+from loratool.conventions.peft_tokens import patched, reordered, row_numbers
 from loratool.errors import ChoiceNeeded, InvalidFile, LoratoolError, Mismatch, Problem, Unsupported
 from loratool.format import is_native
 from loratool.names import modules, natural, parent, prefix_rule
-from loratool.tensors import Computed, Shape, TensorRef
+from loratool.tensors import Shape, TensorRef
 from loratool.updates import Add, Dora, Lora, Replace, ReplaceRows, Scaling
-
-if TYPE_CHECKING:
-    import torch
 
 NAME = "peft"
 TITLE = "PEFT adapter"
@@ -142,7 +140,7 @@ class PeftReader:
             resized = module.parts.pop("base_layer.weight", None)
             if resized is not None and "trainable_tokens_delta" in module.parts:
                 rows = module.parts.pop("trainable_tokens_delta")
-                whole[f"{module.name}.weight"] = _patched(
+                whole[f"{module.name}.weight"] = patched(
                     resized, rows, self._token_indices(module.name, rows, resized.shape[0])
                 )
             elif resized is not None:
@@ -302,9 +300,9 @@ class PeftReader:
         stored = self.facts.stored(name)
         indices = self._token_indices(module.name, rows, stored.shape[0] if stored else None)
         order = sorted(range(len(indices)), key=indices.__getitem__)
-        index, values = _row_numbers([indices[i] for i in order]), rows
+        index, values = row_numbers([indices[i] for i in order]), rows
         if order != list(range(len(order))):
-            values = TensorRef(rows.name, rows.dtype, rows.shape, Computed(lambda: rows.read()[order]), rows.shape)
+            values = reordered(rows, order)
         tokens = stored.shape[0] if stored is not None else max(indices) + 1  # at least
         return Targeted(Target(name, (tokens, rows.shape[1]), layout="embedding"), ReplaceRows(index, values))
 
@@ -392,26 +390,3 @@ class PeftReader:
             "merge the adapter_model.pt beside it; if PEFT wrote this one, take PEFT's own, longer adapter_config.json"
         )
         raise Unsupported(Problem("E-UNSUPPORTED", what, self.where, hint))
-
-
-def _patched(table: TensorRef, rows: TensorRef, indices: list[int]) -> TensorRef:
-    """A stored table with some of its rows replaced."""
-
-    def make() -> torch.Tensor:
-        tensor = table.read().clone()  # [tokens, dim]
-        tensor[indices] = rows.read(tensor.dtype)
-        return tensor
-
-    return TensorRef(table.name, table.dtype, table.shape, Computed(make), table.shape)
-
-
-def _row_numbers(indices: list[int]) -> TensorRef:
-    """Row numbers of a config as an int64 tensor [k]."""
-
-    def make() -> torch.Tensor:
-        import torch
-
-        return torch.tensor(indices, dtype=torch.int64)
-
-    shape = (len(indices),)
-    return TensorRef("trainable_token_indices", "I64", shape, Computed(make), shape)
