@@ -18,11 +18,7 @@ from loratool.checkpoint import Checkpoint
 from loratool.conventions import peft_kinds, torchtune
 from loratool.conventions.architecture import architecture_of
 from loratool.conventions.choices import Choices
-<<<<<<< HEAD
-from loratool.conventions.orientation import CONV1D_NAMES, shown_layouts, square_layout
-=======
 from loratool.conventions.peft_base import BaseFacts
->>>>>>> torchtune
 from loratool.conventions.peft_config import MAX_ROW, PeftConfig, parse, refuse_unsupported
 from loratool.conventions.peft_layers import replicate
 from loratool.conventions.peft_names import PART, PREFIX, Module, is_wrapped, sort_keys
@@ -80,10 +76,7 @@ class PeftReader:
     where: str
     notes: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
-    # Known once keys are sorted:
-    rename: Callable[[str], str] = str  # the base's name for one of the adapter's modules
-    shown: Mapping[str, set[str]] = field(default_factory=dict)  # layouts that the base gives away
-    owned: dict[str, list[str]] = field(default_factory=dict)  # the base's parameters by module
+    rename: Callable[[str], str] = str  # the base's name for one of the adapter's modules; known once keys are sorted
 
     def __post_init__(self) -> None:
         self.facts = BaseFacts(self.base, self.config, self.choices, self.where)
@@ -99,18 +92,10 @@ class PeftReader:
         self.choices.check_used([name for module in wrapped for name in self._names(module)], self.where)
         updates = [Targeted(Target(name, ref.shape), Replace(ref)) for name, ref in copies.items()]
         if self.base is not None:  # a whole tensor in the adapter is what its deltas were trained on
-<<<<<<< HEAD
             self.base = {**self.base, **{self._renamed(name): ref for name, ref in whole.items()}}
-            self.shown = shown_layouts(self.base)
-            for tensor in self.base:
-                owner, _, last = tensor.rpartition(".")
-                self.owned.setdefault(owner, []).append(last)
-        updates = [item for module in self._split_tokens(wrapped, whole) for item in self._guarded(module)]
-=======
-            self.facts.base = self.base = {**self.base, **{self._renamed(name): ref for name, ref in whole.items()}}
+            self.facts = replace(self.facts, base=self.base)
         updates += [item for module in self._split_tokens(wrapped, whole) for item in self._guarded(module)]
         updates = [item for item in updates if not self._replaced_anyway(item, whole)]
->>>>>>> torchtune
         updates += [self._replacement(name, ref) for name, ref in whole.items()]
         if self.problems:
             raise Mismatch(self.problems)
@@ -122,7 +107,7 @@ class PeftReader:
     def _names(self, module: Module) -> list[str]:
         """What a pattern of the user's can match: the module, and its parameters where those are adapted one by one."""
         owner = self.rename(module.name)
-        below = [name.removeprefix(f"{owner}.") for name in self.base or () if parent(name) == owner]
+        below = self.facts.parameters.get(owner, [])
         return [module.name, *(f"{module.name}.{last}" for last in below if last not in ("weight", "bias"))]
 
     def _replicated(self) -> Mapping[str, TensorRef]:
@@ -133,7 +118,8 @@ class PeftReader:
             self.facts.doubts.append("which of the base's layers its layer_replication repeats")
             return {}
         grown = replicate(self.base, self.config.layer_replication, self.where)
-        self.facts.base = self.base = grown.base
+        self.base = grown.base
+        self.facts = replace(self.facts, base=self.base)
         self.notes.append(grown.note)
         return grown.copies
 
@@ -385,116 +371,12 @@ class PeftReader:
     def _tensor(self, module: Module) -> str:
         return f"{self.rename(module.name)}.weight"
 
-<<<<<<< HEAD
-    def _parameter(self, module: _Module, A: TensorRef, B: TensorRef) -> str:
-        """The parameter that a module's factors belong to; keys name only the module."""
-        owner = self.rename(module.name)
-        targeted = self.config.parameters_of(module.name) if self.config else []
-        below = self.owned.get(owner, [])
-        if not below:
-            choices = targeted or ["weight"]
-        elif self.base is None or "weight" in below:
-            return "weight"
-        else:
-            # Without target_parameters, only torch's attention has another name for its weight; a wrapped checkpoint
-            # without its config may have stacked experts.
-            likely = (
-                {"in_proj_weight"} if self.config else {last for last in below if self._is_stacked(f"{owner}.{last}")}
-            )
-            choices = [last for last in below if last in (targeted or likely | {"in_proj_weight"})]
-            sizes = {A.shape[1], B.shape[0]}
-            choices = [last for last in choices if set(self.base[f"{owner}.{last}"].shape[-2:]) == sizes]
-        if len(choices) == 1:
-            return choices[0]
-        if len(choices) == 2 and not below:
-            # Nested wrappers: the innermost is the module's first registered parameter, gate_up before down.
-            if self.base is None:
-                self.doubts.append(f"{module.name}: which of {', '.join(choices)} it updates")
-            return sorted(choices, key=lambda last: "down" in last)[0 if module.depth else 1]
-        if not choices:
-            return "weight"  # a target the base does not have
-        raise ChoiceNeeded(
-            Problem(
-                "E-AMBIGUOUS",
-                f"{module.name} could update any of {', '.join(choices)}: their shapes are alike",
-                self.where,
-                "merge with PEFT, or rename the base's parameters",
-            )
-        )
-=======
     def _refuse_torchtunes_rows(self, module: str, magnitude: TensorRef | None) -> None:
         """torchtune's export reorders the rows of lora_B of q_proj and k_proj, for Llama's rotary embeddings.
->>>>>>> torchtune
 
         It leaves their magnitudes as they were, and does it for Qwen as well, whose weights have no such order
         (torchtune/models/convert_weights.py, tune_to_peft_adapter_weights). Raises Unsupported.
         """
-<<<<<<< HEAD
-        if given := self.choices.layout_of(module):
-            return "in_out" if given == "in_out" else ""
-        if len(shape) != 2:
-            return ""
-        stored = self._stored(name)
-        flag = self.config is not None and self.config.fan_in_fan_out
-        if stored is None:
-            if flag or module.rpartition(".")[2] in CONV1D_NAMES:
-                self.doubts.append(f"{module}: whether the base stores it as [out, in] or [in, out]")
-            return "in_out" if flag else ""
-        dims = stored.shape[-2:]
-        if dims not in (shape, shape[::-1]):
-            what = f"{module}: the factors make {list(shape)}, the base has {list(stored.shape)}"
-            raise Mismatch(Problem("E-SHAPE", what, self.where, "is this the adapter's base?"))
-        if shape[0] != shape[1]:
-            return "" if dims == shape else "in_out"
-        layout = None if self.base is None else square_layout(name, flag, self.base, self.shown)
-        if layout is None:
-            leaf = module.rpartition(".")[2]
-            what = f"{module} is square, and nothing shows whether the base stores it as [out, in] or [in, out]"
-            hint = f"say --layout '*{leaf}=in_out' for a Conv1D, --layout '*{leaf}=out_in' for a Linear"
-            raise ChoiceNeeded(Problem("E-LAYOUT", what, self.where, hint))
-        return layout
-
-
-def _trained_copy(key: str, keys: Container[str]) -> str | None:
-    """The key of the trained head tensor that `key` is another copy of, if the file has both."""
-    plain = re.sub(r"\.(original_module|modules_to_save\.[^.]+|modules_to_save)(?=\.)", "", key, count=1)
-    return plain if plain != key and plain in keys else None
-
-
-def _without_layers(path: str) -> _Module:
-    """A module's own path, without the `base_layer` segments that wrapping put into it."""
-    if "base_layer" not in path:
-        return _Module(path)
-    segments = path.split(".")
-    inner = len(segments)
-    while inner and segments[inner - 1] == "base_layer":
-        inner -= 1
-    own = [segment for segment in segments[:inner] if segment != "base_layer"]
-    return _Module(".".join(own), len(segments) - inner, nested=len(own) < inner)
-
-
-def _patched(table: TensorRef, rows: TensorRef, indices: list[int]) -> TensorRef:
-    """A stored table with some of its rows replaced."""
-
-    def make() -> torch.Tensor:
-        tensor = table.read().clone()  # [tokens, dim]
-        tensor[indices] = rows.read(tensor.dtype)
-        return tensor
-
-    return TensorRef(table.name, table.dtype, table.shape, Computed(make), table.shape)
-
-
-def _row_numbers(indices: list[int]) -> TensorRef:
-    """Row numbers of a config as an int64 tensor [k]."""
-
-    def make() -> torch.Tensor:
-        import torch
-
-        return torch.tensor(indices, dtype=torch.int64)
-
-    shape = (len(indices),)
-    return TensorRef("trainable_token_indices", "I64", shape, Computed(make), shape)
-=======
         if self.config is None or not self.config.from_torchtune or not module.endswith(("q_proj", "k_proj")):
             return
         model = architecture_of(self.base) if self.base is not None else None
@@ -510,4 +392,3 @@ def _row_numbers(indices: list[int]) -> TensorRef:
             "merge the adapter_model.pt beside it; if PEFT wrote this one, take PEFT's own, longer adapter_config.json"
         )
         raise Unsupported(Problem("E-UNSUPPORTED", what, self.where, hint))
->>>>>>> torchtune

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from loratool.conventions.choices import Choices
-from loratool.conventions.orientation import CONV1D_NAMES, square_layout
+from loratool.conventions.orientation import CONV1D_NAMES, shown_layouts, square_layout
 from loratool.conventions.peft_config import PeftConfig
 from loratool.conventions.peft_names import Module
 from loratool.errors import ChoiceNeeded, InvalidFile, Mismatch, Problem
@@ -24,6 +26,18 @@ class BaseFacts:
     where: str
     doubts: list[str] = field(default_factory=list)
 
+    @cached_property
+    def parameters(self) -> Mapping[str, list[str]]:
+        """The base's parameters by the module that owns them."""
+        found: dict[str, list[str]] = defaultdict(list)
+        for name in self.base or ():
+            found[parent(name)].append(name.rpartition(".")[2])
+        return found
+
+    @cached_property
+    def _shown(self) -> Mapping[str, set[str]]:
+        return shown_layouts(self.base or {})
+
     def stored(self, name: str) -> TensorRef | None:
         """The base's tensor, if it is known; that a target is missing is for the plan to say."""
         return None if self.base is None else self.base.get(name)
@@ -31,7 +45,7 @@ class BaseFacts:
     def parameter(self, module: Module, owner: str, A: TensorRef, B: TensorRef) -> str:
         """The parameter of `owner` (the base's name for the module) that factors belong to; keys name only modules."""
         targeted = self.config.parameters_of(module.name) if self.config else []
-        below = [name.removeprefix(owner + ".") for name in self.base or () if parent(name) == owner]
+        below = self.parameters.get(owner, [])
         if not below:
             choices = targeted or ["weight"]
         elif self.base is None or "weight" in below:
@@ -106,7 +120,7 @@ class BaseFacts:
         assert self.base is not None
         if len(stored.shape) == 3:
             return self._expert_layout(module, name)
-        layout = square_layout(name, flag, self.base)
+        layout = square_layout(name, flag, self.base, self._shown)
         if layout is None:
             leaf = module.rpartition(".")[2]
             what = f"{module} is square, and nothing shows whether the base stores it as [out, in] or [in, out]"

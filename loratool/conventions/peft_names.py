@@ -103,6 +103,8 @@ def _trained_copy(key: str, keys: Container[str]) -> str | None:
 
 def _without_layers(path: str) -> Module:
     """A module's own path, without the `base_layer` segments that wrapping put into it."""
+    if "base_layer" not in path:
+        return Module(path)
     segments = path.split(".")
     inner = len(segments)
     while inner and segments[inner - 1] == "base_layer":
