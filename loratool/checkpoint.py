@@ -12,15 +12,21 @@ from typing import Any, TypeVar
 
 from loratool.container import Header, read_header, strict_json
 from loratool.errors import ChoiceNeeded, InvalidFile, Problem
+from loratool.gguf import read_gguf
+from loratool.npz import read_npz
 from loratool.pickles import STATE_KEYS, Pickled, Tree, read_tree
 from loratool.tensors import InMemory, TensorRef
 
 T = TypeVar("T")
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+OTHER_SUFFIXES = (".npz", ".gguf")  # adapters of mlx-lm before 2024-05, and of llama.cpp
 # Weights in other formats beside the ones that are read: stale after a merge, so they are not companions.
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES, ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz", ".tflite")
-PREFERRED = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin", "adapter_model.bin")
+PREFERRED = (
+    "model.safetensors", "adapter_model.safetensors", "adapters.safetensors", "pytorch_model.bin", "adapter_model.bin",
+    "adapters.npz",
+)  # fmt: skip
 # Segments that wrappers leave in names: torch.compile, FSDP1, activation checkpointing.
 WRAPPER_SEGMENTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 EMA_COUNTER = "n_averaged"  # of torch's AveragedModel
@@ -29,7 +35,7 @@ SKIPPED_FOLDERS = {".git", ".cache", "__pycache__"}
 
 @dataclass(frozen=True)
 class Shard:
-    """One weights file. `header` is None for a pickle; `tensors` goes by stored names, in stored order."""
+    """One weights file. `header` is safetensors' only; `tensors` goes by stored names, in stored order."""
 
     path: Path
     tensors: Mapping[str, TensorRef]
@@ -141,15 +147,16 @@ def _readable(path: Path, read: Callable[[Path], T]) -> T:
 
 
 def _files_of(path: Path) -> list[Path]:
-    if path.suffix == ".safetensors" or path.suffix in PICKLE_SUFFIXES:
+    if path.suffix in (".safetensors", *PICKLE_SUFFIXES, *OTHER_SUFFIXES):
         return [path]
-    hint = "give the folder itself" if path.name.endswith(".index.json") else "safetensors, .pt, .pth and .bin are read"
+    known = ", ".join((".safetensors", *PICKLE_SUFFIXES, *OTHER_SUFFIXES))
+    hint = "give the folder itself" if path.name.endswith(".index.json") else f"{known} are read"
     raise InvalidFile(Problem("E-SUFFIX", f"{path.name} is not a weights file", str(path), hint))
 
 
 def _find_weights(folder: Path) -> tuple[list[Path], Path | None]:
     """The weights of a folder: an index with its shards, a well-known name, or the only file there is."""
-    for kinds in ((".safetensors",), PICKLE_SUFFIXES):
+    for kinds in ((".safetensors",), PICKLE_SUFFIXES, OTHER_SUFFIXES):
         indexes = sorted(p for p in folder.glob("*.index.json") if p.name.removesuffix(".index.json").endswith(kinds))
         if len(indexes) == 1:
             return [], indexes[0]
@@ -223,6 +230,11 @@ def _open_shard(path: Path) -> Shard:
     if path.suffix == ".safetensors":
         header = read_header(path)
         return Shard(path, header.tensors, header.metadata, header)
+    if path.suffix == ".gguf":
+        parsed = read_gguf(path)
+        return Shard(path, parsed.tensors, parsed.metadata, None)
+    if path.suffix == ".npz":
+        return Shard(path, read_npz(path), {}, None)
     return Shard(path, _state_dict(read_tree(path), path), {}, None)
 
 
