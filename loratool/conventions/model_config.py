@@ -13,11 +13,10 @@ from loratool.tensors import TensorRef, is_int
 
 @dataclass(frozen=True)
 class Heads:
-    """Numbers of heads: `query` of them, `key` shared by the keys and the values; `size` where the config says it."""
+    """Numbers of heads: `query` of them, and `key` of the keys and of the values."""
 
     query: int
     key: int
-    size: int | None = None
 
 
 def model_config(base: Mapping[str, TensorRef]) -> dict[str, Any]:
@@ -34,15 +33,10 @@ def model_config(base: Mapping[str, TensorRef]) -> dict[str, Any]:
 def heads_of(config: Mapping[str, Any], where: str) -> Heads:
     """Raises ChoiceNeeded where the config does not say what is needed."""
     query = config.get("num_attention_heads")
-    numbers = {
-        "num_attention_heads": query,
-        "num_key_value_heads": config.get("num_key_value_heads", query),
-        "head_dim": config.get("head_dim"),
-    }
+    numbers = {"num_attention_heads": query, "num_key_value_heads": config.get("num_key_value_heads", query)}
     for name, value in numbers.items():
-        if (value is None and name == "head_dim") or (is_int(value) and value > 0):
-            continue
-        what = f"the order of the query and key rows needs {name}, and the base's config.json says {value!r:.40}"
-        hint = "put the model's own config.json beside the base's weights"
-        raise ChoiceNeeded(Problem("E-CONFIG", what, where, hint))
+        if not is_int(value) or value < 1 or query % value:
+            what = f"the order of the query and key rows needs {name}, and the base's config.json says {value!r:.40}"
+            hint = "put the model's own config.json beside the base's weights"
+            raise ChoiceNeeded(Problem("E-CONFIG", what, where, hint))
     return Heads(*numbers.values())
