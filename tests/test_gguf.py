@@ -399,6 +399,7 @@ BROKEN = {
     "an array of arrays": edited(struct.pack("<IIQ", 9, 4, 3), struct.pack("<IIQ", 9, 9, 3)),
     "an unknown type of key": edited(struct.pack("<IIQ", 9, 4, 3), struct.pack("<IIQ", 77, 4, 3)),
     "alignment of 3": gguf_bytes(PARTS, {**KEYS, "general.alignment": 3}),
+    "a tensor not aligned": gguf_bytes(PARTS, {**KEYS, "general.alignment": 64}) + bytes(64),
     "a tensor twice": edited(b"blk.0.attn_q.weight.lora_a", b"blk.0.attn_q.weight.lora_b"),
     "an unknown type of tensor": gguf_bytes({**PARTS, f"{Q}a": (12, (RANK, HIDDEN), bytes(64))}),
     "five dimensions": gguf_bytes({**PARTS, f"{Q}a": (0, (1, 1, 1, RANK, HIDDEN), bytes(64))}),
