@@ -20,6 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import loratool
+from loratool.checkpoint import open_checkpoint
+from loratool.conventions import gguf, megatron, mlx
 from loratool.npz import read_npz
 
 RANK, SCALE = 2, 2.5
@@ -257,7 +259,9 @@ def test_detection(tmp_path: Path) -> None:
     for name, parts in foreign.items():
         file = tmp_path / f"{name}.safetensors"
         save_file(parts, file)
-        assert loratool.inspect(file).convention != "mlx", name
+        source = open_checkpoint(file)
+        found = {convention.NAME for convention in (gguf, megatron, mlx) if convention.detect(source)}
+        assert found == ({"megatron"} if name == "megatron" else set()), name
 
 
 # --- .npz ---------------------------------------------------------------------------------------
