@@ -13,17 +13,20 @@ from typing import Any, TypeVar
 
 from loratool.container import Header, read_header, strict_json
 from loratool.errors import ChoiceNeeded, InvalidFile, Problem
+from loratool.gguf import read_gguf
+from loratool.npz import read_npz
 from loratool.pickles import STATE_KEYS, Pickled, Tree, read_tree
 from loratool.tensors import InMemory, TensorRef
 
 T = TypeVar("T")
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+OTHER_SUFFIXES = (".npz", ".gguf")  # adapters of mlx-lm before 2024-05, and of llama.cpp
 # Weights in other formats beside the ones that are read: stale after a merge, so they are not companions.
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES, ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz", ".tflite")
 PREFERRED = (
-    "model.safetensors", "diffusion_pytorch_model.safetensors", "adapter_model.safetensors",
-    "pytorch_model.bin", "diffusion_pytorch_model.bin", "adapter_model.bin",
+    "model.safetensors", "diffusion_pytorch_model.safetensors", "adapter_model.safetensors", "adapters.safetensors",
+    "pytorch_model.bin", "diffusion_pytorch_model.bin", "adapter_model.bin", "adapters.npz",
 )  # fmt: skip
 PIPELINE_INDEX = "model_index.json"  # names the components of a diffusers pipeline, each a folder of its own
 _INDEX = re.compile(r"\.index(\.\w+)?\.json$")  # diffusers puts a variant's name inside: .index.fp16.json
@@ -35,7 +38,7 @@ SKIPPED_FOLDERS = {".git", ".cache", "__pycache__"}
 
 @dataclass(frozen=True)
 class Shard:
-    """One weights file. `header` is None for a pickle; `tensors` goes by stored names, in stored order."""
+    """One weights file. `header` is safetensors' only; `tensors` goes by stored names, in stored order."""
 
     path: Path
     tensors: Mapping[str, TensorRef]
@@ -221,15 +224,16 @@ def _readable(path: Path, read: Callable[[Path], T]) -> T:
 
 
 def _files_of(path: Path) -> list[Path]:
-    if path.suffix == ".safetensors" or path.suffix in PICKLE_SUFFIXES:
+    if path.suffix in (".safetensors", *PICKLE_SUFFIXES, *OTHER_SUFFIXES):
         return [path]
-    hint = "give the folder itself" if path.name.endswith(".index.json") else "safetensors, .pt, .pth and .bin are read"
+    known = ", ".join((".safetensors", *PICKLE_SUFFIXES, *OTHER_SUFFIXES))
+    hint = "give the folder itself" if path.name.endswith(".index.json") else f"{known} are read"
     raise InvalidFile(Problem("E-SUFFIX", f"{path.name} is not a weights file", str(path), hint))
 
 
 def _find_weights(folder: Path) -> tuple[list[Path], Path | None]:
     """The weights of a folder: an index with its shards, a well-known name, or the only file there is."""
-    for kinds in ((".safetensors",), PICKLE_SUFFIXES):
+    for kinds in ((".safetensors",), PICKLE_SUFFIXES, OTHER_SUFFIXES):
         indexes = sorted(p for p in folder.glob("*.index.json") if p.name.removesuffix(".index.json").endswith(kinds))
         if len(indexes) == 1:
             return [], indexes[0]
@@ -303,6 +307,11 @@ def _open_shard(path: Path) -> Shard:
     if path.suffix == ".safetensors":
         header = read_header(path)
         return Shard(path, header.tensors, header.metadata, header)
+    if path.suffix == ".gguf":
+        parsed = read_gguf(path)
+        return Shard(path, parsed.tensors, parsed.metadata, None)
+    if path.suffix == ".npz":
+        return Shard(path, read_npz(path), {}, None)
     return Shard(path, _state_dict(read_tree(path), path), {}, None)
 
 

@@ -24,7 +24,7 @@ PACKAGE = Path(loratool.__file__).parent
 ROOMS = (
     ("errors", "version"),
     ("tensors", "rounding"),
-    ("container", "pickles", "staging", "names"),
+    ("container", "gguf", "npz", "pickles", "staging", "names"),
     ("updates", "checkpoint"),
     ("adapter",),
     ("format",),
