@@ -15,7 +15,7 @@ from typing import Protocol
 
 from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint
-from loratool.conventions import native, peft, peft_wrapped, plain
+from loratool.conventions import litgpt, loralib, native, peft, peft_wrapped, plain
 from loratool.conventions.choices import Choices
 from loratool.errors import ChoiceNeeded, Problem, Unsupported
 from loratool.tensors import TensorRef
@@ -36,7 +36,7 @@ class Convention(Protocol):
     def unwrap(self, source: Checkpoint, choices: Choices) -> Mapping[str, TensorRef]: ...
 
 
-CONVENTIONS: tuple[Convention, ...] = (native, plain, peft, peft_wrapped)
+CONVENTIONS: tuple[Convention, ...] = (native, plain, peft, peft_wrapped, loralib, litgpt)
 
 
 def matching(source: Checkpoint) -> list[Convention]:
