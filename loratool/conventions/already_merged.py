@@ -44,9 +44,8 @@ def compare_with_base(
     states = {name: _state(ours[name], base[name], items) for name, items in by_target.items()}
     merged = [name for name, state in states.items() if state == "merged"]
     if strange := [name for name, state in states.items() if state == "neither"]:
-        what = (
-            f"{strange[0]} is neither the base's nor the base's with the delta, as are {len(strange)} of {len(states)}"
-        )
+        these = f"{len(strange)} of its {len(states)} weights"
+        what = f"{these} are neither the base's nor the base's with the delta: {strange[0]} ..."
         raise Mismatch(
             Problem("E-BASE-MISMATCH", what, where, "is this its base, and --alpha what it was trained with?")
         )

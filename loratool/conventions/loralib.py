@@ -284,7 +284,9 @@ def _convolution(pair: Pair, name: str, shape: Shape, choices: Choices) -> Targe
         raise Mismatch(Problem("E-SHAPE", what, hint="is this the adapter's base?"))
     if B.shape[0] * A.shape[1] != math.prod(shape):
         what = f"{pair.module}: loralib's own Conv1d and Conv3d neither run nor merge with a kernel of {kernel}"
-        raise Unsupported(Problem("E-CONV", what, name, "there is no formula for them: only Conv2d works in loralib"))
+        raise Unsupported(
+            Problem("E-UNSUPPORTED", what, name, "there is no formula for them: only Conv2d works in loralib")
+        )
     scaling = scaling_of(choices, pair.module, pair.rank // kernel)
     if kernel % groups:
         dense = replace(scaling, rule="none", rank=None, alpha=None) if scaling.scale is not None else scaling
