@@ -164,7 +164,7 @@ def test_wrapped_checkpoint(tmp_path: Path) -> None:
     base = base_state() | {
         "lm_head.bias": values(5),
         "transformer.wte.weight": values(5, 8),
-        "linear.weight": values(2),
+        "other.linear.weight": values(2),
     }
     wrapped = {
         name.replace(".weight", ".linear.weight").replace("head.bias", "head.linear.bias")
@@ -353,6 +353,7 @@ def test_another_base(tmp_path: Path) -> None:
     error = refused(lambda: loratool.merge(other, path, tmp_path / "out.safetensors"))
     assert error.code == "E-SHAPE"
     assert "is [30, 8]" in error.message
+    assert "model_config.yaml and the factors make it [24, 8]" in error.message
     other = base_at(tmp_path / "b.safetensors", {"transformer.h.0.attn.qkx.weight": values(24, 8)})
     assert refused(lambda: loratool.merge(other, path, tmp_path / "out.safetensors")).code == "E-TARGET"
     assert not (tmp_path / "out.safetensors").exists()

@@ -282,12 +282,32 @@ def test_a_base_shows_what_is_merged(tmp_path: Path, full: State, dtype: torch.d
     assert "--alpha" in error.hint
 
 
+def test_a_narrower_copy_of_the_base_is_the_base(tmp_path: Path, full: State) -> None:
+    """Trained in 16 bits from a float32 base."""
+    base = base_at(tmp_path / "base", bare(full))
+    state = {name: value.bfloat16() for name, value in full.items()} | linear("l.0.fc2", 3, 6)
+    assert loratool.load(saved(state, tmp_path / "full.pt"), base=base, alpha=ALPHA).notes == ()
+
+
 def test_a_wider_copy_of_the_base_is_the_base(tmp_path: Path, full: State) -> None:
     """Trained in float32 from a 16-bit base: equal numbers, other bytes."""
     half = {name: value.bfloat16() for name, value in bare(full).items()}
     base = base_at(tmp_path / "base", half)
     state = full | {name: value.float() for name, value in half.items()}
     assert loratool.load(saved(state, tmp_path / "full.pt"), base=base, alpha=ALPHA).notes == ()
+
+
+def test_packed_rows_are_subtracted_where_they_were_added(tmp_path: Path) -> None:
+    weight, state = values(12, 5), factors("attn", values(RANK, 5), values(4, RANK))
+    merged = weight.clone()
+    merged[4:8] += state["attn.lora_B"] @ state["attn.lora_A"] * SCALE
+    wrapped, base = saved(state | {"attn.weight": merged}, tmp_path / "eval.pt"), tmp_path / "base"
+    options: dict[str, Any] = {"alpha": ALPHA, "enable_lora": "010", "already_merged": True}
+    loratool.extract(wrapped, tmp_path / "a.safetensors", base_out=base, **options)
+    got = read(base)["attn.weight"]
+    assert torch.equal(got[:4], weight[:4])
+    assert torch.equal(got[8:], weight[8:])
+    assert torch.allclose(got, weight, atol=1e-5)
 
 
 # --- what is asked for, and refused -------------------------------------------------------------

@@ -15,7 +15,7 @@ from pathlib import Path
 from loratool.errors import InvalidFile, Problem
 
 MAX_BYTES = 1_000_000
-_LINE = re.compile(r"(?P<quote>['\"]?)(?P<key>\w+)(?P=quote)\s*:(?:\s+(?P<value>.*?))?(?:\s+#.*)?\s*")
+_KEY = re.compile(r"\w{1,100}")
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 
 
@@ -70,10 +70,11 @@ def read_flat_yaml(path: Path) -> FlatYaml | None:
         raise InvalidFile(Problem("E-CONFIG", f"not UTF-8: {error}", str(path))) from None
     lines: dict[str, str] = {}
     for line in text.splitlines():
-        match = _LINE.fullmatch(line)
-        if match is None:
+        key, colon, value = line.partition(":")
+        key = key.rstrip().strip("'\"")
+        if line[:1].isspace() or not colon or not _KEY.fullmatch(key) or value[:1].strip():
             continue
-        if match["key"] in lines:
-            raise InvalidFile(Problem("E-CONFIG", f"{match['key']} is in it twice", str(path)))
-        lines[match["key"]] = match["value"] or ""
+        if key in lines:
+            raise InvalidFile(Problem("E-CONFIG", f"{key} is in it twice", str(path)))
+        lines[key] = value.partition(" #")[0].strip()
     return FlatYaml(path, lines)
