@@ -320,6 +320,10 @@ def _product(A: TensorRef, B: TensorRef, shape: Shape) -> TensorRef:
     dtype = "F64" if "F64" in (A.dtype, B.dtype) else "F32"
 
     def make() -> torch.Tensor:
-        return (B.read(torch_dtype("F64")) @ A.read(torch_dtype("F64"))).to(torch_dtype(dtype)).reshape(shape)
+        import torch
+
+        delta = torch.zeros(B.shape[0], A.shape[1], dtype=torch.float64)  # [out / groups * k, in * k]
+        Lora(A, B, Scaling()).open(torch.float64, None).apply(delta, 0, 1.0)
+        return delta.to(torch_dtype(dtype)).reshape(shape)
 
     return TensorRef(B.name, dtype, shape, Computed(make), shape)
