@@ -72,7 +72,7 @@ def read_flat_yaml(path: Path) -> FlatYaml | None:
     for line in text.splitlines():
         key, colon, value = line.partition(":")
         key = key.rstrip().strip("'\"")
-        if line[:1].isspace() or not colon or not _KEY.fullmatch(key) or value[:1].strip():
+        if not colon or not _KEY.fullmatch(key) or value[:1].strip():
             continue
         if key in lines:
             raise InvalidFile(Problem("E-CONFIG", f"{key} is in it twice", str(path)))
