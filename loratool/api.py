@@ -49,12 +49,17 @@ def choices(
     adapter: str | None = None,
     layout: Mapping[str, str] | None = None,
     component: str | Sequence[str] | None = None,
+    enable_lora: str | Mapping[str, str] | None = None,
+    already_merged: bool = False,
 ) -> Choices:
     """What the files leave open, from a caller's arguments."""
     components = (component,) if isinstance(component, str) else tuple(component or ())
     patterns = dict(alpha) if isinstance(alpha, Mapping) else {} if alpha is None else {"*": float(alpha)}
     peft_config = None if config is None else read_json(Path(config))
-    return Choices(patterns, scaling, peft_config, adapter, dict(layout or {}), components=components)
+    enabled = {"*": enable_lora} if isinstance(enable_lora, str) else dict(enable_lora or {})
+    return Choices(
+        patterns, scaling, peft_config, adapter, dict(layout or {}), tuple(components), enabled, already_merged
+    )
 
 
 @_typed
@@ -69,13 +74,16 @@ def load(
     adapter: str | None = None,
     layout: Mapping[str, str] | None = None,
     component: str | Sequence[str] | None = None,
+    enable_lora: str | Mapping[str, str] | None = None,
+    already_merged: bool = False,
 ) -> Adapter:
     """Read an adapter of any convention. Headers only: numbers are read when they are needed.
 
     `base` binds it to a checkpoint's names and orientation, which PEFT's MoE and Conv1D layers need. `alpha` (one, or
     one per name pattern), `scaling` ("alpha", "alpha/rank", "alpha/sqrt(rank)"), `config` (a PEFT adapter_config.json)
-    and `adapter` (one of several in the file) say what the file does not. `component` takes only the updates of those
-    parts of a pipeline ("unet", "te1") out of a kohya or LyCORIS file.
+    and `adapter` (one of several in the file) say what the file does not; so do, for packed query, key and value,
+    `enable_lora` ("101", or one per name pattern) and, for loralib's full state dicts, `already_merged`. `component`
+    takes only the updates of those parts of a pipeline ("unet", "te1") out of a kohya or LyCORIS file.
 
     Raises InvalidFile, Unsupported, ChoiceNeeded or Mismatch.
 
@@ -84,7 +92,7 @@ def load(
     """
     source = open_checkpoint(Path(path))
     tensors = None if base is None else open_checkpoint(Path(base)).tensors
-    given = choices(alpha, scaling, config, adapter, layout, component)
+    given = choices(alpha, scaling, config, adapter, layout, component, enable_lora, already_merged)
     return conventions.choose(source, convention).read(source, given, tensors)
 
 
@@ -122,14 +130,17 @@ def extract(
     convention: str | None = None,
     adapter: str | None = None,
     layout: Mapping[str, str] | None = None,
+    enable_lora: str | Mapping[str, str] | None = None,
+    already_merged: bool = False,
     base_out: PathLike | None = None,
     progress: ProgressCallback | None = None,
 ) -> ExtractReport:
     """Write the adapter inside a wrapped checkpoint as a native file, bound to the digests of its base tensors.
 
-    With `base_out`, also write the clean base checkpoint as a folder. Raises ChoiceNeeded where alpha is not stored.
+    With `base_out`, also write the clean base checkpoint as a folder. `already_merged` says that its weights hold the
+    delta: the base is then what is left without it, to rounding. Raises ChoiceNeeded where alpha is not stored.
     """
-    given = choices(alpha, scaling, config, adapter, layout)
+    given = choices(alpha, scaling, config, adapter, layout, enable_lora, already_merged)
     target = None if base_out is None else Path(base_out)
     return run_extract(Path(wrapped), Path(out), given, convention=convention, base_out=target, progress=progress)
 

@@ -20,7 +20,7 @@ from loratool.tensors import InMemory, TensorRef
 
 T = TypeVar("T")
 
-PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".lora")  # the last is litgpt's lit_model.pth.lora
 OTHER_SUFFIXES = (".npz", ".gguf")  # adapters of mlx-lm before 2024-05, and of llama.cpp
 # Weights in other formats beside the ones that are read: stale after a merge, so they are not companions.
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES, ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz", ".tflite")

@@ -17,7 +17,7 @@ from loratool.layout import output_files, output_index
 from loratool.merge import ProgressCallback, run_copy
 from loratool.plan import Plan, settled
 from loratool.staging import refuse_existing, take_back
-from loratool.tensors import TensorRef
+from loratool.tensors import Computed, TensorRef
 from loratool.updates import Replace
 from loratool.version import TOOL
 
@@ -75,7 +75,8 @@ def run_extract(
     adapter = chosen.read(source, choices, None)
     if unknown := adapter.unknown_scales():
         config = "; or --config adapter_config.json" if chosen is conventions.peft_wrapped else ""
-        hint = choices.unknown_scale_hint() + config
+        rules = {item.update.scaling.rule for item in unknown if item.update.scaling}
+        hint = choices.unknown_scale_hint(min(rules)) + config
         raise ChoiceNeeded(replace(native_format.unknown_alpha(unknown), where=str(wrapped), hint=hint))
     identity = replace(adapter.base, tensors=_identities(adapter, base))
     adapter = replace(adapter, base=identity, provenance={**adapter.provenance, "tool": TOOL})
@@ -97,13 +98,14 @@ def run_extract(
 def _identities(adapter: Adapter, base: Mapping[str, TensorRef]) -> dict[str, TensorIdentity]:
     """Digests of the base tensors that the updates change.
 
-    A tensor that was trained in place has no base in the file: its "base" is the very value that replaces it.
+    A tensor that was trained in place has no base in the file: its "base" is the very value that replaces it. One that
+    was computed (a delta subtracted again) is the base's only up to rounding.
     """
     own = {item.target.name: item.update.value.data for item in adapter.updates if isinstance(item.update, Replace)}
     return {
         name: TensorIdentity(base[name].digest(), base[name].dtype, base[name].shape)
         for name in adapter.targets()
-        if name in base and own.get(name) != base[name].data
+        if name in base and own.get(name) != base[name].data and not isinstance(base[name].data, Computed)
     }
 
 
@@ -111,7 +113,7 @@ def _base_plan(source: Checkpoint, base: Mapping[str, TensorRef], out: Path) -> 
     """The clean base, in shards like the wrapped checkpoint's."""
     stored = {ref.name: clean for clean, ref in base.items()}
     shards = tuple(
-        Shard(shard.path, {stored[name]: ref for name, ref in shard.tensors.items() if name in stored}, {}, None)
+        Shard(shard.path, {stored[name]: base[stored[name]] for name in shard.tensors if name in stored}, {}, None)
         for shard in source.shards
     )
     checkpoint = Checkpoint(source.path, shards, base, source.index)

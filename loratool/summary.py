@@ -119,7 +119,9 @@ def inspect_path(
     notes += [_component(name, part) for name, part in source.components.items()]
     if adapter and adapter.unknown_scales():
         config = " (or --config)" if chosen is conventions.peft_wrapped else ""
-        notes.append(f"alpha is not stored in it: extract needs --alpha with --scaling{config}")
+        rules = {item.update.scaling.rule for item in adapter.unknown_scales() if item.update.scaling}
+        rule = " with --scaling" if "none" in rules else ""
+        notes.append(f"alpha is not stored in it: extract needs --alpha{rule}{config}")
     return Summary(
         path=str(path),
         what=what,

@@ -15,7 +15,21 @@ from typing import Protocol
 
 from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint
-from loratool.conventions import diffusers, gguf, kohya, lycoris, megatron, mlx, native, peft, peft_wrapped, plain, torchtune
+from loratool.conventions import (
+    diffusers,
+    gguf,
+    kohya,
+    litgpt,
+    loralib,
+    lycoris,
+    megatron,
+    mlx,
+    native,
+    peft,
+    peft_wrapped,
+    plain,
+    torchtune,
+)
 from loratool.conventions.choices import Choices
 from loratool.errors import ChoiceNeeded, Problem, Unsupported
 from loratool.tensors import TensorRef
@@ -36,7 +50,21 @@ class Convention(Protocol):
     def unwrap(self, source: Checkpoint, choices: Choices) -> Mapping[str, TensorRef]: ...
 
 
-CONVENTIONS: tuple[Convention, ...] = (native, plain, peft, peft_wrapped, diffusers, kohya, lycoris, torchtune, mlx, gguf, megatron)
+CONVENTIONS: tuple[Convention, ...] = (
+    native,
+    plain,
+    peft,
+    peft_wrapped,
+    diffusers,
+    kohya,
+    lycoris,
+    torchtune,
+    mlx,
+    gguf,
+    megatron,
+    loralib,
+    litgpt,
+)
 
 
 def matching(source: Checkpoint) -> list[Convention]:

@@ -30,6 +30,7 @@ def detect(source: Checkpoint) -> bool:
 
 
 def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | None) -> Adapter:
+    choices.refuse("enable_lora", "already_merged", where=str(source.path))
     config = choices.config or (source.side_json("adapter_config.json") if source.path.is_dir() else None)
     parsed = None
     if config is not None:
