@@ -154,6 +154,10 @@ class _Reader:
     errors: list[LoratoolError] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
 
+    @cached_property
+    def shown(self) -> Mapping[str, set[str]]:
+        return shown_layouts(self.weights)
+
     @property
     def scales_known(self) -> bool:
         return not Adapter(tuple(self.updates)).unknown_scales()
@@ -219,7 +223,7 @@ class _Reader:
         if not all(fits.values()):
             return fits[True]
         table = self._is_table(pair.module, name)
-        layout = given if given or table else square_layout(name, False, self.weights)
+        layout = given if given or table else square_layout(name, False, self.weights, self.shown)
         if layout is None:
             self.doubts.append(
                 f"{pair.module}: {name} is square, and nothing shows whether it is stored [out, in] or [in, out]"
