@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from loratool.adapter import Adapter, Target, Targeted
@@ -23,7 +24,7 @@ from loratool.checkpoint import Checkpoint
 from loratool.conventions import litgpt
 from loratool.conventions.already_merged import compare_with_base, trained_biases, without
 from loratool.conventions.choices import Choices
-from loratool.conventions.orientation import square_layout
+from loratool.conventions.orientation import shown_layouts, square_layout
 from loratool.conventions.packed import Pair, factor_modules, key, owner, pairs, scaling_of
 from loratool.errors import ChoiceNeeded, InvalidFile, LoratoolError, Mismatch, Problem, Unsupported
 from loratool.names import prefix_rule
