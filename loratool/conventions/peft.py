@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter, BaseIdentity, Target, Targeted
 from loratool.checkpoint import Checkpoint
+from loratool.conventions import peft_write
 from loratool.conventions.choices import Choices
 from loratool.conventions.orientation import CONV1D_NAMES, square_layout
 from loratool.conventions.peft_config import MAX_ROW, PeftConfig, parse, refuse_unsupported
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 
 NAME = "peft"
 TITLE = "PEFT adapter"
-PREFIX = "base_model.model."
-FILE_STEM = "adapter_model"
+PREFIX, FILE_STEM = peft_write.PREFIX, peft_write.FILE_STEM
+misfits, write = peft_write.misfits, peft_write.write
 
 # What follows the module path. Whole tensors (`.weight`, `.bias`, parameters of any name) have none of these.
 _PART = re.compile(
