@@ -37,7 +37,7 @@ def times(ref: TensorRef, factor: float) -> TensorRef:
     """
     if factor == 1:
         return ref
-    keeps = ref.dtype == "F64" or (ref.dtype != "F16" and abs(math.frexp(factor)[0]) == 0.5)
+    keeps = ref.dtype == "F64" or (ref.dtype != "F16" and is_exact(factor))
     dtype = ref.dtype if keeps else "F32"
 
     def make() -> torch.Tensor:
@@ -46,6 +46,11 @@ def times(ref: TensorRef, factor: float) -> TensorRef:
         return (ref.read(torch.float64) * factor).to(torch_dtype(dtype))
 
     return _computed(ref.name, dtype, ref.shape, make)
+
+
+def is_exact(factor: float) -> bool:
+    """Whether a product with this number loses nothing: it is a power of two, or its negative, or zero."""
+    return abs(math.frexp(factor)[0]) in (0.0, 0.5)
 
 
 def by_rank(scale: float, rank: int) -> Scaling:
@@ -126,6 +131,19 @@ def uniform(items: Iterable[Targeted]) -> tuple[Targeted, ...]:
         return rescaled(padded(update, rank), scaling) if isinstance(update, Lora) else update
 
     return tuple(replace(item, update=changed(item.update)) for item in items)
+
+
+def uniform_note(before: Iterable[Targeted], after: Iterable[Targeted]) -> str:
+    """What `uniform` has done to some updates, for people."""
+    pairs = [(low_rank(one.update), low_rank(two.update)) for one, two in zip(before, after, strict=True)]
+    scales = [(one.factors.factor, two.factors.factor) for one, two in pairs if one and two]
+    ranks = [rank_of(two) for _, two in pairs if two]
+    if not scales:
+        return "no LoRA update is in it to bring to one rank and scale"
+    moved = [one / two for one, two in scales if one != two]
+    rounded = sum(not is_exact(factor) for factor in moved)
+    how = f"; {rounded} of them by no power of two, rounded to float32" if rounded else ", exactly" if moved else ""
+    return f"one rank, {ranks[0]}, and one scale, {scales[0][1]:g}: B of {len(moved)} updates was scaled{how}"
 
 
 def low_rank(update: Update) -> Lora | None:

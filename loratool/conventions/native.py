@@ -35,6 +35,9 @@ def misfits(adapter: Adapter, base: Checkpoint | None, options: Options) -> list
 
 
 def write(adapter: Adapter, base: Checkpoint | None, options: Options) -> Bundle:
+    notes = []
     if options.uniform:
-        adapter = replace(adapter, updates=folding.uniform(adapter.updates))
-    return Bundle(Safetensors(*native_format.stored(adapter)))
+        changed = folding.uniform(adapter.updates)
+        notes.append(folding.uniform_note(adapter.updates, changed))
+        adapter = replace(adapter, updates=changed)
+    return Bundle(Safetensors(*native_format.stored(adapter)), tuple(notes))

@@ -39,9 +39,11 @@ def misfits(adapter: Adapter, base: Checkpoint | None, options: Options) -> list
 
 def write(adapter: Adapter, base: Checkpoint | None, options: Options) -> Bundle:
     parts = _Parts.of(adapter)
-    layers = {name: _one_layer(items) for name, items in parts.layers.items()}
+    layers, notes = {name: _one_layer(items) for name, items in parts.layers.items()}, []
     if options.uniform:
-        layers = dict(zip(layers, folding.uniform(layers.values()), strict=True))
+        changed = folding.uniform(layers.values())
+        notes.append(folding.uniform_note(layers.values(), changed))
+        layers = dict(zip(layers, changed, strict=True))
     tensors: dict[str, TensorRef] = {}
     for name in sorted(layers, key=natural):
         tensors |= parts.factors(name, layers[name])
@@ -55,7 +57,7 @@ def write(adapter: Adapter, base: Checkpoint | None, options: Options) -> Bundle
         "adapter_config.json": document(dict(sorted(config.items()))),
         f"{FILE_STEM}.safetensors": Safetensors({PREFIX + key: ref for key, ref in tensors.items()}, {"format": "pt"}),
     }
-    return Bundle(files, tuple(_notes(parts, layers, config, homes)))
+    return Bundle(files, (*notes, *_notes(parts, layers, config, homes)))
 
 
 @dataclass
