@@ -188,9 +188,7 @@ def test_rows_apart_are_the_whole(data: st.DataObject, region: tuple[int, ...], 
     shape = region if experts is None else (experts, *region)
     item = Targeted(Target("a.weight", shape, experts=experts), data.draw(updates("lora", region, experts)))
     cut = data.draw(st.integers(0, region[0]))
-    parts = [
-        folding.of_rows(item, start, stop) for start, stop in ((0, cut), (cut, region[0])) if start < stop
-    ]
+    parts = [folding.of_rows(item, start, stop) for start, stop in ((0, cut), (cut, region[0])) if start < stop]
     assert_sound(*parts)
     assert torch.equal(applied(parts), applied([item]))
     padded = [folding.of_all_rows(part) for part in parts]
