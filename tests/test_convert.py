@@ -597,8 +597,8 @@ def assert_same_bits_of(got: State, want: State) -> None:
 
 
 FORWARD = [
-    "llama-both-patterns", "llama-rslora", "llama-dora", "llama-tokens", "gpt2", "gpt2-flag-wrong-dora", "bert-classifier",
-    "bert-embeddings", "bert-lora-bias", "mixtral", "mixtral-patterns", "gpt-oss",
+    "llama-both-patterns", "llama-rslora", "llama-dora", "llama-tokens", "gpt2", "gpt2-flag-wrong-dora",
+    "bert-classifier", "bert-embeddings", "bert-lora-bias", "mixtral", "mixtral-patterns", "gpt-oss",
 ]  # fmt: skip
 
 
