@@ -136,6 +136,45 @@ def test_target_modules_are_short_where_the_base_allows_it(base: list[str], want
     assert peft_config(tmp_path / "peft")["target_modules"] == wanted
 
 
+def written_for(base: State, made: Adapter, tmp_path: Path) -> tuple[State, dict[str, Any]]:
+    """What is in the folder for an adapter of this base: tensors without the prefix, and the config."""
+    save_file(base, tmp_path / "base.safetensors")
+    loratool.convert(made, tmp_path / "peft", "peft", base=tmp_path / "base.safetensors")
+    state = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    return {name.removeprefix("base_model.model."): value for name, value in state.items()}, peft_config(
+        tmp_path / "peft"
+    )
+
+
+def test_a_saved_module_is_saved_whole(tmp_path: Path) -> None:
+    """PEFT fails on a module of `modules_to_save` that lacks one of its tensors."""
+    base = {"q.weight": torch.ones(6, 4), "norm.weight": torch.ones(6), "norm.bias": torch.arange(6.0)}
+    made = adapter_of(q__weight=lora(), norm__weight=update_of("replace", (6,)))
+    state, config = written_for(base, made, tmp_path)
+    assert config["modules_to_save"] == ["norm"]
+    assert torch.equal(state["norm.bias"], base["norm.bias"])
+
+
+def test_a_module_whose_name_ends_another_is_not_in_modules_to_save(tmp_path: Path) -> None:
+    """PEFT matches the ends of names, so `classifier` would be `pre_classifier`, whose tensors are not there."""
+    names = ("classifier", "pre_classifier", "q")
+    base = {f"{name}.weight": torch.ones(6, 4) for name in names}
+    made = adapter_of(q__weight=lora(), classifier__weight=update_of("replace"))
+    state, config = written_for(base, made, tmp_path)
+    assert config["modules_to_save"] is None
+    assert state.keys() == {"q.lora_A.weight", "q.lora_B.weight", "classifier.weight"}
+
+
+def test_a_bias_counts_with_its_layers_scale(tmp_path: Path) -> None:
+    base = {name: torch.ones(6, 4) for name in ("q.weight", "k.weight")} | {"q.bias": torch.ones(6)}
+    bias = update_of("add", (6,), alpha=1.0)
+    made = adapter_of(q__weight=lora(rank=2, alpha=4.0), k__weight=lora(rank=2, alpha=4.0), q__bias=bias)
+    state, config = written_for(base, made, tmp_path)
+    assert config["lora_bias"] is True
+    assert torch.equal(state["q.lora_B.bias"], bias.value.read() / 2)
+    assert torch.equal(state["k.lora_B.bias"], torch.zeros(6))
+
+
 def merged(base: Path, adapter: object, **options: Any) -> State:
     with tempfile.TemporaryDirectory() as folder:
         loratool.merge(base, adapter, Path(folder, "out.safetensors"), **options)  # type: ignore[arg-type]
