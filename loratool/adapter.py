@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,14 +13,13 @@ from loratool.tensors import Shape
 from loratool.updates import Update
 
 MAX_NAME = 1024  # UTF-8 bytes of a target
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 LAYOUTS = ("", "in_out", "embedding")
 
 
 def is_name(text: str) -> bool:
     """Whether a tensor can be called so in a native file (rule R-016)."""
-    if any(ord(char) < 0x20 or ord(char) == 0x7F for char in text):
-        return False
-    return 1 <= len(text.encode("utf-8", "surrogatepass")) <= MAX_NAME
+    return 1 <= len(text.encode("utf-8", "surrogatepass")) <= MAX_NAME and not _CONTROL.search(text)
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,8 @@ class Adapter:
         if not self.updates:
             problems.append(Problem("E-LIMIT", "the adapter has no updates", rule="R-016"))
         for name, items in self.targets().items():
+            if len(items) == 1:
+                continue  # an update does not contradict itself
             if len({item.target.shape for item in items}) > 1:
                 problems.append(
                     Problem("E-SHAPE", "updates of one tensor give it different shapes", name, rule="R-022")

@@ -50,10 +50,18 @@ def choices(
     config: PathLike | None = None,
     adapter: str | None = None,
     layout: Mapping[str, str] | None = None,
+    component: str | Sequence[str] | None = None,
+    enable_lora: str | Mapping[str, str] | None = None,
+    already_merged: bool = False,
 ) -> Choices:
     """What the files leave open, from a caller's arguments."""
+    components = (component,) if isinstance(component, str) else tuple(component or ())
     patterns = dict(alpha) if isinstance(alpha, Mapping) else {} if alpha is None else {"*": float(alpha)}
-    return Choices(patterns, scaling, None if config is None else read_json(Path(config)), adapter, dict(layout or {}))
+    peft_config = None if config is None else read_json(Path(config))
+    enabled = {"*": enable_lora} if isinstance(enable_lora, str) else dict(enable_lora or {})
+    return Choices(
+        patterns, scaling, peft_config, adapter, dict(layout or {}), tuple(components), enabled, already_merged
+    )
 
 
 @_typed
@@ -67,12 +75,17 @@ def load(
     config: PathLike | None = None,
     adapter: str | None = None,
     layout: Mapping[str, str] | None = None,
+    component: str | Sequence[str] | None = None,
+    enable_lora: str | Mapping[str, str] | None = None,
+    already_merged: bool = False,
 ) -> Adapter:
     """Read an adapter of any convention. Headers only: numbers are read when they are needed.
 
     `base` binds it to a checkpoint's names and orientation, which PEFT's MoE and Conv1D layers need. `alpha` (one, or
     one per name pattern), `scaling` ("alpha", "alpha/rank", "alpha/sqrt(rank)"), `config` (a PEFT adapter_config.json)
-    and `adapter` (one of several in the file) say what the file does not.
+    and `adapter` (one of several in the file) say what the file does not; so do, for packed query, key and value,
+    `enable_lora` ("101", or one per name pattern) and, for loralib's full state dicts, `already_merged`. `component`
+    takes only the updates of those parts of a pipeline ("unet", "te1") out of a kohya or LyCORIS file.
 
     Raises InvalidFile, Unsupported, ChoiceNeeded or Mismatch.
 
@@ -81,7 +94,7 @@ def load(
     """
     source = open_checkpoint(Path(path))
     tensors = None if base is None else open_checkpoint(Path(base)).tensors
-    given = choices(alpha, scaling, config, adapter, layout)
+    given = choices(alpha, scaling, config, adapter, layout, component, enable_lora, already_merged)
     return conventions.choose(source, convention).read(source, given, tensors)
 
 
@@ -96,10 +109,16 @@ def save(adapter: Adapter, path: PathLike) -> None:
 
 @_typed
 def inspect(
-    path: PathLike, *, base: PathLike | None = None, convention: str | None = None, adapter: str | None = None
+    path: PathLike,
+    *,
+    base: PathLike | None = None,
+    convention: str | None = None,
+    adapter: str | None = None,
+    component: str | Sequence[str] | None = None,
 ) -> Summary:
     """Say what an adapter or checkpoint is, from its headers. Imports no torch for safetensors and zipped pickles."""
-    return inspect_path(Path(path), None if base is None else Path(base), Choices(adapter=adapter), convention)
+    given = choices(adapter=adapter, component=component)
+    return inspect_path(Path(path), None if base is None else Path(base), given, convention)
 
 
 @_typed
@@ -113,14 +132,17 @@ def extract(
     convention: str | None = None,
     adapter: str | None = None,
     layout: Mapping[str, str] | None = None,
+    enable_lora: str | Mapping[str, str] | None = None,
+    already_merged: bool = False,
     base_out: PathLike | None = None,
     progress: ProgressCallback | None = None,
 ) -> ExtractReport:
     """Write the adapter inside a wrapped checkpoint as a native file, bound to the digests of its base tensors.
 
-    With `base_out`, also write the clean base checkpoint as a folder. Raises ChoiceNeeded where alpha is not stored.
+    With `base_out`, also write the clean base checkpoint as a folder. `already_merged` says that its weights hold the
+    delta: the base is then what is left without it, to rounding. Raises ChoiceNeeded where alpha is not stored.
     """
-    given = choices(alpha, scaling, config, adapter, layout)
+    given = choices(alpha, scaling, config, adapter, layout, enable_lora, already_merged)
     target = None if base_out is None else Path(base_out)
     return run_extract(Path(wrapped), Path(out), given, convention=convention, base_out=target, progress=progress)
 
@@ -173,6 +195,7 @@ def plan(
     dtype: str = "keep",
     allow_new: bool = False,
     layout: Mapping[str, str] | None = None,
+    component: str | Sequence[str] | None = None,
     digests: bool = True,
     undo: PathLike | None = None,
     link: bool = False,
@@ -188,7 +211,7 @@ def plan(
         Path(out),
         dtype=dtype,
         allow_new=allow_new,
-        choices=choices(layout=layout),
+        choices=choices(layout=layout, component=component),
         digests=digests,
         undo=None if undo is None else Path(undo),
         link=link,
@@ -207,6 +230,7 @@ def merge(
     dtype: str = "keep",
     allow_new: bool = False,
     layout: Mapping[str, str] | None = None,
+    component: str | Sequence[str] | None = None,
     digests: bool = True,
     undo: PathLike | None = None,
     link: bool = False,
@@ -218,7 +242,8 @@ def merge(
     """Write base + adapters as a checkpoint: W + sum of weight * scale * delta, rounded once.
 
     `adapters` is a path or an `Adapter`, or a list of them, each alone or as (adapter, weight). `dtype` is "keep",
-    "bf16", "fp16" or "fp32". `allow_new` permits adapters to add tensors or resize them. `undo` names a record to
+    "bf16", "fp16" or "fp32". `allow_new` permits adapters to add tensors or resize them. `component` takes only those
+    parts ("unet", "te1") of kohya and LyCORIS adapters that have several. `undo` names a record to
     write, with which `unmerge` gives the base back bit for bit. `digests=False` leaves the digests of changed tensors
     out of the receipt, which then proves less. `link` makes untouched files hard links instead of copies. `resume`
     keeps the finished files of an interrupted run of the same merge, after verifying them. `threads` workers (all
@@ -234,6 +259,7 @@ def merge(
         dtype=dtype,
         allow_new=allow_new,
         layout=layout,
+        component=component,
         digests=digests,
         undo=undo,
         link=link,
@@ -254,6 +280,7 @@ def plan_of_unmerge(
     undo: PathLike | None = None,
     exact: bool = False,
     layout: Mapping[str, str] | None = None,
+    component: str | Sequence[str] | None = None,
     threads: int | None = None,
     max_memory: int | None = None,
 ) -> Plan:
@@ -267,7 +294,7 @@ def plan_of_unmerge(
         base_path=base_path,
         undo_path=undo_path,
         exact=exact,
-        choices=choices(layout=layout),
+        choices=choices(layout=layout, component=component),
         threads=threads,
         max_memory=max_memory,
     )
@@ -283,6 +310,7 @@ def unmerge(
     undo: PathLike | None = None,
     exact: bool = False,
     layout: Mapping[str, str] | None = None,
+    component: str | Sequence[str] | None = None,
     threads: int | None = None,
     max_memory: int | None = None,
     progress: ProgressCallback | None = None,
@@ -293,7 +321,16 @@ def unmerge(
     Raises AnswerIsNo where that is impossible (a replaced tensor), or with `exact`, where it would not be exact.
     """
     planned = plan_of_unmerge(
-        merged, adapters, out, base=base, undo=undo, exact=exact, layout=layout, threads=threads, max_memory=max_memory
+        merged,
+        adapters,
+        out,
+        base=base,
+        undo=undo,
+        exact=exact,
+        layout=layout,
+        component=component,
+        threads=threads,
+        max_memory=max_memory,
     )
     return run_unmerge(planned, progress)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -61,8 +61,9 @@ class Binding:
     def bind(self) -> None:
         """Give every update of the adapters its tensor of the base, and check that it fits."""
         for part in self.parts:
-            for name, items in part.adapter.targets().items():
-                target = self._untied(name, items, part)
+            targets = part.adapter.targets()
+            for name, items in targets.items():
+                target = self._untied(name, targets, part)
                 if target is None:
                     continue
                 self.problems += self._unfit(target, items, part)
@@ -162,17 +163,17 @@ class Binding:
 
     # -- ties ---------------------------------------------------------------------------------------------------------
 
-    def _untied(self, name: str, items: list[Targeted], part: Part) -> str | None:
+    def _untied(self, name: str, targets: Mapping[str, list[Targeted]], part: Part) -> str | None:
         """The tensor that a name stands for; None where its updates are a copy of those of a tensor it is tied to."""
-        kept, others = self.base.ties.get(name), part.adapter.targets()
+        kept = self.base.ties.get(name)
         if kept is None and name in self.base.tensors:
             return name
         # A tied head is often saved with its embedding: one update under two names is one update.
         for other in [kept] if kept is not None else self._embeddings_for(name):
-            theirs = others.get(other)
+            theirs = targets.get(other)
             if theirs is None:
                 continue
-            if _same(items, theirs):
+            if _same(targets[name], theirs):
                 self.notes.append(f"{part.name}: {name} is tied to {other}; their one update is applied once")
                 self.paired.add(other)
                 return None
@@ -223,9 +224,10 @@ class Binding:
 
     def _conflicts(self) -> Iterator[Problem]:
         """Updates of different adapters whose sum is not defined; within one adapter, its own check has found them."""
+        own = [part.adapter.targets() for part in self.parts]
         for name, weighted in self.wanted.items():
             items = [item for item, _ in weighted]
-            if not any(list(overlaps(part.adapter.targets().get(name, []))) for part in self.parts):
+            if not any(list(overlaps(targets.get(name, []))) for targets in own):
                 rows = [item for item in items if item.update.kind == ReplaceRows.kind]
                 exclusive = [item for item in items if item not in rows[1:]] if _disjoint(rows) else items
                 for problem in overlaps(exclusive):

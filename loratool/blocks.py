@@ -1,13 +1,14 @@
 """One tensor of an output, a block of rows at a time: the loop of a merge, and its one dtype policy.
 
 Stored bytes -> compute dtype -> every update of every adapter -> finite? -> rounded once -> written. Buffers are used
-again for every block, and nothing as large as a tensor is held, except the factors of its updates.
+again for every block, and nothing as large as a tensor is held, except right factors of its updates.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
@@ -15,6 +16,7 @@ from blake3 import blake3
 
 from loratool.errors import InvalidFile, Mismatch, Problem
 from loratool.layout import NewTensor, Weighted
+from loratool.rounding import Exact, round_exactly, round_once, undecided
 from loratool.tensors import (
     CHUNK,
     DTYPE_BITS,
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 BLOCK_BYTES = CHUNK  # stored bytes of a row block: small enough for it and its wider copy to stay in the cache
 ROLE_ORDER = ("replace", "add", "renormalise")  # section "Merging" of the spec
 NARROW = [dtype for dtype in FLOATS if DTYPE_BITS[dtype] <= 16]
+FACTORS_AT_ONCE = 1 << 16  # numbers of a factor that are gathered at a time, to compute single elements
 
 
 class Written(NamedTuple):
@@ -49,9 +52,11 @@ class Written(NamedTuple):
 
 
 def compute_dtype(tensor: NewTensor) -> str:
-    """float32 where both ends have 16 bits or less, float64 otherwise: the result then rounds once."""
-    stored = tensor.source.dtype if tensor.source else tensor.dtype
-    return "F32" if stored in NARROW and tensor.dtype in NARROW else "F64"
+    """float32 where both ends have 16 bits or less and single elements can be settled in float64; else float64."""
+    narrow = (tensor.source.dtype if tensor.source else tensor.dtype) in NARROW and tensor.dtype in NARROW
+    elementwise = all(item.update.elementwise(weight) for item, weight in tensor.updates)
+    components = (ref for item, _ in tensor.updates for ref in item.update.components().values())
+    return "F32" if narrow and elementwise and all(ref.dtype != "F64" for ref in components) else "F64"
 
 
 class _Opened(NamedTuple):
@@ -62,6 +67,10 @@ class _Opened(NamedTuple):
     stop: int
     weight: float
     first_pass: bool
+    replaces: bool
+
+
+Part = tuple[_Opened, "torch.Tensor", int]  # an update, its rows of a block, the number of the first in its region
 
 
 def compute(
@@ -71,6 +80,7 @@ def compute(
     measure: bool = False,
     recorder: TensorRecorder | None = None,
     digests: bool = True,
+    device: str = "cpu",
 ) -> Written:
     """Compute one tensor and write it at the current position of `out`.
 
@@ -82,11 +92,9 @@ def compute(
     largest = 0.0
     reach = 0.0  # of the deltas: sums in between can be larger than both ends
     matrices, rows, columns = _matrices(tensor)
-    with _Rows(tensor, rows, columns) as source:
+    with _Rows(tensor, rows, columns, device) as source:
         for matrix in range(matrices):
-            opened = [_open(weighted, tensor, matrix, rows) for weighted in _ordered(tensor, matrix)]
-            if measure:
-                reach = max(reach, sum(abs(u.weight) * u.block.reach() for u in opened))
+            opened = [_open(weighted, tensor, matrix, rows, device) for weighted in _ordered(tensor, matrix)]
             first = matrix * rows
             if any(update.first_pass for update in opened):
                 for start, stop in _blocks(rows, columns, tensor):
@@ -100,26 +108,24 @@ def compute(
                 stored = source.read(first + start, first + stop)
                 result = stored
                 if opened or tensor.source is None or tensor.source.dtype != tensor.dtype:
-                    W = source.widened(stored, stop - start)
                     if measure:
-                        largest = max(largest, *map(abs, extremes(W)))
-                    for update, part, offset in _inside(opened, W, start, stop):
-                        update.block.apply(part, offset, update.weight)
-                    largest = max(largest, _largest_finite(W, tensor))
-                    result = round_once(W, source.out[: stop - start])
-                if recorder is not None and tensor.source is not None:
-                    merged = source.widened(result, stop - start)
-                    predicted, band = _predict(tensor, opened, merged, source.terms[: stop - start], start, stop)
-                    recorder.blocks.append(encode_block(stored, predicted, band))
-                data = as_bytes(result)
+                        largest = max(largest, *map(abs, extremes(stored)))
+                        reach = max(reach, _reach(opened, start, stop))
+                    result, high = _merged(tensor, source, opened, stored, start, stop)
+                    largest = max(largest, high)
                 if digests:
-                    before.update(as_bytes(stored))
+                    before.update(source.host(stored))
+                data = source.host(result)
+                if digests:
                     after.update(data)
                 write_all(out, data)
                 step(len(data))
+                if recorder is not None and tensor.source is not None:
+                    guess, doubtful = _predicted(tensor, source, opened, result, stored.dtype, start, stop)
+                    recorder.blocks.append(encode_block(stored, guess, doubtful()))
             if recorder is not None:
                 recorder.height = _height(rows, columns, tensor)
-                recorder.norms += [update.block.norm for update in opened if isinstance(update.block, DoraBlock)]
+                recorder.norms += [update.block.norm.cpu() for update in opened if isinstance(update.block, DoraBlock)]
     if recorder is not None and tensor.source is None and tensor.original is not None:
         _record_whole(tensor.original, recorder)
     if not digests:
@@ -131,16 +137,20 @@ def compute(
 
 def _record_whole(original: TensorRef, recorder: TensorRecorder) -> None:
     """Record a tensor that nothing predicts, because the merge gave it another shape: against zeros."""
+    import torch
+
     tensor = NewTensor(original.name, original, original.dtype, original.shape)
     _, rows, columns = _matrices(tensor)
     recorder.height = _height(rows, columns, tensor)
     with _Rows(tensor, rows, columns) as source:
         for start, stop in _blocks(rows, columns, tensor):
-            zeros = source.W[: stop - start].zero_()
-            recorder.blocks.append(encode_block(source.read(start, stop), zeros, zeros.clone()))
+            stored = source.read(start, stop)
+            recorder.blocks.append(encode_block(stored, torch.zeros_like(stored), _none()))
 
 
-def restore(tensor: NewTensor, record: UndoTensor, out: BinaryIO, step: Callable[[int], None]) -> Written:
+def restore(
+    tensor: NewTensor, record: UndoTensor, out: BinaryIO, step: Callable[[int], None], device: str = "cpu"
+) -> Written:
     """Write the base's tensor: predicted from the merged one in `tensor.source`, corrected by its undo record.
 
     `tensor.updates` carry the weights of the merge. Raises InvalidFile for a record that does not fit.
@@ -149,19 +159,19 @@ def restore(tensor: NewTensor, record: UndoTensor, out: BinaryIO, step: Callable
     after = blake3()
     matrices, rows, columns = _matrices(tensor)
     blocks, norms = record.read_blocks(), iter(record.norms)
+    dtype = torch_dtype(tensor.dtype)
     try:
-        with _Rows(tensor, rows, columns, record.height) as source:
+        with _Rows(tensor, rows, columns, device, record.height) as source:
             for matrix in range(matrices):
-                opened = [_open(weighted, tensor, matrix, rows) for weighted in _ordered(tensor, matrix)]
+                opened = [_open(weighted, tensor, matrix, rows, device) for weighted in _ordered(tensor, matrix)]
                 for update in opened:
                     if isinstance(update.block, DoraBlock):
-                        update.block.norm = next(norms).read().reshape(update.block.norm.shape)
+                        update.block.norm = next(norms).read().reshape(update.block.norm.shape).to(device)
                 first = matrix * rows
                 for start, stop in _blocks(rows, columns, tensor, record.height):
-                    stored = source.read(first + start, first + stop)
-                    W = source.widened(stored, stop - start)
-                    predicted, _ = _predict(tensor, opened, W, source.terms[: stop - start], start, stop)
-                    data = as_bytes(decode_block(next(blocks), predicted, torch_dtype(tensor.dtype)))
+                    merged = source.read(first + start, first + stop)
+                    guess, _ = _predicted(tensor, source, opened, merged, dtype, start, stop)
+                    data = as_bytes(decode_block(next(blocks), guess))
                     after.update(data)
                     write_all(out, data)
                     step(len(data))
@@ -173,32 +183,153 @@ def restore(tensor: NewTensor, record: UndoTensor, out: BinaryIO, step: Callable
     return Written(None, f"blake3:{after.hexdigest()}", 0.0)
 
 
-def _predict(
-    tensor: NewTensor, opened: list[_Opened], W: torch.Tensor, terms: torch.Tensor, start: int, stop: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merged rows W, in place, with the updates taken out again; and how far from the exact result they can be.
+# --- a block there and back ------------------------------------------------------------------------------------------
 
-    Every operation's error is at most u times what it computes with; in all (k + 8) u (|p| + terms), where terms are
-    the magnitudes that were subtracted and k the length of the longest sums. Doubled, so that two machines, each
-    within the band of the exact result, are within it of each other.
-    """
+
+def _merged(
+    tensor: NewTensor, source: _Rows, opened: list[_Opened], stored: torch.Tensor, start: int, stop: int
+) -> tuple[torch.Tensor, float]:
+    """Rows start:stop of the result, in the output's dtype; and their largest magnitude, which is finite."""
+    W = source.widened(stored, stop - start)
+    inside = [*_inside(opened, W, start, stop)]
+    for update, part, offset in inside:
+        update.block.apply(part, offset, update.weight)
+    peaks = _peaks(W)
+    largest = _finite(float(peaks.max()), tensor)
+    out = source.buffer("out", torch_dtype(tensor.dtype), stop - start)
+    if not inside or compute_dtype(tensor) == "F64":
+        return round_once(W, out), largest
+    size = _size(inside, W, start)
+    low = source.buffer("low", out.dtype, stop - start)
+    exact = _exact(opened, stored, start)
+    round_exactly(W, _single_band(inside, size, peaks), out, low, exact, _at_once(inside))
+    return out, largest
+
+
+def _predicted(
+    tensor: NewTensor,
+    source: _Rows,
+    opened: list[_Opened],
+    merged: torch.Tensor,
+    dtype: torch.dtype,
+    start: int,
+    stop: int,
+) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
+    """The base's rows start:stop as they follow from the merged ones, in the base's dtype; and what tells the flat
+    indices, ascending, of the elements for which another machine may find a neighbour."""
+
+    guess = source.buffer("guess", dtype, stop - start)
+    if merged.dtype == dtype and not [*_inside(opened, merged, start, stop)]:
+        return guess.copy_(merged), _none
+    W = source.widened(merged, stop - start)
+    inside = [*_inside(opened, W, start, stop)][::-1]
+    if not inside or compute_dtype(tensor) == "F64":
+        terms = W.new_zeros(stop - start, 1)
+        for update, part, offset in inside:
+            place = offset + update.start - start
+            update.block.revert(part, terms[place : place + len(part)], offset, update.weight)
+        round_once(W, guess)
+        doubt = _double_band(tensor, len(opened), terms, W)
+        return guess, lambda: undecided(W, doubt, dtype).view(-1).nonzero().view(-1)
+    for update, part, offset in inside:
+        if not update.replaces:  # what was replaced can not be predicted
+            update.block.apply(part, offset, -update.weight)
+    size = _size(inside, W, start)
+    low = source.buffer("low guess", dtype, stop - start)
+    exact = _exact(opened, merged, start, back=True)
+    where, values = round_exactly(W, _single_band(inside, size, _peaks(W)), guess, low, exact, _at_once(inside))
+
+    def doubtful() -> torch.Tensor:
+        sizes = size.view(-1)[where // W.shape[1]].double()
+        return where[undecided(values, _double_band(tensor, len(opened), sizes, values), dtype)]
+
+    return guess, doubtful
+
+
+def _none() -> torch.Tensor:
     import torch
 
-    terms.zero_()
-    for update, part, offset in reversed([*_inside(opened, W, start, stop)]):
-        low = offset + update.start - start
-        update.block.revert(part, terms[low : low + len(part)], offset, update.weight)
-    ranks = [
+    return torch.empty(0, dtype=torch.int64)
+
+
+def _peaks(W: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude of each row, [rows, 1]; NaN if there is one."""
+    import torch
+
+    return torch.maximum(W.amax(dim=1, keepdim=True), W.amin(dim=1, keepdim=True).neg_())
+
+
+def _size(inside: Sequence[Part], W: torch.Tensor, start: int) -> torch.Tensor:
+    """[rows, 1]: the magnitudes of everything that is added to a row of a block, summed."""
+    size = W.new_zeros(len(W), 1)
+    for update, part, offset in inside:
+        if update.block.steps:
+            place = offset + update.start - start
+            magnitude = update.block.magnitude(offset, offset + len(part))
+            size[place : place + len(part)].add_(magnitude, alpha=abs(update.weight))
+    return size
+
+
+def _single_band(inside: Sequence[Part], size: torch.Tensor, peaks: torch.Tensor) -> torch.Tensor:
+    """[rows, 1]: how far a row's elements, computed in float32, can be from the exact ones.
+
+    In each step a sum of `length` products is scaled and added: at most length + 2 roundings of its magnitude, and one
+    of the result; no result in between is larger than the last one and all that was added. The last 4 are for adding
+    the band itself, twice, and for its own rounding. What is flushed to zero on the way may be scaled afterwards.
+    """
+    steps = sum(update.block.steps for update, _, _ in inside)
+    length = max((update.block.length for update, _, _ in inside), default=0)
+    unit, tiny = 2.0**-24, 2.0**-126
+    factor = max((abs(u.block.scale * u.weight) for u, _, _ in inside if u.block.steps), default=0.0)
+    flushed = (length + 2) * steps * tiny * max(1.0, factor)
+    band = size.mul((length + 2 + steps) * unit).add_(size.sign(), alpha=flushed)
+    return band.add_(peaks, alpha=(steps + 4) * unit)
+
+
+def _double_band(tensor: NewTensor, count: int, size: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """How far `values`, computed in float64 by `count` updates, can be from the exact ones: section 5 of UNDO.md."""
+    import torch
+
+    sums = [
         (item.update.scaling.rank or 1) * sum(name.startswith(("B", "mid")) for name in item.update.components())
         for item, _ in tensor.updates
         if item.update.scaling
     ]
-    unit = torch.finfo(W.dtype).eps / 2
-    longest = max(ranks, default=0) + 2 * len(opened)
-    # terms * (k + 8) u + 8 u |p|
-    band = terms.add_(torch.finfo(W.dtype).tiny / unit).mul_(2 * (longest + 8) * unit)
-    band.add_(W.abs(), alpha=2 * (len(opened) + 8) * unit)
-    return W, band
+    unit, tiny = 2.0**-53, torch.finfo(torch.float64).tiny
+    longest = max(sums, default=0) + 2 * count
+    return values.abs().mul_((count + 8) * unit).add_((size + tiny / unit) * ((longest + 8) * unit))
+
+
+def _exact(opened: list[_Opened], stored: torch.Tensor, start: int, back: bool = False) -> Exact:
+    """Computes single elements of a block, whose first row is `start`, in float64: there or back."""
+
+    def exact(where: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        row = where // stored.shape[1]
+        column, row = where - row * stored.shape[1], row + start
+        # A new tensor starts from zeros.
+        values = stored.view(-1)[where].double() if len(stored) else torch.zeros_like(where, dtype=torch.float64)
+        for update in opened[::-1] if back else opened:
+            if back and update.replaces:
+                continue
+            weight = -update.weight if back else update.weight
+            if update.start <= start and start + len(stored) <= update.stop:
+                update.block.apply_at(values, row - update.start, column, weight)
+                continue
+            inside = ((row >= update.start) & (row < update.stop)).nonzero().view(-1)
+            part = values[inside]
+            update.block.apply_at(part, row[inside] - update.start, column[inside], weight)
+            values[inside] = part
+        return values
+
+    return exact
+
+
+def _at_once(inside: Sequence[Part]) -> int:
+    """How many single elements to compute at a time: their factors are gathered for it."""
+    gathered = sum(update.block.length * update.block.steps for update, _, _ in inside)
+    return max(64, FACTORS_AT_ONCE // max(1, gathered))
 
 
 def _matrices(tensor: NewTensor) -> tuple[int, int, int]:
@@ -226,17 +357,15 @@ def _held(weighted: Weighted) -> Weighted:
     )
 
 
-def _open(weighted: Weighted, tensor: NewTensor, matrix: int, rows: int) -> _Opened:
+def _open(weighted: Weighted, tensor: NewTensor, matrix: int, rows: int, device: str) -> _Opened:
     target, update = weighted.item.target, weighted.item.update
     expert = matrix if target.experts is not None else None
     start, stop = target.rows or (0, rows)
-    block = update.open(torch_dtype(compute_dtype(tensor)), expert)
-    return _Opened(block, start, stop, weighted.weight, update.first_pass)
+    block = update.open(torch_dtype(compute_dtype(tensor)), expert, device)
+    return _Opened(block, start, stop, weighted.weight, update.first_pass, update.role == "replace")
 
 
-def _inside(
-    opened: list[_Opened], W: torch.Tensor, start: int, stop: int
-) -> Iterator[tuple[_Opened, torch.Tensor, int]]:
+def _inside(opened: list[_Opened], W: torch.Tensor, start: int, stop: int) -> Iterator[Part]:
     """Each update with its rows of a block, and the number of the first of them within the update's region."""
     for update in opened:
         low, high = max(start, update.start), min(stop, update.stop)
@@ -256,81 +385,107 @@ def _blocks(rows: int, columns: int, tensor: NewTensor, height: int = 0) -> Iter
 
 
 class _Rows:
-    """Blocks of rows of a tensor, in buffers that are used again for every block: stored, computed, to be written."""
+    """Blocks of rows of a tensor, in buffers that are used again for every block.
 
-    def __init__(self, tensor: NewTensor, rows: int, columns: int, height: int = 0) -> None:
-        import torch
+    On another device than the CPU, what is read and written passes through pinned memory; every worker has its own
+    stream, so that one worker's transfers overlap with another's arithmetic.
+    """
 
-        height = min(rows, height) or _height(rows, columns, tensor)
+    def __init__(self, tensor: NewTensor, rows: int, columns: int, device: str = "cpu", height: int = 0) -> None:
         self.source = tensor.source
+        self.height = min(rows, height) or _height(rows, columns, tensor)
         self.columns = columns
-        self.stored = torch.empty(height, columns, dtype=torch_dtype(tensor.source.dtype if tensor.source else "U8"))
-        self.W = torch.empty(height, columns, dtype=torch_dtype(compute_dtype(tensor)))
-        self.out = torch.empty(height, columns, dtype=torch_dtype(tensor.dtype))
-        self.terms = torch.empty(height, columns, dtype=self.W.dtype)
+        self.device = device
+        self.compute = torch_dtype(compute_dtype(tensor))
+        self.buffers: dict[str, torch.Tensor] = {}
+        self.stack = ExitStack()
 
     def __enter__(self) -> _Rows:
         self.file: BinaryIO | None = None
         self.held: torch.Tensor | None = None
         source = self.source
+        if self.device != "cpu":
+            self.stack.enter_context(_own_stream(self.device))
         if source is not None and isinstance(source.data, FileSpan) and not source.views:
             self.span = source.data
-            self.file = open_to_read(source.data.path)
+            self.file = self.stack.enter_context(open_to_read(source.data.path))
         elif source is not None and source.numel:
             self.held = source.read().reshape(-1, self.columns)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.file is not None:
-            self.file.close()
+        self.stack.close()
+
+    def buffer(self, role: str, dtype: torch.dtype, rows: int, host: bool = False) -> torch.Tensor:
+        """[rows, columns] of memory, the same each time."""
+        import torch
+
+        if role not in self.buffers:
+            place = "cpu" if host else self.device
+            pinned = host and self.device != "cpu"
+            self.buffers[role] = torch.empty(self.height, self.columns, dtype=dtype, device=place, pin_memory=pinned)
+        return self.buffers[role][:rows]
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Rows start:stop as stored, [rows, columns]; none for a new tensor."""
+        dtype = torch_dtype(self.source.dtype if self.source else "U8")
         if self.file is not None:
-            stored = self.stored[: stop - start]
+            stored = self.buffer("stored", dtype, stop - start, host=True)
             self.file.seek(self.span.offset + start * self.columns * stored.element_size())
             read_exactly(self.file, as_bytes(stored), self.span.path)
-            return stored
-        return self.stored[:0] if self.held is None else self.held[start:stop].contiguous()
+        elif self.held is not None:
+            stored = self.held[start:stop].contiguous()
+        else:
+            stored = self.buffer("stored", dtype, 0, host=True)
+        return stored if self.device == "cpu" else stored.to(self.device, non_blocking=True)
 
     def widened(self, stored: torch.Tensor, rows: int) -> torch.Tensor:
         """A block in the compute dtype, [rows, columns]; zeros for a new tensor."""
-        W = self.W[:rows]
+        W = self.buffer("W", self.compute, rows)
         return W.copy_(stored) if self.source is not None else W.zero_()
 
+    def host(self, values: torch.Tensor) -> memoryview:
+        """The bytes of a block, in the memory of the CPU."""
+        if values.device.type == "cpu":
+            return as_bytes(values)
+        return as_bytes(self.buffer(f"host {values.dtype}", values.dtype, len(values), host=True).copy_(values))
 
-def round_once(values: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Round into `out`, of the same shape and the output's dtype: once, to nearest, ties to even.
 
-    torch goes from float64 to 16 bits through float32, which rounds twice; here the float32 in between is rounded to
-    odd, after which the second rounding is the only one that shows (Boldo and Melquiond, 2008).
-    """
+@contextmanager
+def _own_stream(device: str) -> Iterator[None]:
+    """What this thread computes on a GPU waits for nothing that other threads do."""
     import torch
 
-    if values.dtype == torch.float64 and out.element_size() == 2:
-        near = values.to(torch.float32)
-        even = (near.view(torch.int32) & 1) == 0
-        error = values - near.to(torch.float64)
-        toward = torch.where(error > 0, torch.inf, -torch.inf).to(torch.float32)
-        inexact = (error != 0) & near.isfinite()
-        values = torch.where(inexact & even, torch.nextafter(near, toward), near)
-    return out.copy_(values)
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
+        yield
 
 
-def _largest_finite(W: torch.Tensor, tensor: NewTensor) -> float:
+def _reach(opened: list[_Opened], start: int, stop: int) -> float:
+    """No element of the deltas' sum, in rows start:stop, is larger."""
+    return sum(
+        abs(update.weight) * float(update.block.magnitude(low - update.start, high - update.start).max())
+        for update in opened
+        if (low := max(start, update.start)) < (high := min(stop, update.stop))
+    )
+
+
+def _finite(largest: float, tensor: NewTensor) -> float:
     """The largest magnitude of a computed block, which must be finite in the output's dtype as well.
 
-    Rounding is monotonic: if the extremes stay finite, so does everything between them.
+    Rounding is monotonic: if the largest stays finite, so does everything else.
     """
     import torch
 
-    ends = torch.tensor(extremes(W), dtype=W.dtype)
-    if not all_finite(round_once(ends, torch.empty(2, dtype=torch_dtype(tensor.dtype)))):
+    dtype = torch_dtype(tensor.dtype)
+    if largest <= torch.finfo(dtype).max:
+        return largest
+    end = torch.tensor([largest], dtype=torch_dtype(compute_dtype(tensor)))
+    if not all_finite(round_once(end, torch.empty(1, dtype=dtype))):
         what = f"{tensor.name} would have NaN or infinity in {tensor.dtype}"
         raise Mismatch(
             Problem("E-NONFINITE", what, tensor.name, "is the scale right? a wider --dtype may hold it", "R-061")
         )
-    return float(ends.abs().max())
+    return largest
 
 
 def _rounding_bound(tensor: NewTensor, largest: float, reach: float) -> float:

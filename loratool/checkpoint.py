@@ -1,26 +1,35 @@
-"""Checkpoints on disk: one file, or shards with an index; safetensors or pickles. Lazy, with no idea of LoRA."""
+"""Checkpoints on disk: one file, shards with an index, or a diffusers pipeline of several such folders; safetensors or
+pickles. Lazy, with no idea of LoRA."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 from loratool.container import Header, read_header, strict_json
 from loratool.errors import ChoiceNeeded, InvalidFile, Problem
+from loratool.gguf import read_gguf
+from loratool.npz import read_npz
 from loratool.pickles import STATE_KEYS, Pickled, Tree, read_tree
 from loratool.tensors import InMemory, TensorRef
 
 T = TypeVar("T")
 
-PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".lora")  # the last is litgpt's lit_model.pth.lora
+OTHER_SUFFIXES = (".npz", ".gguf")  # adapters of mlx-lm before 2024-05, and of llama.cpp
 # Weights in other formats beside the ones that are read: stale after a merge, so they are not companions.
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES, ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz", ".tflite")
-PREFERRED = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin", "adapter_model.bin")
+PREFERRED = (
+    "model.safetensors", "diffusion_pytorch_model.safetensors", "adapter_model.safetensors", "adapters.safetensors",
+    "pytorch_model.bin", "diffusion_pytorch_model.bin", "adapter_model.bin", "adapters.npz",
+)  # fmt: skip
+PIPELINE_INDEX = "model_index.json"  # names the components of a diffusers pipeline, each a folder of its own
+_INDEX = re.compile(r"\.index(\.\w+)?\.json$")  # diffusers puts a variant's name inside: .index.fp16.json
 # Segments that wrappers leave in names: torch.compile, FSDP1, activation checkpointing.
 WRAPPER_SEGMENTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 EMA_COUNTER = "n_averaged"  # of torch's AveragedModel
@@ -29,7 +38,7 @@ SKIPPED_FOLDERS = {".git", ".cache", "__pycache__"}
 
 @dataclass(frozen=True)
 class Shard:
-    """One weights file. `header` is None for a pickle; `tensors` goes by stored names, in stored order."""
+    """One weights file. `header` is safetensors' only; `tensors` goes by stored names, in stored order."""
 
     path: Path
     tensors: Mapping[str, TensorRef]
@@ -43,6 +52,9 @@ class Checkpoint:
 
     `tensors` goes by clean names: without the prefixes and segments that DDP, torch.compile, FSDP and activation
     checkpointing leave. `notes` says what was cleaned.
+
+    A pipeline has `components`, checkpoints themselves, by name. Its own tensors are theirs, called COMPONENT.TENSOR by
+    clean and by stored name; a shard and its tensors keep the names that the file has.
     """
 
     path: Path
@@ -50,6 +62,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorRef]
     index: Path | None = None
     notes: tuple[str, ...] = ()
+    components: Mapping[str, Checkpoint] = field(default_factory=dict)
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -69,23 +82,56 @@ class Checkpoint:
         path = self.folder / name
         return read_json(path) if path.is_file() else None
 
-    def companions(self) -> list[Path]:
-        """Files of the folder that are not weights, relative to it; a single file has none."""
+    def companions(self, changed: Collection[str] = ()) -> list[Path]:
+        """Files of the folder that are no weights of it, relative to it; a single file has none.
+
+        Weights in other formats and precisions would be stale after a merge, so they are none. A pipeline's component
+        that is not among the `changed` ones keeps them.
+        """
         if not self.path.is_dir():
             return []
+        return [path for path in self._files() if self._stays(path, changed)]
+
+    def left_out(self, changed: Collection[str] = ()) -> list[Path]:
+        """Weights of a pipeline's folder that an output with those components changed has no more, relative to it."""
+        if not self.components:
+            return []
+        read = {shard.path.relative_to(self.path) for shard in self.shards}
+        stay = {*self.companions(changed), *read}
+        return [path for path in self._files() if path not in stay and path.name.endswith(WEIGHT_SUFFIXES)]
+
+    def _files(self) -> list[Path]:
         return sorted(
             path.relative_to(self.path)
             for path in self.path.rglob("*")
             if path.is_file()
-            and not path.name.endswith((*WEIGHT_SUFFIXES, ".index.json"))
             and not SKIPPED_FOLDERS & set(path.relative_to(self.path).parts)
             and ".partial-" not in path.as_posix()  # left by a killed run
         )
+
+    def _stays(self, path: Path, changed: Collection[str]) -> bool:
+        if not path.name.endswith(WEIGHT_SUFFIXES) and not _INDEX.search(path.name):
+            return True
+        component = path.parts[0]
+        if not self.components or len(path.parts) == 1 or component in changed:
+            return False
+        part = self.components.get(component)
+        # The output's own files are written otherwise; those of a pickled component that does not change are not.
+        written = [] if part is None or part.pickled else [part.index, *(shard.path for shard in part.shards)]
+        return self.path / path not in written
+
+    @property
+    def pickled(self) -> bool:
+        """Whether the weights are pickles, which an output has as safetensors."""
+        return any(shard.header is None for shard in self.shards)
 
     @cached_property
     def ties(self) -> Mapping[str, str]:
         """Names that stand for another tensor of the checkpoint: absent ones recorded as dropped by safetensors'
         `save_model`, and the second and later names of one storage in a pickle."""
+        if self.components:
+            pairs = ((name, *tie) for name, part in self.components.items() for tie in part.ties.items())
+            return {f"{name}.{other}": f"{name}.{kept}" for name, other, kept in pairs}
         dropped = {
             name: kept for name, kept in self.metadata.items() if kept in self.tensors and name not in self.tensors
         }
@@ -106,6 +152,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     if not path.exists():
         raise InvalidFile(Problem("E-MISSING", f"{path} does not exist", str(path), "check the path"))
+    if (path / PIPELINE_INDEX).is_file():
+        return _open_pipeline(path)
     files, index = (_files_of(path), None) if path.is_file() else _find_weights(path)
     if index is not None:
         weight_map = _weight_map(index)
@@ -118,6 +166,41 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not tensors:
         raise InvalidFile(Problem("E-EMPTY", "there is no tensor in it", str(path)))
     return Checkpoint(path, shards, tensors, index, notes)
+
+
+def _open_pipeline(folder: Path) -> Checkpoint:
+    """A diffusers pipeline: every component that has weights. Schedulers, tokenizers and the like have none."""
+    parts = {}
+    for name in _component_names(folder):
+        if any(path.name.endswith((".safetensors", *PICKLE_SUFFIXES)) for path in (folder / name).iterdir()):
+            if not (folder / name / "config.json").is_file():
+                what = f"the component {name} has weights and no config.json: no pipeline can load it"
+                raise InvalidFile(Problem("E-MISSING", what, str(folder), "incomplete download?"))
+            parts[name] = open_checkpoint(folder / name)
+    if not parts:
+        raise InvalidFile(Problem("E-MISSING", "no component of this pipeline has weights", str(folder)))
+    tensors = {
+        f"{name}.{clean}": replace(ref, name=f"{name}.{ref.name}")
+        for name, part in parts.items()
+        for clean, ref in part.tensors.items()
+    }
+    notes = tuple(f"{name}: {note}" for name, part in parts.items() for note in part.notes)
+    return Checkpoint(
+        folder, tuple(shard for part in parts.values() for shard in part.shards), tensors, None, notes, parts
+    )
+
+
+def _component_names(folder: Path) -> list[str]:
+    """The components that model_index.json lists as [library, class] and that have a folder."""
+    listed = read_json(folder / PIPELINE_INDEX)
+    names = [name for name, kind in listed.items() if isinstance(kind, list) and not name.startswith("_")]
+    if wrong := [name for name in names if not re.fullmatch(r"\w{1,100}", name)]:
+        what = f"{PIPELINE_INDEX} lists a component {wrong[0]!r:.80}, which names no folder"
+        raise InvalidFile(Problem("E-INDEX", what, str(folder)))
+    folders = [name for name in sorted(names) if (folder / name).is_dir()]
+    if nested := [name for name in folders if (folder / name / PIPELINE_INDEX).is_file()]:
+        raise InvalidFile(Problem("E-INDEX", f"the component {nested[0]} is itself a pipeline", str(folder)))
+    return folders
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -141,15 +224,16 @@ def _readable(path: Path, read: Callable[[Path], T]) -> T:
 
 
 def _files_of(path: Path) -> list[Path]:
-    if path.suffix == ".safetensors" or path.suffix in PICKLE_SUFFIXES:
+    if path.suffix in (".safetensors", *PICKLE_SUFFIXES, *OTHER_SUFFIXES):
         return [path]
-    hint = "give the folder itself" if path.name.endswith(".index.json") else "safetensors, .pt, .pth and .bin are read"
+    known = ", ".join((".safetensors", *PICKLE_SUFFIXES, *OTHER_SUFFIXES))
+    hint = "give the folder itself" if path.name.endswith(".index.json") else f"{known} are read"
     raise InvalidFile(Problem("E-SUFFIX", f"{path.name} is not a weights file", str(path), hint))
 
 
 def _find_weights(folder: Path) -> tuple[list[Path], Path | None]:
     """The weights of a folder: an index with its shards, a well-known name, or the only file there is."""
-    for kinds in ((".safetensors",), PICKLE_SUFFIXES):
+    for kinds in ((".safetensors",), PICKLE_SUFFIXES, OTHER_SUFFIXES):
         indexes = sorted(p for p in folder.glob("*.index.json") if p.name.removesuffix(".index.json").endswith(kinds))
         if len(indexes) == 1:
             return [], indexes[0]
@@ -223,6 +307,11 @@ def _open_shard(path: Path) -> Shard:
     if path.suffix == ".safetensors":
         header = read_header(path)
         return Shard(path, header.tensors, header.metadata, header)
+    if path.suffix == ".gguf":
+        parsed = read_gguf(path)
+        return Shard(path, parsed.tensors, parsed.metadata, None)
+    if path.suffix == ".npz":
+        return Shard(path, read_npz(path), {}, None)
     return Shard(path, _state_dict(read_tree(path), path), {}, None)
 
 

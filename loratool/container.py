@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.errors import InvalidFile, Problem
-from loratool.tensors import DTYPE_BITS, FileSpan, Shape, TensorRef, is_int
+from loratool.tensors import DTYPE_BITS, FileSpan, FileState, Shape, TensorRef, is_int, reading
 
 MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 MAX_DEPTH = 16
@@ -72,7 +72,8 @@ def strict_json(text: str, where: str, code: str, rule: str) -> Any:
     too_deep = Problem("E-LIMIT", f"JSON is nested deeper than {MAX_DEPTH} levels", where, rule=rule)
     try:
         document = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_int=_whole)
-        json.dumps(document, ensure_ascii=False).encode("utf-8")  # refuses an escaped lone surrogate
+        if "\\u" in text:  # the only way to a lone surrogate, which can not be encoded
+            json.dumps(document, ensure_ascii=False).encode("utf-8")
     except _Duplicate as error:
         raise InvalidFile(
             Problem("E-DUPLICATE", f"the name {str(error)!r} occurs twice in one JSON object", where, rule="R-003")
@@ -93,8 +94,9 @@ def _is_shape(value: object) -> bool:
 def read_header(path: Path) -> Header:
     """Parse and check the header of a safetensors file. Raises InvalidFile with every problem found."""
     where = str(path)
-    with path.open("rb") as file:
-        file_size = os.fstat(file.fileno()).st_size
+    with reading(path), path.open("rb") as file:
+        state = FileState.noted(path, os.fstat(file.fileno()))
+        file_size = state.size
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= length <= MAX_HEADER or 8 + length > file_size:
@@ -120,12 +122,13 @@ def read_header(path: Path) -> Header:
     metadata = {} if metadata is None else metadata  # the safetensors library reads null so
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise InvalidFile(Problem("E-HEADER", "`__metadata__` is not an object of strings", where, rule="R-004"))
-    tensors = _tensors(path, document, 8 + length, file_size - 8 - length)
+    tensors = _tensors(state, document, 8 + length, file_size - 8 - length)
     return Header(path, 8 + length, tensors, metadata, file_size, text)
 
 
-def _tensors(path: Path, document: Mapping[str, Any], start: int, data_size: int) -> dict[str, TensorRef]:
+def _tensors(state: FileState, document: Mapping[str, Any], start: int, data_size: int) -> dict[str, TensorRef]:
     """Check every entry and the tiling; return references in order of offset."""
+    path = state.path
     problems = [
         problem for name, entry in document.items() if (problem := _check_entry(name, entry, str(path))) is not None
     ]
@@ -147,7 +150,7 @@ def _tensors(path: Path, document: Mapping[str, Any], start: int, data_size: int
             )
         position = end
         shape = tuple(entry["shape"])
-        tensors[name] = TensorRef(name, entry["dtype"], shape, FileSpan(path, start + begin), shape)
+        tensors[name] = TensorRef(name, entry["dtype"], shape, FileSpan(path, start + begin, state), shape)
     if position != data_size:
         what = "the file is truncated" if data_size < position else "bytes are left over"
         raise InvalidFile(

@@ -15,9 +15,9 @@ from loratool.conventions.choices import Choices
 from loratool.errors import ChoiceNeeded, OutputRefused, Problem, Unsupported
 from loratool.layout import output_files, output_index
 from loratool.merge import ProgressCallback, run_copy
-from loratool.plan import FileState, Plan, settled
-from loratool.staging import refuse_existing
-from loratool.tensors import TensorRef
+from loratool.plan import Plan, settled
+from loratool.staging import refuse_existing, take_back
+from loratool.tensors import Computed, TensorRef
 from loratool.updates import Replace
 from loratool.version import TOOL
 
@@ -60,7 +60,7 @@ def run_extract(
     if problems:
         raise OutputRefused(problems)
     source = open_checkpoint(wrapped)
-    inputs = [FileState.of(shard.path) for shard in source.shards]
+    inputs = {ref.data.state for ref in source.tensors.values() if ref.data.state is not None}
     chosen = conventions.choose(source, convention)
     base = chosen.unwrap(source, choices)
     if not base:
@@ -75,28 +75,37 @@ def run_extract(
     adapter = chosen.read(source, choices, None)
     if unknown := adapter.unknown_scales():
         config = "; or --config adapter_config.json" if chosen is conventions.peft_wrapped else ""
-        hint = choices.unknown_scale_hint() + config
+        rules = {item.update.scaling.rule for item in unknown if item.update.scaling}
+        hint = choices.unknown_scale_hint(min(rules)) + config
         raise ChoiceNeeded(replace(native_format.unknown_alpha(unknown), where=str(wrapped), hint=hint))
     identity = replace(adapter.base, tensors=_identities(adapter, base))
     adapter = replace(adapter, base=identity, provenance={**adapter.provenance, "tool": TOOL})
-    with native_format.writing(adapter, out):  # appears last: if the base can not be written, neither is there
-        if base_out is not None:
-            run_copy(settled(_base_plan(source, base, base_out)), progress)
-        for known in inputs:
-            known.check()
+    written = None
+    try:
+        with native_format.writing(adapter, out):  # appears last: if the base can not be written, neither is there
+            if base_out is not None:
+                run_copy(settled(_base_plan(source, base, base_out)), progress)
+                written = base_out.stat()
+            for known in inputs:
+                known.check()
+    except BaseException:
+        if base_out is not None and written is not None:
+            take_back(base_out, written)
+        raise
     return ExtractReport(adapter, chosen.NAME, chosen.TITLE, out, base_out)
 
 
 def _identities(adapter: Adapter, base: Mapping[str, TensorRef]) -> dict[str, TensorIdentity]:
     """Digests of the base tensors that the updates change.
 
-    A tensor that was trained in place has no base in the file: its "base" is the very value that replaces it.
+    A tensor that was trained in place has no base in the file: its "base" is the very value that replaces it. One that
+    was computed (a delta subtracted again) is the base's only up to rounding.
     """
     own = {item.target.name: item.update.value.data for item in adapter.updates if isinstance(item.update, Replace)}
     return {
         name: TensorIdentity(base[name].digest(), base[name].dtype, base[name].shape)
         for name in adapter.targets()
-        if name in base and own.get(name) != base[name].data
+        if name in base and own.get(name) != base[name].data and not isinstance(base[name].data, Computed)
     }
 
 
@@ -104,7 +113,7 @@ def _base_plan(source: Checkpoint, base: Mapping[str, TensorRef], out: Path) -> 
     """The clean base, in shards like the wrapped checkpoint's."""
     stored = {ref.name: clean for clean, ref in base.items()}
     shards = tuple(
-        Shard(shard.path, {stored[name]: ref for name, ref in shard.tensors.items() if name in stored}, {}, None)
+        Shard(shard.path, {stored[name]: base[stored[name]] for name in shard.tensors if name in stored}, {}, None)
         for shard in source.shards
     )
     checkpoint = Checkpoint(source.path, shards, base, source.index)

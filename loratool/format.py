@@ -52,6 +52,7 @@ COMPONENTS: dict[str, tuple[set[str], ...]] = {
     "add": ({"value"},),
     "replace_rows": ({"index", "value"},),
 }
+_PARTS = {kind: frozenset().union(*choices) for kind, choices in COMPONENTS.items()}  # every one it can have
 
 
 def is_native(metadata: Mapping[str, str]) -> bool:
@@ -72,7 +73,12 @@ def read(path: Path) -> Adapter:
 
     Raises InvalidFile with every broken rule, Unsupported for a version, feature or kind of a later format.
     """
-    return _parse(read_header(path)).adapter
+    return adapter_of(read_header(path))
+
+
+def adapter_of(header: Header) -> Adapter:
+    """The adapter that a header describes; raises like `read`."""
+    return _parse(header).adapter
 
 
 def _parse(header: Header) -> _Parsed:
@@ -229,18 +235,17 @@ class _Reader:
     def components(self, what: str, prefix: str, kind: str, is_dora: bool) -> dict[str, TensorRef]:
         """The tensors of one update; exactly one of the kind's component sets must be there."""
         extra = {"magnitude"} if is_dora else set()
-        every = set().union(*COMPONENTS[kind]) | extra
-        present = {part for part in every if prefix + part in self.tensors}
-        self.used |= {prefix + part for part in present}
-        if present - extra not in COMPONENTS[kind] or not extra <= present:
+        parts = {part: self.tensors[prefix + part] for part in _PARTS[kind] | extra if prefix + part in self.tensors}
+        self.used.update(prefix + part for part in parts)
+        if parts.keys() - extra not in COMPONENTS[kind] or not extra <= parts.keys():
             choices = " or ".join(", ".join(sorted(choice | extra)) for choice in COMPONENTS[kind])
             self.complain(
                 "E-COMPONENTS",
                 "R-030",
-                f"{what} has the tensors {sorted(present)} under {prefix!r}; {kind} needs {choices}",
+                f"{what} has the tensors {sorted(parts)} under {prefix!r}; {kind} needs {choices}",
             )
             return {}
-        return {part: self.tensors[prefix + part] for part in sorted(present)}
+        return parts
 
     def scaling(self, what: str, kind: str, entry: dict[str, Any], parts: Mapping[str, TensorRef]) -> Scaling:
         """Rank, alpha, rule and scale of an update, and that they agree (R-024 to R-026)."""
@@ -457,10 +462,10 @@ def content_digest(adapter: Adapter) -> str:
     from blake3 import blake3
 
     hasher = blake3()
-    keyed = sorted(adapter.updates, key=lambda item: _canonical_json(_entry(item)).encode())
-    for item in keyed:
-        hasher.update(_canonical_json(_entry(item)).encode())
-        for part, tensor in sorted(item.update.components().items()):
+    entries = [(_canonical_json(_entry(item)).encode(), item.update) for item in adapter.updates]
+    for entry, update in sorted(entries, key=lambda pair: pair[0]):
+        hasher.update(entry)
+        for part, tensor in sorted(update.components().items()):
             hasher.update(f"\n{part} {tensor.dtype} {list(tensor.shape)}\n".encode())
             for chunk in tensor.chunks():
                 hasher.update(chunk)
@@ -475,6 +480,8 @@ def validate(path: Path) -> list[Problem]:
     try:
         header = read_header(path)
     except LoratoolError as error:
+        if error.code == "E-READ":
+            raise  # no finding about the file: there is none
         return list(error.problems)
     try:
         parsed = _parse(header)

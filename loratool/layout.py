@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from typing import NamedTuple
 from loratool.adapter import Targeted
 from loratool.checkpoint import Checkpoint, Shard, read_json
 from loratool.container import encode_header
-from loratool.tensors import DTYPE_BITS, FileSpan, Shape, TensorRef
+from loratool.tensors import DTYPE_BITS, FileSpan, Shape, TensorRef, reading
 
 
 class Weighted(NamedTuple):
@@ -74,7 +74,7 @@ class Change:
 
 @dataclass(frozen=True)
 class OutputFile:
-    """One weights file: its header, its size, and the tasks that fill it."""
+    """One weights file: its header, its size, and the tasks that fill it. `name` is relative to the output's folder."""
 
     name: str
     header: bytes
@@ -98,27 +98,65 @@ def output_files(
     additions: Sequence[NewTensor] = (),
     dropped: frozenset[str] = frozenset(),
 ) -> tuple[OutputFile, ...]:
-    """The base's files with some tensors changed (by stored name), some added to the last file, some left out."""
+    """The base's files with some tensors changed (by stored name), some added to the last file, some left out.
+
+    A pipeline's files are those of its components, each with its own index. A pickled component that does not change
+    is not among them: it stays as it is, as a companion.
+    """
+    if base.components:
+        return tuple(
+            file
+            for name, part in base.components.items()
+            for file in _component_files(name, part, changes, additions, dropped)
+        )
     return tuple(
         _output_file(shard, changes, additions if shard is base.shards[-1] else (), dropped) for shard in base.shards
     )
 
 
+def _component_files(
+    component: str,
+    part: Checkpoint,
+    changes: Mapping[str, NewTensor],
+    additions: Sequence[NewTensor],
+    dropped: frozenset[str],
+) -> Iterator[OutputFile]:
+    """The files of one component, in its folder; tensors are called in its header what the component calls them."""
+    prefix = f"{component}."
+    own = {name.removeprefix(prefix): new for name, new in changes.items() if name.startswith(prefix)}
+    new = [addition for addition in additions if addition.name.startswith(prefix)]
+    gone = frozenset(name.removeprefix(prefix) for name in dropped if name.startswith(prefix))
+    if part.pickled and not (own or new or gone):
+        return
+    bare = [_output_file(shard, own, new if shard is part.shards[-1] else (), gone, prefix) for shard in part.shards]
+    yield from (replace(file, name=f"{component}/{file.name}") for file in bare)
+    index = output_index(part, bare)
+    if index is not None:
+        # A file that is all header: what is written before any task, and never has one.
+        yield OutputFile(f"{component}/{index[0]}", index[1], len(index[1]), (), (), {})
+
+
 def _output_file(
-    shard: Shard, changes: Mapping[str, NewTensor], additions: Sequence[NewTensor], dropped: frozenset[str]
+    shard: Shard,
+    changes: Mapping[str, NewTensor],
+    additions: Sequence[NewTensor],
+    dropped: frozenset[str],
+    prefix: str = "",
 ) -> OutputFile:
     planned: list[TensorRef | NewTensor] = [
         changes.get(name, ref) for name, ref in shard.tensors.items() if name not in dropped
     ]
     planned += additions
-    names = [name for name in shard.tensors if name not in dropped] + [new.name for new in additions]
+    names = [name for name in shard.tensors if name not in dropped] + [
+        new.name.removeprefix(prefix) for new in additions
+    ]
     tensors = tuple((name, item.dtype, item.shape) for name, item in zip(names, planned, strict=True))
     metadata = shard.metadata if shard.header else {"format": "pt"}  # what transformers expects of a shard
     header = encode_header(tensors, metadata)
     kept = tensors == tuple((name, ref.dtype, ref.shape) for name, ref in shard.tensors.items())
     kept &= shard.header is not None
     if kept and shard.header:
-        with shard.path.open("rb") as file:
+        with reading(shard.path), shard.path.open("rb") as file:
             header = file.read(shard.header.size)  # nothing moves: the base's own header, to the byte
     tasks: list[Copy | Change] = []
     position = len(header)
@@ -169,7 +207,8 @@ def output_index(base: Checkpoint, files: Sequence[OutputFile]) -> tuple[str, by
     document = read_json(base.index)
     metadata = document.get("metadata")
     if document["weight_map"] == weight_map and isinstance(metadata, dict) and metadata.get("total_size") == total:
-        return base.index.name, base.index.read_bytes()
+        with reading(base.index):
+            return base.index.name, base.index.read_bytes()
     document["weight_map"] = dict(sorted(weight_map.items()))
     document["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), "total_size": total}
     document["metadata"].pop("total_parameters", None)  # not recounted

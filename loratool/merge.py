@@ -6,11 +6,10 @@ What is between the targets is copied without being decoded; `blocks.py` compute
 from __future__ import annotations
 
 import os
-import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -21,14 +20,13 @@ from loratool import receipt, resume, undo
 from loratool.blocks import Written, compute, restore, write_all
 from loratool.errors import InvalidFile, Mismatch, Problem
 from loratool.layout import Change, Copy, NewTensor, OutputFile
-from loratool.plan import Plan
+from loratool.plan import Plan, changed_since
 from loratool.receipt import ChangedTensor, Receipt
 from loratool.resume import Journal, Kept, kept_files
 from loratool.staging import flush, staged
-from loratool.tensors import FileSpan, TensorRef, open_to_read
+from loratool.tensors import CHUNK, FileSpan, TensorRef, open_to_read, reading
 from loratool.undo import TensorRecorder, UndoWriter
 from loratool.version import TOOL
-
 
 FLUSH_BYTES = 64 << 20  # written to a file before it is flushed on the way
 
@@ -136,11 +134,23 @@ def run_unmerge(plan: Plan, progress: ProgressCallback | None = None) -> Unmerge
         written = _write(plan, folder, progress)
         wrong = {name: found.bound for name, found in written.items() if found.after != known[name].base}
         if plan.exact and any(known[name].base for name in wrong):
-            what = f"{next(iter(wrong))} came out with other bytes than the base's"
-            hint = "the undo record is damaged: use --base" if plan.record else "the base changed while it was read"
-            raise Mismatch(Problem("E-NOT-EXACT", what, str(plan.out), hint))
+            raise Mismatch([*_blamed(plan, wrong)])
     seconds = time.monotonic() - started
     return UnmergeReport(plan, len(written) - len(wrong), len(written), max(wrong.values(), default=0.0), seconds)
+
+
+def _blamed(plan: Plan, wrong: Iterable[str]) -> Iterator[Problem]:
+    """Why some tensors of an exact unmerge did not come out as the base's."""
+    assert plan.receipt is not None
+    sources = {tensor.name: tensor.source for tensor in plan.changes}
+    for name in wrong:
+        source = sources[name]
+        if plan.record and source is not None and source.digest() != plan.receipt.tensors[name].merged:
+            yield changed_since(name, plan.source)
+        else:
+            what = f"{name} came out with other bytes than the base's"
+            hint = "the undo record is damaged: use --base" if plan.record else "the base changed while it was read"
+            yield Problem("E-NOT-EXACT", what, str(plan.out), hint)
 
 
 _BLANK = "blake3:" + "0" * 64
@@ -186,11 +196,20 @@ def _output(plan: Plan) -> Iterator[Path]:
             place.mkdir()
             for path in plan.companions:
                 (place / path).parent.mkdir(parents=True, exist_ok=True)
-                with open_to_read(plan.source / path) as source, (place / path).open("wb") as copy:
-                    shutil.copyfileobj(source, copy)
+                _copy_companion(plan.source / path, place / path)
             if plan.index is not None:
                 (place / plan.index[0]).write_bytes(plan.index[1])
             yield place
+
+
+def _copy_companion(path: Path, place: Path) -> None:
+    with open_to_read(path) as source, place.open("wb") as copy:
+        while True:
+            with reading(path):
+                piece = source.read(CHUNK)
+            if not piece:
+                return
+            copy.write(piece)
 
 
 def _write(
@@ -203,9 +222,10 @@ def _write(
     """Write the weights files of a plan; return what is known of each computed tensor, by name."""
     journal = Journal((folder if plan.single else folder.parent) / resume.FILE_NAME, plan)
     meter = _Meter(plan.nbytes, progress)
-    tasks: list[tuple[Path, Copy | Change]] = []
+    tasks: list[tuple[str, Copy | Change]] = []
     for file in plan.files:
         path = folder / file.name
+        path.parent.mkdir(exist_ok=True)  # a component's folder
         if kept and file.name in kept:
             kept[file.name].path.rename(path)
             journal.file_kept(file.name, kept[file.name].written)
@@ -218,15 +238,15 @@ def _write(
             out.truncate(file.size)
             write_all(out, memoryview(file.header))
         meter.step(len(file.header), file.name)
-        tasks += [(path, task) for task in file.tasks]
+        tasks += [(file.name, task) for task in file.tasks]
     queue = _Queue(tasks)
     # torch on one thread per worker: blocks are too small to be worth its own threads, which wait for each other.
     with _Flusher() as flusher, ThreadPoolExecutor(plan.threads, initializer=_single_threaded) as pool:
 
         def work() -> None:
-            for path, task in queue:
-                _run(path, task, plan, meter, writer, journal)
-                flusher.wrote(path, task.nbytes)
+            for name, task in queue:
+                _run(folder / name, name, task, plan, meter, writer, journal)
+                flusher.wrote(folder / name, task.nbytes)
 
         running = [pool.submit(work) for _ in range(plan.threads)]
         try:
@@ -253,30 +273,30 @@ def _linked(source: Path, path: Path) -> bool:
 class _Queue:
     """Hands out tasks to workers: of the file that the fewest of them write to, since a file has one lock for all."""
 
-    def __init__(self, tasks: Sequence[tuple[Path, Copy | Change]]) -> None:
+    def __init__(self, tasks: Sequence[tuple[str, Copy | Change]]) -> None:
         self.lock = threading.Lock()
-        self.left: dict[Path, deque[Copy | Change]] = {}
-        for path, task in tasks:
-            self.left.setdefault(path, deque()).append(task)
+        self.left: dict[str, deque[Copy | Change]] = {}
+        for name, task in tasks:
+            self.left.setdefault(name, deque()).append(task)
         self.writers = dict.fromkeys(self.left, 0)
 
     def clear(self) -> None:
         with self.lock:
             self.left.clear()
 
-    def __iter__(self) -> Iterator[tuple[Path, Copy | Change]]:
+    def __iter__(self) -> Iterator[tuple[str, Copy | Change]]:
         while True:
             with self.lock:
                 if not self.left:
                     return
-                path = min(self.left, key=self.writers.__getitem__)  # the first of equals, to finish it for --resume
-                task = self.left[path].popleft()
-                if not self.left[path]:
-                    del self.left[path]
-                self.writers[path] += 1
-            yield path, task
+                name = min(self.left, key=self.writers.__getitem__)  # the first of equals, to finish it for --resume
+                task = self.left[name].popleft()
+                if not self.left[name]:
+                    del self.left[name]
+                self.writers[name] += 1
+            yield name, task
             with self.lock:
-                self.writers[path] -= 1
+                self.writers[name] -= 1
 
 
 class _Flusher:
@@ -325,7 +345,7 @@ class _Meter:
 
 
 def _run(
-    path: Path, task: Copy | Change, plan: Plan, meter: _Meter, writer: UndoWriter | None, journal: Journal
+    path: Path, name: str, task: Copy | Change, plan: Plan, meter: _Meter, writer: UndoWriter | None, journal: Journal
 ) -> None:
     """One task of a plan, in a worker: it knows its place in the output."""
     written = {}
@@ -333,13 +353,13 @@ def _run(
         out.seek(task.offset)
 
         def step(nbytes: int) -> None:
-            meter.step(nbytes, path.name)
+            meter.step(nbytes, name)
 
         if isinstance(task, Copy):
             _copy(task.source, out, step)
         else:
             written[task.tensor.name] = _computed(task.tensor, out, step, plan, writer)
-    journal.task_done(path.name, written)
+    journal.task_done(name, written)
 
 
 def _computed(
@@ -368,7 +388,7 @@ def _copy(source: TensorRef, out: BinaryIO, step: Callable[[int], None]) -> None
                     raise InvalidFile(Problem("E-CHANGED", "the file became shorter while it was read", str(file.name)))
                 position, left = position + count, left - count
                 step(count)
-        source = replace(source, shape=(left,), stored_shape=(left,), data=FileSpan(source.data.path, position))
+        source = replace(source, shape=(left,), stored_shape=(left,), data=replace(source.data, offset=position))
     for chunk in source.chunks() if source.nbytes else ():
         write_all(out, chunk)
         step(len(chunk))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from loratool.errors import ChoiceNeeded, Problem
 
@@ -58,9 +59,8 @@ def prefix_rule(wanted: Collection[str], known: Collection[str], where: str) -> 
     """
     known = set(known)
     lost = [name for name in wanted if name not in known]
-    scores: dict[tuple[str, str], int] = {}
-    for off, on in {rule for name in lost for rule in _rules(name, known)}:
-        scores[off, on] = sum(name.startswith(off) and on + name.removeprefix(off) in known for name in lost)
+    endings = _endings(known) if lost else {}
+    scores = Counter(rule for name in lost for rule in _rules(name, known, endings))
     best = max(scores.values(), default=0)
     fitting = sorted(rule for rule, score in scores.items() if score == best)
     if 2 * best <= len(lost):
@@ -85,12 +85,24 @@ def prefix_rule(wanted: Collection[str], known: Collection[str], where: str) -> 
     return rename, [f"adapter names matched to the base with the prefix {off!r} replaced by {on!r}"]
 
 
-def _rules(name: str, known: Collection[str]) -> list[tuple[str, str]]:
+def _rules(name: str, known: Collection[str], endings: Mapping[str, list[str]]) -> set[tuple[str, str]]:
     """Prefix rules (off, on) that turn `name` into a known name."""
-    found = [(off, on) for pair in RENAMED_PREFIXES for off, on in (pair, pair[::-1]) if name.startswith(off)]
-    segments = name.split(".")
-    for count in range(1, len(segments)):
-        if ".".join(segments[count:]) in known:
-            found.append((".".join(segments[:count]) + ".", ""))
-    found += [("", other.removesuffix(name)) for other in known if other.endswith("." + name)]
-    return sorted(found)
+    renamed = [(off, on) for pair in RENAMED_PREFIXES for off, on in (pair, pair[::-1]) if name.startswith(off)]
+    found = {(off, on) for off, on in renamed if on + name.removeprefix(off) in known}
+    found |= {(prefix, "") for prefix, ending in _splits(name) if ending in known}
+    return found | {("", prefix) for prefix in endings.get(name, ())}
+
+
+def _endings(names: Iterable[str]) -> dict[str, list[str]]:
+    """What names end in, after any of their dots, with the prefixes that come before it."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        for prefix, ending in _splits(name):
+            found[ending].append(prefix)
+    return dict(found)
+
+
+def _splits(name: str) -> Iterator[tuple[str, str]]:
+    """``a.b.c`` -> (``a.``, ``b.c``), (``a.b.``, ``c``)."""
+    for dot in re.finditer(r"\.", name):
+        yield name[: dot.end()], name[dot.end() :]

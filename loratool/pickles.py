@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 from loratool.errors import InvalidFile, Problem, Unsupported
-from loratool.tensors import CHUNK, DTYPE_BITS, InMemory, Shape, TensorRef, as_bytes, is_int
+from loratool.tensors import CHUNK, DTYPE_BITS, FileState, InMemory, Shape, TensorRef, as_bytes, is_int, reading
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,7 @@ def read_tree(path: Path) -> Tree:
 
 
 def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         return file.read(4) == b"PK\x03\x04"
 
 
@@ -73,7 +73,11 @@ def _is_zip(path: Path) -> bool:
 class _PickleFile:
     """One file, loaded by torch the first time that one of its tensors is needed."""
 
-    path: Path
+    state: FileState
+
+    @property
+    def path(self) -> Path:
+        return self.state.path
 
     @cached_property
     def tree(self) -> Any:
@@ -98,6 +102,10 @@ class Pickled:
     @property
     def path(self) -> Path:
         return self.file.path
+
+    @property
+    def state(self) -> FileState:
+        return self.file.state
 
     def load(self, dtype: str, shape: Shape) -> torch.Tensor:
         return self.file.tensor(self.keys).reshape(shape)
@@ -208,8 +216,9 @@ class _Lister(pickle.Unpickler):
 
 def _list(path: Path) -> Any:
     where = str(path)
+    state = FileState.of(path)
     try:
-        with zipfile.ZipFile(path) as archive:
+        with reading(path), zipfile.ZipFile(path) as archive:
             names = [name for name in archive.namelist() if name.endswith("/data.pkl") or name == "data.pkl"]
             if len(names) != 1:
                 raise InvalidFile(Problem("E-PICKLE", "a zip file, but not one that torch.save wrote", where))
@@ -229,11 +238,11 @@ def _list(path: Path) -> Any:
                 "ask for safetensors, or save only model.state_dict() with torch.save",
             )
         ) from None
-    except (InvalidFile, OSError):
+    except InvalidFile:
         raise
     except Exception as error:  # a hostile pickle can raise anything the pickle machine knows
         raise InvalidFile(Problem("E-PICKLE", f"not a readable checkpoint: {error}", where)) from None
-    return _referenced(tree, _PickleFile(path), ())
+    return _referenced(tree, _PickleFile(state), ())
 
 
 def _is_stored(entry: zipfile.ZipInfo, folder: str) -> bool:
@@ -276,8 +285,9 @@ def _torch_load(path: Path, mmap: bool) -> Any:
     import torch
 
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except OSError:
+        with reading(path):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except InvalidFile:
         raise
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for broken files
         raise InvalidFile(

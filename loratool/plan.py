@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from loratool import conventions, receipt, staging
 from loratool.adapter import Adapter
@@ -22,35 +22,12 @@ from loratool.errors import AnswerIsNo, ChoiceNeeded, InvalidFile, Mismatch, Out
 from loratool.format import content_digest
 from loratool.layout import Change, NewTensor, OutputFile, Weighted, output_files, output_index, output_name
 from loratool.receipt import MergedAdapter, Receipt
-from loratool.tensors import CHUNK, DTYPE_BITS, FLOATS, TensorRef
+from loratool.tensors import CHUNK, DTYPE_BITS, FLOATS, FileState, TensorRef
 from loratool.undo import UndoRecord
 from loratool.undo import read as read_undo
 
 WORKERS = min(8, os.cpu_count() or 1)  # tasks that run at a time
 DTYPES = {"keep": None, "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
-
-
-class FileState(NamedTuple):
-    """An input file as the plan saw it."""
-
-    path: Path
-    size: int
-    mtime: int  # nanoseconds
-    file: tuple[int, int]  # device and inode: another file may have the same size and time
-
-    @classmethod
-    def of(cls, path: Path) -> FileState:
-        stat = path.stat()
-        return cls(path, stat.st_size, stat.st_mtime_ns, (stat.st_dev, stat.st_ino))
-
-    def check(self) -> None:
-        """Raises InvalidFile if the file is another one by now."""
-        try:
-            same = FileState.of(self.path) == self
-        except OSError:
-            same = False
-        if not same:
-            raise InvalidFile(Problem("E-CHANGED", "it was changed while it was read", str(self.path), "run it again"))
 
 
 @dataclass(frozen=True)
@@ -132,7 +109,7 @@ def _memory(tensor: NewTensor) -> int:
     width = DTYPE_BITS[compute_dtype(tensor)] // 8
     factors = sum(ref.numel * width * 2 for item, _ in tensor.updates for ref in item.update.components().values())
     rows = max(BLOCK_BYTES, math.prod(tensor.shape[1:]) * 8)  # a block is at least one row
-    return factors + 6 * rows * width // 2
+    return factors + 8 * rows * width // 2
 
 
 # --- merge -----------------------------------------------------------------------------------------------------------
@@ -177,6 +154,10 @@ def plan_merge(
     changes, additions = _new_tensors(base, binding.wanted, DTYPES[dtype])
     single = _single(base, out)
     files = output_files(base, changes, additions)
+    touched = [*changes, *(new.name for new in additions)]
+    if stale := base.left_out(_components(base, touched)):
+        names = ", ".join(map(str, stale[:3])) + (" ..." if stale[3:] else "")
+        notes.append(f"not in the output, because nothing was merged into them: {names}")
     if single:
         files = (replace(files[0], name=out.name),)
     if dtype != "keep" and base.path.is_dir():
@@ -187,7 +168,7 @@ def plan_merge(
         out,
         single,
         files,
-        tuple(_companions(base)),
+        tuple(_companions(base, touched)),
         output_index(base, files),
         merged,
         dtype,
@@ -234,11 +215,11 @@ def settled(plan: Plan, threads: int | None = None, max_memory: int | None = Non
     beside = [(plan.source / path).stat().st_size for path in plan.companions]
     if (problem := staging.refuse_small_disk(plan.out, sum(copied) + sum(beside))) is not None:
         raise OutputRefused(problem)
-    return replace(plan, inputs=tuple(map(FileState.of, sorted(_inputs(plan)))))
+    return replace(plan, inputs=tuple(sorted(_inputs(plan))))
 
 
-def _inputs(plan: Plan) -> set[Path]:
-    """The files that the plan's bytes come from."""
+def _inputs(plan: Plan) -> set[FileState]:
+    """The files that the plan's bytes come from, as they were when they were first read."""
     refs: list[TensorRef] = []
     for file in plan.files:
         for task in file.tasks:
@@ -247,24 +228,32 @@ def _inputs(plan: Plan) -> set[Path]:
                 refs += parts + ([task.tensor.source] if task.tensor.source else [])
             else:
                 refs.append(task.source)
-    return {path for ref in refs if (path := ref.data.path) is not None}
+    companions = {FileState.of(plan.source / path) for path in plan.companions}
+    return companions | {ref.data.state for ref in refs if ref.data.state is not None}
 
 
 def _single(base: Checkpoint, out: Path) -> bool:
     return base.path.is_file() and out.suffix == ".safetensors"
 
 
-def _companions(base: Checkpoint) -> list[Path]:
-    return [path for path in base.companions() if path.name != receipt.FILE_NAME]
+def _companions(base: Checkpoint, touched: Iterable[str]) -> list[Path]:
+    return [path for path in base.companions(_components(base, touched)) if path.name != receipt.FILE_NAME]
+
+
+def _components(base: Checkpoint, touched: Iterable[str]) -> set[str]:
+    """The components of a pipeline that own one of the tensors, given by stored names."""
+    return {name.partition(".")[0] for name in touched} & base.components.keys()
 
 
 def _refuse_base(base: Checkpoint) -> None:
-    if receipt.find(base) is not None:
+    for checkpoint in (base, *base.components.values()):
+        if receipt.find(checkpoint) is None:
+            continue
         raise Mismatch(
             Problem(
                 "E-MERGED",
                 "this checkpoint is the result of a merge already: it has a receipt",
-                str(base.path),
+                str(checkpoint.path),
                 "merge all adapters at once from the original base, or `loratool unmerge` it first",
             )
         )
@@ -290,7 +279,7 @@ def _output_problems(source: Checkpoint, out: Path, folders: Sequence[Path]) -> 
     if out.suffix == ".safetensors" and source.path.is_dir():
         yield Problem("E-OUTPUT", "the input is a folder, so the output is one too", str(out), "give a folder with -o")
     names = [output_name(shard.path) for shard in source.shards]
-    if len(set(names)) < len(names):
+    if len({(shard.path.parent, name) for shard, name in zip(source.shards, names, strict=True)}) < len(names):
         yield Problem("E-OUTPUT", f"two weights files would have one name: {', '.join(names)}", str(source.path))
 
 
@@ -352,8 +341,8 @@ def plan_unmerge(
     binding.read(given, choices or Choices())
     problems += binding.problems
     parts = _matched(binding.parts, found, problems)
-    problems += _changed_since(merged, found)
     record = read_undo(undo_path) if undo_path is not None else None
+    problems += _changed_since(merged, found, digests=record is None)  # a record proves what comes out instead
     if base is not None and record is not None:
         problems.append(Problem("E-OPTION", "both a base and an undo record", hint="either of them is enough"))
     if record is not None:
@@ -397,7 +386,7 @@ def plan_unmerge(
         out,
         single,
         files,
-        tuple(_companions(merged)),
+        tuple(_companions(merged, found.tensors)),
         output_index(merged, files),
         found.adapters,
         "keep",
@@ -446,21 +435,21 @@ def _stored(checkpoint: Checkpoint) -> dict[str, tuple[str, TensorRef]]:
     return {ref.name: (name, ref) for name, ref in checkpoint.tensors.items()}
 
 
-def _changed_since(merged: Checkpoint, found: Receipt) -> Iterator[Problem]:
+def _changed_since(merged: Checkpoint, found: Receipt, digests: bool) -> Iterator[Problem]:
     stored = _stored(merged)
     for name, known in found.tensors.items():
         ref = stored[name][1] if name in stored else None
         if (
             ref is None
             or (ref.dtype, ref.shape) != (known.dtype, known.shape)
-            or (known.merged and ref.digest() != known.merged)
+            or (digests and known.merged and ref.digest() != known.merged)
         ):
-            yield Problem(
-                "E-RECEIPT",
-                f"{name} is not what the merge wrote: it was changed since",
-                str(merged.path),
-                "unmerge the original output of the merge",
-            )
+            yield changed_since(name, merged.path)
+
+
+def changed_since(name: str, merged: Path) -> Problem:
+    what = f"{name} is not what the merge wrote: it was changed since"
+    return Problem("E-RECEIPT", what, str(merged), "unmerge the original output of the merge")
 
 
 def _not_the_base(base: Checkpoint, merged: Checkpoint, found: Receipt) -> Iterator[Problem]:
@@ -504,6 +493,7 @@ def _old_tensors(
     For an `exact` way back by an undo record the updates keep the order and the weights of the merge.
     """
     stored, originals = _stored(merged), _stored(base) if base else {}
+    given = [(part.adapter.targets(), part.weight) for part in parts if part.weight != 0]
     changes: dict[str, NewTensor] = {}
     dropped = []
     for name, known in found.tensors.items():
@@ -512,11 +502,10 @@ def _old_tensors(
             continue
         source: TensorRef | None = stored[name][1]
         updates = [
-            Weighted(item, part.weight)
-            for part in parts
+            Weighted(item, weight)
+            for targets, weight in given
             for target in known.targets
-            for item in part.adapter.targets().get(target, ())
-            if part.weight != 0
+            for item in targets.get(target, ())
         ]
         if base is not None:
             source, updates = originals[name][1], []

@@ -13,6 +13,7 @@ from blake3 import blake3
 
 from loratool import staging
 from loratool.blocks import Written
+from loratool.errors import InvalidFile
 from loratool.layout import Copy, OutputFile
 from loratool.plan import Plan
 from loratool.tensors import FileSpan, TensorRef
@@ -98,7 +99,18 @@ def _entries(journal: Path, wanted: str) -> dict[str, dict[str, Written]]:
 
 
 def _is_right(path: Path, file: OutputFile, written: Mapping[str, Written]) -> bool:
-    """Whether a file is, byte for byte, what the plan would write: header, copies, and the digests of the rest."""
+    """Whether a file is what the plan would write; one that can not be read is not."""
+    try:
+        return _is_equal(path, file, written)
+    except InvalidFile as error:
+        if error.where == str(path):
+            return False
+        raise
+
+
+def _is_equal(path: Path, file: OutputFile, written: Mapping[str, Written]) -> bool:
+    """Whether a file is, byte for byte, what the plan would write: header, copies, and the digests of the rest, which
+    must have been computed from the very tensors that are there now."""
     if path.stat().st_size != file.size or not _equal(
         _span(path, 0, len(file.header)), iter([memoryview(file.header)])
     ):
@@ -108,8 +120,10 @@ def _is_right(path: Path, file: OutputFile, written: Mapping[str, Written]) -> b
             if not _equal(_span(path, task.offset, task.nbytes), task.source.chunks()):
                 return False
         else:
-            known = written.get(task.tensor.name)
-            if known is None or _span(path, task.offset, task.nbytes).digest() != known.after:
+            known, original = written.get(task.tensor.name), task.tensor.original
+            if known is None or known.before != (original.digest() if original else None):
+                return False
+            if _span(path, task.offset, task.nbytes).digest() != known.after:
                 return False
     return True
 

@@ -38,39 +38,80 @@ def staged(path: Path) -> Iterator[Path]:
     prefix = f".{path.name}.partial-"
     with abandoned(path):
         pass  # what killed runs have left goes
-    scratch: Path | None = None
+    ours: os.stat_result | None = None
+    try:
+        with _scratch(parent, prefix) as scratch:
+            place = scratch / path.name
+            yield place
+            flush_tree(place)
+            if (problem := refuse_existing(path)) is not None:
+                raise OutputRefused(problem)
+            made = place.stat()
+            try:
+                _move(place, path)
+                flush(parent)
+            except BaseException:  # it may have its name already
+                take_back(path, made)
+                raise
+            ours = made
+    except BaseException as error:
+        if ours is not None:  # a signal, while the scratch folder was removed
+            take_back(path, ours)
+        if not isinstance(error, OSError) or isinstance(error, ConnectionError):
+            raise  # a broken pipe is not of this disk: a caller's progress callback talks to somebody
+        raise OutputRefused(_disk_problem(error, path)) from error
+
+
+def take_back(path: Path, ours: os.stat_result) -> None:
+    """Remove an output that got its name before something else failed; not another's that has the name by now."""
+    with contextlib.suppress(OSError):
+        if not os.path.samestat(path.lstat(), ours):
+            return
+        if path.is_dir():  # at once, so that no kill leaves half of it under its name
+            shelter = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.absolute().parent))
+            path.rename(shelter / path.name)
+            shutil.rmtree(shelter, ignore_errors=True)
+        else:
+            path.unlink()
+
+
+@contextlib.contextmanager
+def _scratch(parent: Path, prefix: str) -> Iterator[Path]:
+    """A new scratch folder, held until it is removed at the end."""
+    folder: Path | None = None
     lock: int | None = None
     try:
-        scratch, lock = _scratch(parent, prefix)
-        place = scratch / path.name
-        yield place
-        flush_tree(place)
-        if (problem := refuse_existing(path)) is not None:
-            raise OutputRefused(problem)
-        _move(place, path)
-        flush(parent)
-    except (BrokenPipeError, ConnectionError):
-        raise  # not of this disk: a caller's progress callback talks to somebody
-    except OSError as error:
-        raise OutputRefused(_disk_problem(error, path)) from error
+        while folder is None:
+            folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            with contextlib.suppress(FileNotFoundError):
+                lock = _lock(folder)
+            if not _held(folder, lock):  # before it was locked another run took it for abandoned
+                folder, lock = None, None
+        yield folder
     finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
+        if folder is not None:
+            _remove(folder)
         if lock is not None:
             os.close(lock)
 
 
-def _scratch(parent: Path, prefix: str) -> tuple[Path, int | None]:
-    """A new scratch folder, held. Between its making and its locking another run may take it for abandoned."""
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-        with contextlib.suppress(FileNotFoundError):
-            lock = _lock(folder)
-            if lock is None and os.name != "nt":
-                continue
-            if lock is None or os.path.samestat(os.fstat(lock), folder.stat()):
-                return folder, lock
-            os.close(lock)
+def _remove(folder: Path) -> None:
+    """Remove a folder, and go on after a signal, which is then answered."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _held(folder: Path, lock: int | None) -> bool:
+    if lock is None:
+        return os.name == "nt" and folder.is_dir()
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(lock), folder.stat()):
+            return True
+    os.close(lock)
+    return False
 
 
 def _move(place: Path, path: Path) -> None:

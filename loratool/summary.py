@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +88,13 @@ class Summary:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        document = asdict(replace(self, receipt=None))
-        document["receipt"] = None if self.receipt is None else self.receipt.to_json()
-        return document
+        return {
+            **vars(self),
+            "groups": [vars(group) for group in self.groups],
+            "layers": [vars(layer) for layer in self.layers],
+            "fit": None if self.fit is None else vars(self.fit),
+            "receipt": None if self.receipt is None else self.receipt.to_json(),
+        }
 
 
 def inspect_path(
@@ -100,9 +104,7 @@ def inspect_path(
     choices = choices or Choices()
     source = open_checkpoint(path)
     base = open_checkpoint(base_path) if base_path is not None else None
-    chosen = None
-    if convention is not None or conventions.matching(source):
-        chosen = conventions.choose(source, convention)
+    chosen = conventions.find(source, convention)
     adapter = chosen.read(source, choices, base.tensors if base else None) if chosen else None
     wrapped = bool(chosen and chosen.unwrap(source, choices))
     found = None if adapter else receipt.find(source)
@@ -114,14 +116,17 @@ def inspect_path(
     headers = [shard.header.size if shard.header else None for shard in source.shards]
     known = [size for size in headers if size is not None]
     notes = [*(adapter.notes if adapter else source.notes), *(adapter.doubts if adapter else ())]
+    notes += [_component(name, part) for name, part in source.components.items()]
     if adapter and adapter.unknown_scales():
         config = " (or --config)" if chosen is conventions.peft_wrapped else ""
-        notes.append(f"alpha is not stored in it: extract needs --alpha with --scaling{config}")
+        rules = {item.update.scaling.rule for item in adapter.unknown_scales() if item.update.scaling}
+        rule = " with --scaling" if "none" in rules else ""
+        notes.append(f"alpha is not stored in it: extract needs --alpha{rule}{config}")
     return Summary(
         path=str(path),
         what=what,
         convention=chosen.NAME if chosen else None,
-        title=chosen.TITLE if chosen else what,
+        title=chosen.TITLE if chosen else f"{what}: diffusers pipeline" if source.components else what,
         format_version=native_format.VERSION if chosen is conventions.native else None,
         files=len(source.shards),
         file_bytes=sum(shard.path.stat().st_size for shard in source.shards),
@@ -140,6 +145,11 @@ def inspect_path(
         receipt=found,
         notes=tuple(notes),
     )
+
+
+def _component(name: str, part: Checkpoint) -> str:
+    parameters = sum(ref.numel for ref in part.tensors.values())
+    return f"component {name}: {len(part.tensors)} tensors with {parameters:,} parameters in {len(part.shards)} files"
 
 
 def _layer(item: Targeted) -> Layer:
@@ -166,7 +176,7 @@ def _layer(item: Targeted) -> Layer:
 def _groups(layers: Iterable[Layer]) -> tuple[Group, ...]:
     grouped: dict[tuple[str, str], list[Layer]] = {}
     for layer in layers:
-        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", layer.target)
+        pattern = re.sub(r"(?<=[._])\d+(?=[._])", "*", layer.target)  # kohya's names have "_" for "."
         grouped.setdefault((pattern, layer.kind), []).append(layer)
     return tuple(
         Group(

@@ -8,11 +8,13 @@ reading; the views are replayed when `read` fetches the numbers.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
 
 from loratool.errors import InvalidFile, Problem
 
@@ -84,11 +86,40 @@ def all_finite(values: torch.Tensor) -> bool:
     return all(math.isfinite(value) for value in extremes(values))
 
 
+class FileState(NamedTuple):
+    """An input file as it was when it was first read."""
+
+    path: Path
+    size: int
+    mtime: int  # nanoseconds
+    file: tuple[int, int]  # device and inode: another file may have the same size and time
+
+    @classmethod
+    def of(cls, path: Path) -> FileState:
+        return cls.noted(path, path.stat())
+
+    @classmethod
+    def noted(cls, path: Path, stat: os.stat_result) -> FileState:
+        return cls(path, stat.st_size, stat.st_mtime_ns, (stat.st_dev, stat.st_ino))
+
+    def check(self) -> None:
+        """Raises InvalidFile if the file is another one by now."""
+        try:
+            same = FileState.of(self.path) == self
+        except OSError:
+            same = False
+        if not same:
+            raise InvalidFile(Problem("E-CHANGED", "it was changed while it was read", str(self.path), "run it again"))
+
+
 class Data(Protocol):
-    """Where the bytes of a stored tensor are: in a file (`path`), or not."""
+    """Where the bytes of a stored tensor are: in a file (`path`, in a `state` where that is known), or not."""
 
     @property
     def path(self) -> Path | None: ...
+
+    @property
+    def state(self) -> FileState | None: ...
 
     def load(self, dtype: str, shape: Shape) -> torch.Tensor: ...
 
@@ -101,6 +132,7 @@ class FileSpan:
 
     path: Path
     offset: int
+    state: FileState | None = field(default=None, compare=False, repr=False)
 
     def load(self, dtype: str, shape: Shape) -> torch.Tensor:
         import torch
@@ -131,6 +163,7 @@ class InMemory:
     tensor: torch.Tensor
     storage: tuple[Any, ...] = ()
     path: None = None
+    state: None = None
 
     def load(self, dtype: str, shape: Shape) -> torch.Tensor:
         return self.tensor.detach().cpu().reshape(shape)
@@ -145,6 +178,7 @@ class Computed:
 
     make: Callable[[], torch.Tensor]
     path: None = None
+    state: None = None
 
     def load(self, dtype: str, shape: Shape) -> torch.Tensor:
         return self.make().reshape(shape)
@@ -153,22 +187,27 @@ class Computed:
         yield as_bytes(self.make())
 
 
-def open_to_read(path: Path) -> FileIO:
-    """A file opened unbuffered; one that can not be read is an error of the input, not of the output."""
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What the system refuses in this block is an error of this input, not of an output, and it is told by name."""
     try:
-        return path.open("rb", buffering=0)
+        yield
     except OSError as error:
         raise InvalidFile(Problem("E-READ", f"can not be read: {error.strerror or error}", str(path))) from error
+
+
+def open_to_read(path: Path) -> FileIO:
+    """A file opened unbuffered."""
+    with reading(path):
+        return path.open("rb", buffering=0)
 
 
 def read_exactly(file: BinaryIO | FileIO, buffer: memoryview, path: Path) -> None:
     """Fill `buffer` from an unbuffered file; a short file is an error, not a short tensor."""
     done = 0
     while done < len(buffer):
-        try:
+        with reading(path):
             count = file.readinto(buffer[done:])  # type: ignore[union-attr]  # both of them have it
-        except OSError as error:
-            raise InvalidFile(Problem("E-READ", f"can not be read: {error.strerror or error}", str(path))) from error
         if not count:
             raise InvalidFile(Problem("E-CHANGED", "the file became shorter while it was read", str(path)))
         done += count
@@ -212,15 +251,17 @@ class TensorRef:
         return self.permute(1, 0)
 
     def reshape(self, *shape: int) -> TensorRef:
+        if shape == self.shape:
+            return self
         if not self.views:
             return replace(self, shape=shape, stored_shape=shape)
-        return self if shape == self.shape else replace(self, shape=shape, views=(*self.views, ("reshape", shape)))
+        return replace(self, shape=shape, views=(*self.views, ("reshape", shape)))
 
     def narrow(self, dim: int, start: int, length: int) -> TensorRef:
         shape = (*self.shape[:dim], length, *self.shape[dim + 1 :])
         if dim == 0 and not self.views and isinstance(self.data, FileSpan):  # only these rows are then read
             offset = self.data.offset + start * self.nbytes // max(1, self.shape[0])
-            return replace(self, shape=shape, stored_shape=shape, data=FileSpan(self.data.path, offset))
+            return replace(self, shape=shape, stored_shape=shape, data=replace(self.data, offset=offset))
         return replace(self, shape=shape, views=(*self.views, ("narrow", (dim, start, length))))
 
     def select(self, index: int) -> TensorRef:

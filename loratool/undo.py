@@ -1,9 +1,8 @@
 """The undo record of a merge: the bits that rounding took away, so that an unmerge gives the base back exactly.
 
-The base is predicted by subtracting the updates from the merged tensor. What is stored is the difference between the
-true and the predicted number, as order-preserving integer codes; most differences are 0. Another machine's GEMM may
-give other last bits, so every element whose prediction could round differently within a proven error band is stored
-literally. ``spec/UNDO.md`` is the normative text.
+The base is predicted by subtracting the updates from the merged tensor, rounded as if computed exactly, so that every
+machine predicts the same. What is stored is where the prediction is wrong, and by how much, in order-preserving integer
+codes: mostly by one. The few elements that float64 can not decide are stored literally. ``spec/UNDO.md`` is normative.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from loratool.container import encode_header, read_header, strict_json
 from loratool.errors import InvalidFile, Problem, Unsupported
 from loratool.receipt import Receipt
+from loratool.rounding import bits, positions
 from loratool.staging import staged
 from loratool.tensors import DTYPE_BITS, FileSpan, Shape, TensorRef, as_bytes, is_int, open_to_read, read_exactly
 
@@ -30,105 +30,112 @@ METADATA_KEY = "loratool.undo"
 FORMAT_NAME = "loratool-undo"
 VERSION = "1.0"
 
-_LITERAL = -128  # in the stream of differences: the true bits follow in the stream of literals
-_COUNTS = struct.Struct("<II")  # of marked and of literal elements, before the three streams of a block
+_LITERAL = -128  # among the differences: the true bits are among the literals
+_LONG = 255  # among the gaps
+_HEAD = struct.Struct("<IIII")  # marks, literals, and the bytes of the first two of three frames: gaps, differences
 
 
 # --- one block -------------------------------------------------------------------------------------------------------
 
 
-def encode_block(true: torch.Tensor, predicted: torch.Tensor, band: torch.Tensor) -> bytes:
+def encode_block(true: torch.Tensor, guess: torch.Tensor, literal: torch.Tensor) -> bytes:
     """What turns the prediction of a block back into its true numbers, compressed.
 
-    `true` is in the stored dtype, `predicted` and `band` in the compute dtype, all of one shape: any prediction within
-    `band` of this one will do for decoding. `band` is overwritten.
+    `true` and `guess` are of one shape and dtype; `literal` are the flat indices, ascending, of the elements for which
+    another machine may predict something else.
     """
-    import torch
-    import zstandard
+    import numpy as np
 
-    bits = _bits(true)
-    low = _bits((predicted - band).to(true.dtype))
-    high = _bits(band.add_(predicted).to(true.dtype))
-    literal = (low != high) | ~band.isfinite()
-    if not bool(predicted.sum().isfinite()):
-        literal |= ~predicted.isfinite()
-    marked = (bits != low).logical_or_(literal)
-    where = marked.view(-1).nonzero().view(-1)  # [marked]
-    values = bits.view(-1)[where]
-    difference = _code(values).long() - _code(low.view(-1)[where])
-    escaped = literal.view(-1)[where] | (difference > 127) | (difference < -127)
+    own = bits(true).cpu().reshape(-1).numpy()
+    predicted = bits(guess).cpu().reshape(-1).numpy()
+    marked = own != predicted
+    if len(literal):
+        marked[literal.cpu().numpy()] = True
+    where = positions(marked)  # [marks]
+    values = own[where]
+    difference = _code(values).astype(np.int64) - _code(predicted[where])
+    escaped = (difference > 127) | (difference < -127)
+    if len(literal):
+        escaped |= np.isin(where, literal.cpu().numpy(), assume_unique=True)
     literals = values[escaped]
-    stream = difference.masked_fill_(escaped, _LITERAL).to(torch.int8)
-    mask = _packed(marked.view(-1))
-    head = _COUNTS.pack(len(where), len(literals))
-    content = b"".join((head, mask, stream.numpy().tobytes(), literals.numpy().tobytes()))
-    return zstandard.ZstdCompressor(level=1).compress(content)
+    difference[escaped] = _LITERAL
+    parts = (_gaps(where).tobytes(), difference.astype(np.int8).tobytes(), literals.tobytes())
+    frames = [_compressor().compress(part) for part in parts]
+    return b"".join((_HEAD.pack(len(where), len(literals), len(frames[0]), len(frames[1])), *frames))
 
 
-def decode_block(content: bytes, predicted: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The true numbers of a block, in the stored dtype, from a prediction in the compute dtype.
+def decode_block(content: bytes, guess: torch.Tensor) -> torch.Tensor:
+    """The true numbers of a block, from their prediction, which is overwritten.
 
     Raises ValueError for content that is not a block of this size.
     """
     import numpy as np
     import torch
-    import zstandard
 
-    guess = predicted.to(dtype).contiguous()
-    bits = _bits(guess).view(-1)
-    count, width = bits.numel(), guess.element_size()
-    masked = (count + 7) // 8
-    limit = _COUNTS.size + masked + count * (1 + width)
-    try:
-        if zstandard.frame_content_size(content) > limit:
-            raise ValueError("a block is larger than its tensor's")
-        plain = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompress(
-            content, max_output_size=limit, allow_extra_data=False
-        )
-    except zstandard.ZstdError as error:
-        raise ValueError(str(error)) from None
-    if len(plain) < _COUNTS.size + masked:
+    guess = guess.cpu().contiguous()
+    own = bits(guess).view(-1).numpy()
+    if len(content) < _HEAD.size:
         raise ValueError("a block is too short")
-    marked, literals = _COUNTS.unpack_from(plain)
-    if literals > marked or len(plain) != _COUNTS.size + masked + marked + literals * width:
+    marks, literals, *sizes = _HEAD.unpack_from(content)
+    first, second = _HEAD.size + sizes[0], _HEAD.size + sizes[0] + sizes[1]
+    if literals > marks or marks > own.size or second > len(content):
         raise ValueError("a block has another size than its counts say")
-    flags = np.unpackbits(np.frombuffer(plain, np.uint8, masked, _COUNTS.size), count=count)
-    where = torch.from_numpy(flags.nonzero()[0])
-    start = _COUNTS.size + masked
-    stream = torch.from_numpy(np.frombuffer(plain, np.int8, marked, start).copy())
-    escaped = stream == _LITERAL
-    if len(where) != marked or int(escaped.sum()) != literals:
+    gaps = np.frombuffer(_unpacked(content[_HEAD.size : first], marks + own.size // _LONG), np.uint8)
+    difference = np.frombuffer(_unpacked(content[first:second], marks), np.int8)
+    raw = np.frombuffer(_unpacked(content[second:], literals * own.itemsize), np.uint8)
+    ends = gaps != _LONG
+    where = np.cumsum(gaps + ends, dtype=np.int64)[ends] - 1  # a gap of 255 is followed by no mark
+    escaped = difference == _LITERAL
+    found = (len(where), len(difference), int(np.count_nonzero(escaped)), len(raw))
+    if found != (marks, marks, literals, literals * own.itemsize):
         raise ValueError("a block has other marks than its counts say")
-    codes = _code(bits[where]).long() + stream
-    kept = torch.iinfo(bits.dtype)
-    if marked and not bool(((codes >= kept.min) & (codes <= kept.max) | escaped).all()):
+    if marks and where[-1] >= own.size:
+        raise ValueError("a block marks an element that is not there")
+    codes = _code(own[where]).astype(np.int64) + difference
+    kept = torch.iinfo(bits(guess).dtype)
+    if not ((codes >= kept.min) & (codes <= kept.max) | escaped).all():
         raise ValueError("a difference leads out of the dtype")
-    restored = _code(codes.clamp_(kept.min, kept.max).to(bits.dtype))  # the code is its own inverse
-    raw = np.frombuffer(plain, f"<i{width}", literals, start + marked).copy()
-    restored[escaped] = torch.from_numpy(raw)
-    bits[where] = restored
+    restored = _code(codes.clip(kept.min, kept.max).astype(own.dtype))  # the code is its own inverse
+    restored[escaped] = raw.view(own.dtype.newbyteorder("<"))
+    own[where] = restored
     return guess
 
 
-def _bits(values: torch.Tensor) -> torch.Tensor:
-    """The bits of floating-point numbers as signed integers of the same width."""
-    import torch
-
-    return values.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
-
-
-def _code(bits: torch.Tensor) -> torch.Tensor:
-    """Order-preserving codes: neighbouring floating-point numbers get neighbouring integers."""
-    import torch
-
-    width = 8 * bits.element_size()
-    return bits ^ ((bits >> (width - 1)) & torch.iinfo(bits.dtype).max)
+def _code(numbers: Any) -> Any:
+    """Order-preserving codes of bits: neighbouring floating-point numbers get neighbouring integers."""
+    width = 8 * numbers.itemsize
+    return numbers ^ ((numbers >> (width - 1)) & ((1 << (width - 1)) - 1))
 
 
-def _packed(flags: torch.Tensor) -> bytes:
+def _gaps(where: Any) -> Any:
+    """The unmarked elements before each mark, one byte each: 255 stands for as many, and no mark after them."""
     import numpy as np
 
-    return np.packbits(flags.numpy()).tobytes()
+    gaps = np.diff(where, prepend=-1) - 1
+    ends = np.cumsum(gaps // _LONG + 1) - 1
+    found = np.full(ends[-1] + 1 if len(ends) else 0, _LONG, np.uint8)
+    found[ends] = gaps % _LONG
+    return found
+
+
+def _compressor() -> Any:
+    import zstandard
+
+    return zstandard.ZstdCompressor(level=1)
+
+
+def _unpacked(frame: bytes, limit: int) -> bytes:
+    """The content of one zstd frame, of at most `limit` bytes."""
+    import zstandard
+
+    try:
+        if zstandard.frame_content_size(frame) > limit:
+            raise ValueError("a block is larger than its tensor's")
+        return zstandard.ZstdDecompressor(max_window_size=1 << 27).decompress(
+            frame, max_output_size=max(1, limit), allow_extra_data=False
+        )
+    except zstandard.ZstdError as error:
+        raise ValueError(str(error)) from None
 
 
 # --- the record ------------------------------------------------------------------------------------------------------

@@ -468,17 +468,6 @@ def test_a_base_that_vanishes_meanwhile_is_an_error_of_reading(base: Path, tmp_p
     assert "writing failed" not in str(error)
 
 
-def test_a_full_disk_is_named(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: object, **kwargs: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("shutil.copyfileobj", full)
-    error = refused(lambda: loratool.merge(base, BOTH, tmp_path / "out"))
-    assert error.code == "E-DISK"
-    assert "space" in error.hint
-    assert beside(tmp_path) == ["base"]
-
-
 # --- copying --------------------------------------------------------------------------------------------------------
 
 

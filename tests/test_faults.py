@@ -12,6 +12,7 @@ import builtins
 import contextlib
 import errno
 import fcntl
+import gc
 import hashlib
 import io
 import json
@@ -61,8 +62,9 @@ CHANGING = (
 class Shim:
     """Counts calls in the order in which they happen, over all threads, and does something at the `at`-th.
 
-    `how` is kill (before the call), torn (after half of it), interrupt, hold (until the file `go` is there), or the
-    name of an errno; with `stays`, every later call of the kind fails too, as on a disk that is full.
+    `how` is kill (before the call), torn (after half of it), the name of a signal that the process sends itself, hold
+    (until the file `go` is there), or the name of an errno; with `stays`, every later call of the kind fails too, as on
+    a disk that is full. `only` is a part of the path, the end of which is marked with a $.
     """
 
     def __init__(self, folder: Path, kinds: Sequence[str], at: int, how: str, stays: bool, only: str) -> None:
@@ -73,7 +75,7 @@ class Shim:
         self.raw_write = os.write
 
     def hit(self, kind: str, what: object = "", torn: Callable[[], object] | None = None) -> None:
-        if kind not in self.kinds or self.only not in str(what):
+        if kind not in self.kinds or self.only not in f"{what}$":
             return
         with self.lock:
             self.count += 1
@@ -84,8 +86,8 @@ class Shim:
             torn()
         if self.how in ("kill", "torn"):
             os.kill(os.getpid(), signal.SIGKILL)
-        elif self.how == "interrupt":
-            os.kill(os.getpid(), signal.SIGINT)
+        elif self.how.startswith("SIG"):
+            os.kill(os.getpid(), getattr(signal, self.how))
             time.sleep(0.05)  # the main thread gets it, whoever is here
         elif self.how == "hold":
             (self.folder / "held").mkdir()
@@ -111,6 +113,10 @@ class Shim:
             def readinto(self, buffer: Any) -> int | None:
                 shim.hit("read", self.name)
                 return super().readinto(buffer)
+
+            def read(self, size: int | None = -1) -> bytes:
+                shim.hit("read", self.name)
+                return super().read(size)
 
             def readall(self) -> bytes:
                 shim.hit("read", self.name)
@@ -181,10 +187,14 @@ def child(order: dict[str, Any]) -> int:
     else:  # its log would be limited as well
         shim = {"kinds": CHANGING, "at": 0, "how": "", "stays": False, "only": "", **order["faults"]}
         Shim(folder, **shim).install()
-    from loratool.cli import run
+    from loratool.cli import main
 
     if order["argv"][0] != "save":
-        return run(order["argv"])
+        sys.argv = ["loratool", *order["argv"]]
+        try:
+            main()
+        except SystemExit as error:
+            return int(error.code or 0)
     try:
         loratool.save(loratool.load(order["argv"][1]), order["argv"][3])
     except loratool.LoratoolError as error:
@@ -207,6 +217,7 @@ def serve() -> None:
     import loratool.cli.merge
     import loratool.cli.unmerge  # noqa: F401
 
+    gc.freeze()  # what is there is never touched by a child's collector
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for line in sys.stdin:
         order = json.loads(line)
@@ -358,20 +369,33 @@ class World:
     def __post_init__(self) -> None:
         self.known: dict[str, dict[str, dict[str, bytes]]] = {}
         self.lengths: dict[str, list[str]] = {}
+        self.lookups: dict[str, list[str]] = {}
         self.before = facts(self.inputs)
 
     def argv(self, act: str, out: Path) -> list[object]:
         inputs = self.inputs
         adapters = [inputs / "lora.safetensors", f"{inputs / 'dora.safetensors'}@0.5"]
         scale = ["--alpha", 4, "--scaling", "alpha/rank"]
+        merge, file = ["merge", inputs / "base", *adapters], ["merge", inputs / "one.safetensors", *adapters]
+        unmerge = ["unmerge", inputs / "merged", *adapters]
+        folder, single = ["-o", out / "out"], ["-o", out / "out.safetensors"]
+        record, known = ["--undo", out / "u.safetensors"], ["--undo", inputs / "u.undo.safetensors"]
         return {
-            "merge": ["merge", inputs / "base", *adapters, "-o", out / "out"],
-            "merge-file": ["merge", inputs / "one.safetensors", *adapters, "-o", out / "out.safetensors"],
-            "merge-undo": ["merge", inputs / "base", *adapters, "-o", out / "out", "--undo", out / "u.safetensors"],
-            "merge-link": ["merge", inputs / "base", adapters[0], "-o", out / "out", "--link", "--threads", 1],
-            "unmerge": ["unmerge", inputs / "merged", *adapters, "-o", out / "out", "--base", inputs / "base"],
-            "unmerge-undo": ["unmerge", inputs / "merged", *adapters, "-o", out / "out", "--undo", inputs / "u.undo.safetensors"],
+            "merge": [*merge, *folder],
+            "merge-undo": [*merge, *folder, *record],
+            "merge-link": ["merge", inputs / "base", adapters[0], *folder, "--link", "--threads", 1],
+            "merge-resume": [*merge, *folder, "--resume"],
+            "merge-dtype": [*merge, *folder, "--dtype", "fp32"],
+            "merge-file": [*file, *single],
+            "merge-file-undo": [*file, *single, *record],
+            "merge-file-resume": [*file, *single, "--resume"],
+            "unmerge": [*unmerge, *folder, "--base", inputs / "base"],
+            "unmerge-undo": [*unmerge, *folder, *known],
+            "unmerge-file": ["unmerge", inputs / "merged.safetensors", *adapters, *single, "--undo", inputs / "file.undo.safetensors"],
+            "unmerge-alone": ["unmerge", inputs / "merged-lora", adapters[0], *folder],
             "extract": ["extract", inputs / "wrapped.pth", "-o", out / "a.safetensors", "--base-out", out / "out", *scale],
+            "extract-alone": ["extract", inputs / "wrapped.safetensors", "-o", out / "a.safetensors", *scale],
+            "extract-base": ["extract", inputs / "wrapped.safetensors", "-o", out / "a.safetensors", "--base-out", out / "out", *scale],
             "save": ["save", inputs / "adapter", "-o", out / "a.safetensors"],
         }[act]  # fmt: skip
 
@@ -390,6 +414,16 @@ class World:
         self.outputs(act)
         return self.lengths[act]
 
+    def reads(self, act: str) -> list[str]:
+        """The reads of inputs, by path, in a run that is left alone."""
+        if act not in self.lookups:
+            folder = Path(tempfile.mkdtemp(dir=self.server.folder))
+            done = self.server.run(*self.argv(act, folder), kinds=["read"], only=str(self.inputs))
+            assert (done.code, done.err) == (0, ""), done
+            self.lookups[act] = [call.partition(" ")[2] for call in done.calls]
+            shutil.rmtree(folder)
+        return self.lookups[act]
+
     def whole_or_absent(self, act: str, out: Path, staging: bool = False) -> list[str]:
         """Names of the outputs that are there; they are whole, inputs are as they were, and nothing else is there."""
         good = self.outputs(act)
@@ -407,6 +441,13 @@ class World:
         changed = {name for name in self.before.keys() | now.keys() if self.before.get(name) != now.get(name)}
         assert not changed, f"inputs were touched: {changed}"
 
+    def refused(self, done: Done, act: str, out: Path, *codes: str) -> None:
+        """It said no in its own words, and left nothing."""
+        assert done.code in (1, 2), done
+        assert not codes or done.error in codes, done
+        assert "Traceback" not in done.err
+        assert self.whole_or_absent(act, out) == []
+
     def again(self, act: str, out: Path) -> None:
         """The same command once more: refused where an output is there, else it succeeds; then all is there."""
         there = self.whole_or_absent(act, out, staging=True)
@@ -420,7 +461,18 @@ class World:
         assert self.whole_or_absent(act, out) == sorted(self.outputs(act))
 
 
-ACTS = ("merge", "merge-file", "merge-undo", "merge-link", "unmerge", "unmerge-undo", "extract", "save")
+MERGES = (
+    "merge",
+    "merge-undo",
+    "merge-link",
+    "merge-resume",
+    "merge-dtype",
+    "merge-file",
+    "merge-file-undo",
+    "merge-file-resume",
+)
+UNMERGES = ("unmerge", "unmerge-undo", "unmerge-file", "unmerge-alone")
+ACTS = (*MERGES, *UNMERGES, "extract", "extract-alone", "extract-base", "save")
 
 
 @pytest.fixture(scope="module")
@@ -448,6 +500,9 @@ def build(folder: Path) -> None:
     loratool.save(one("dora1-lora", (4, 4), seed=2, name="c.weight"), folder / "dora.safetensors")
     adapters = [(folder / "lora.safetensors", 1.0), (folder / "dora.safetensors", 0.5)]
     loratool.merge(base, adapters, folder / "merged", undo=folder / "u.undo.safetensors")
+    loratool.merge(base, adapters[0][0], folder / "merged-lora")
+    single = folder / "merged.safetensors"
+    loratool.merge(folder / "one.safetensors", adapters, single, undo=folder / "file.undo.safetensors")
     A, B = make.values(2, 4, dtype=torch.float32), make.values(5, 2, dtype=torch.float32)
     wrapped = {
         "x.linear.weight": torch.ones(5, 4),
@@ -456,6 +511,7 @@ def build(folder: Path) -> None:
         "y": torch.ones(9),
     }
     torch.save(wrapped, folder / "wrapped.pth")
+    save_file({name: value.contiguous() for name, value in wrapped.items()}, folder / "wrapped.safetensors")
     (folder / "adapter").mkdir()
     parts = {f"{PREFIX}b.lora_A.weight": A, f"{PREFIX}b.lora_B.weight": B}
     save_file(parts, folder / "adapter" / "adapter_model.safetensors")
@@ -464,8 +520,8 @@ def build(folder: Path) -> None:
 
 
 def spots(calls: Sequence[str], writes: int) -> list[int]:
-    """Numbers of the calls to hurt, from 1: all of the rare kinds, and `writes` of the writes and their opens."""
-    often = [n for n, call in enumerate(calls, 1) if call.split()[0] in ("write", "open")]
+    """Numbers of the calls to hurt, from 1: all of the rare kinds, and about `writes` of the frequent ones."""
+    often = [n for n, call in enumerate(calls, 1) if call.split()[0] in ("write", "open", "fsync", "mkdir", "read")]
     step = max(1, len(often) // writes)
     return sorted({n for n in range(1, len(calls) + 1) if n not in often} | {*often[::step], *often[-1:]})
 
@@ -475,7 +531,15 @@ def spots(calls: Sequence[str], writes: int) -> list[int]:
 
 def appears(call: str) -> bool:
     """Whether a call gives an output its name: a folder is renamed, a file is linked out of the scratch folder."""
-    return call.startswith("rename ") or (call.startswith("link ") and ".partial" in call)
+    kind, _, path = call.partition(" ")
+    return kind in ("rename", "link") and ".partial-" in Path(path).parent.name
+
+
+# An output that nobody should have alone, and the one that it needs: a merge that promised a record is not undone
+# without it; the adapter of an extraction says that all of it is done.
+NEEDS = {"merge-undo": ("out", "u.safetensors"), "merge-file-undo": ("out.safetensors", "u.safetensors"),
+         "extract": ("a.safetensors", "out"), "extract-base": ("a.safetensors", "out")}  # fmt: skip
+EVERY = ("merge-undo", "unmerge-undo", "extract-base")  # of these no call is left out
 
 
 def renames(calls: Sequence[str]) -> tuple[int, int]:
@@ -487,24 +551,24 @@ def renames(calls: Sequence[str]) -> tuple[int, int]:
 @pytest.mark.parametrize("act", ACTS)
 def test_a_kill_at_any_call_leaves_whole_outputs_or_none(act: str, world: World, tmp_path: Path) -> None:
     calls = world.calls(act)
-    for n in spots(calls, 8):
+    for n in spots(calls, len(calls) if act in EVERY else 3):
         out = tmp_path / str(n)
         out.mkdir()
         done = world.server.run(*world.argv(act, out), at=n, how="torn" if n % 2 else "kill")
-        assert done.code == -signal.SIGKILL, done
+        assert done.code == -signal.SIGKILL or len(done.calls) < n, done
         there = world.whole_or_absent(act, out, staging=True)
-        assert bool(there) == (n > renames(calls)[0]), (calls[n - 1], there)
+        assert len(there) == sum(map(appears, done.calls[: n - 1])), (done.calls[-1], there)
+        if act in NEEDS and NEEDS[act][0] in there:
+            assert NEEDS[act][1] in there
         world.again(act, out)
 
 
-@pytest.mark.parametrize(("act", "first"), [("merge-undo", "u.safetensors"), ("extract", "out")])
-def test_of_two_outputs_the_one_that_needs_the_other_appears_last(
-    act: str, first: str, world: World, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("act", NEEDS)
+def test_of_two_outputs_the_one_that_needs_the_other_appears_last(act: str, world: World, tmp_path: Path) -> None:
     """A merge without its record can not be repeated nor undone; a record, or a base, alone does no harm."""
     done = world.server.run(*world.argv(act, tmp_path), at=2, kinds=["rename", "link"], how="kill")
     assert done.code == -signal.SIGKILL
-    assert world.whole_or_absent(act, tmp_path, staging=True) == [first]
+    assert world.whole_or_absent(act, tmp_path, staging=True) == [NEEDS[act][1]]
 
 
 def test_nothing_is_renamed_before_it_is_flushed(world: World) -> None:
@@ -559,7 +623,7 @@ def test_a_disk_that_refuses_any_call_is_an_error_and_leaves_nothing(act: str, w
     calls = world.calls(act)[: renames(world.calls(act))[0]]  # later there is an output, which is whole
     for kind, how in REFUSALS.items():
         count = sum(call.startswith(f"{kind} ") for call in calls)
-        for n in range(1, count + 1, 1 + count // 5):
+        for n in range(1, count + 1, 1 + count // 2):
             out = tmp_path / f"{kind}-{n}"
             out.mkdir()
             done = world.server.run(*world.argv(act, out), at=n, kinds=[kind], how=how, stays=kind == "write")
@@ -567,7 +631,7 @@ def test_a_disk_that_refuses_any_call_is_an_error_and_leaves_nothing(act: str, w
             assert os.strerror(getattr(errno, how)) in done.err, done.err
             assert ("space" in done.err.partition("help:")[2]) == (how in ("ENOSPC", "EDQUOT")), done.err
             assert world.whole_or_absent(act, out) == []
-            world.again(act, out)
+    world.again(act, out)
 
 
 def test_a_scratch_folder_that_can_not_be_made(world: World, tmp_path: Path) -> None:
@@ -576,14 +640,55 @@ def test_a_scratch_folder_that_can_not_be_made(world: World, tmp_path: Path) -> 
     assert beside(tmp_path) == []
 
 
-@pytest.mark.parametrize("kind", ["fsync", "rename"])
-def test_a_second_output_that_fails_at_the_end_leaves_no_first(kind: str, world: World, tmp_path: Path) -> None:
-    """Both outputs are on the disk before the first gets its name; a failure of the second is told in time."""
-    count = sum(call.startswith(f"{kind} ") for call in world.calls("merge-undo"))
-    last = count if kind == "rename" else count - 1  # the very last is of the folder that has all names in it
-    done = world.server.run(*world.argv("merge-undo", tmp_path), at=last, kinds=[kind], how="EIO")
-    assert (done.code, done.error) == (2, "E-DISK")
-    assert "out" not in world.whole_or_absent("merge-undo", tmp_path)
+@pytest.mark.parametrize("act", NEEDS)
+def test_a_second_output_that_gets_no_name_leaves_no_first(act: str, world: World, tmp_path: Path) -> None:
+    where = {"kinds": ["rename", "link"], "only": ".partial-", "how": "EIO", "stays": True}
+    for n in (1, 2):
+        done = world.server.run(*world.argv(act, tmp_path), at=n, **where)
+        world.refused(done, act, tmp_path, "E-DISK")
+    world.again(act, tmp_path)
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_a_name_that_can_not_be_flushed_is_taken_back(act: str, world: World, tmp_path: Path) -> None:
+    """The output has its name already, and the folder that knows it is not on the disk."""
+    for n in range(1, len(world.outputs(act)) + 1):
+        done = world.server.run(*world.argv(act, tmp_path), at=n, kinds=["fsync"], how="EIO", only=f"{tmp_path}$")
+        world.refused(done, act, tmp_path, "E-DISK")
+    world.again(act, tmp_path)
+
+
+@pytest.mark.parametrize(("act", "file"), [("merge", "journal"), ("merge-resume", "journal"), ("unmerge-undo", "journal"),
+                                           ("merge-undo", ".blocks"), ("merge-undo", "u.safetensors/u.safetensors"),
+                                           ("merge-file-undo", ".blocks")])  # fmt: skip
+def test_no_room_for_what_is_written_beside(act: str, file: str, world: World, tmp_path: Path) -> None:
+    """The journal, and the record with its scratch file: at every write to one of them."""
+    only = re.sub("/.*", "", file) if "/" not in file else "/u.safetensors"
+    calls = [call for call in world.calls(act) if call.startswith("write ") and call.endswith(only)]
+    assert calls, f"nothing is written to {file}"
+    for n in range(1, len(calls) + 1):
+        done = world.server.run(*world.argv(act, tmp_path), at=n, kinds=["write"], how="EFBIG", only=only, stays=True)
+        world.refused(done, act, tmp_path, "E-DISK")
+        assert "help: free some space" in done.err
+    world.again(act, tmp_path)
+
+
+@pytest.mark.parametrize("act", ["merge-undo", "merge-dtype", "merge-file-undo", "unmerge-undo", "extract-base"])
+def test_every_file_that_is_written_may_be_too_large(act: str, world: World, tmp_path: Path) -> None:
+    """A limit of the system just below each file that a run makes, the journal and the record's blocks among them."""
+    held = world.server.start(*world.argv(act, tmp_path), at=1, kinds=["rename", "link"], only=".partial-", how="hold")
+    world.server.held(held)
+    sizes = {path.name: path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()}
+    assert world.server.go(held).code == 0
+    for path in tmp_path.iterdir():
+        remove(path)
+    assert {"journal"} <= sizes.keys()
+    assert not any(name.endswith(".blocks") for name in sizes) or act.endswith("undo")
+    for limit in sorted({size - 1 for size in sizes.values() if size}):
+        done = world.server.run(*world.argv(act, tmp_path), fsize=limit)
+        world.refused(done, act, tmp_path, "E-DISK")
+        assert "help: free some space" in done.err
+    world.again(act, tmp_path)
 
 
 @pytest.mark.parametrize("act", ACTS)
@@ -623,7 +728,7 @@ def test_a_full_disk(world: World, small_disk: Path, tmp_path: Path) -> None:
     done = world.server.run(*world.argv("merge", small_disk), "--dry-run")
     assert (done.code, done.error) == (2, "E-SPACE"), done
     filler.unlink()
-    for act in ("merge", "merge-file", "merge-undo", "unmerge-undo", "extract"):
+    for act in ("merge", "merge-file", "merge-undo", "merge-resume", "unmerge-undo", "unmerge-alone", "extract"):
         good = world.outputs(act)
         alive = world.server.start(*world.argv(act, small_disk), at=3, how="hold")
         world.server.held(alive)
@@ -638,6 +743,28 @@ def test_a_full_disk(world: World, small_disk: Path, tmp_path: Path) -> None:
         world.again(act, small_disk)
         for name in good:
             remove(small_disk / name)
+
+
+def test_a_disk_that_is_read_only(world: World, small_disk: Path) -> None:
+    """Inputs on it are read, and linked from nowhere; outputs are refused before anything is tried."""
+    (small_disk / "inputs").mkdir()
+    shutil.copytree(world.inputs / "base", small_disk / "inputs" / "base")
+    for name in ("lora.safetensors", "dora.safetensors"):
+        shutil.copy2(world.inputs / name, small_disk / "inputs")
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    other = World(small_disk / "inputs", world.server)
+    for act in ACTS:
+        done = world.server.run(*world.argv(act, small_disk))
+        assert (done.code, done.error) == (2, "E-DISK"), (act, done)
+        assert "not writable" in done.err
+        assert [call for call in done.calls if call.startswith(CHANGING)] == []
+        if act not in MERGES or "file" in act:
+            continue
+        out = small_disk.parent / act
+        out.mkdir()
+        assert world.server.run(*other.argv(act, out)).code == 0
+        assert {path.name for path in out.iterdir()} == world.outputs(act).keys()
+    other.untouched()
 
 
 # --- permissions ----------------------------------------------------------------------------------------------------
@@ -704,6 +831,42 @@ def test_open_modes_of_companions_are_not_taken_over(world: World, tmp_path: Pat
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
+COMPANIONS = ("config.json", "tokenizer.json")
+
+
+def test_a_companion_that_can_not_be_read_is_told_with_its_name(world: World, tmp_path: Path) -> None:
+    for name in COMPANIONS:
+        done = world.server.run(*world.argv("merge", tmp_path), at=1, kinds=["read"], how="EIO", only=name, stays=True)
+        world.refused(done, "merge", tmp_path, "E-READ")
+        assert name in done.err
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_a_read_that_fails_is_told_and_leaves_nothing(act: str, world: World, tmp_path: Path) -> None:
+    """The first read of every input, the last, and one between: headers, digests, rows, copies, undo blocks."""
+    reads = world.reads(act)
+    assert {str(world.inputs / name) for name in CHANGES.get(act, ())} <= set(reads)
+    for file in sorted(set(reads)):
+        if Path(file).name in COMPANIONS:
+            continue
+        count = reads.count(file)
+        for n in sorted({1, count} if act.endswith(("resume", "alone")) else {1, (count + 1) // 2, count}):
+            done = world.server.run(*world.argv(act, tmp_path), at=n, kinds=["read"], how="EIO", only=file, stays=True)
+            world.refused(done, act, tmp_path, "E-READ")
+            assert os.strerror(errno.EIO) in done.err, done.err
+            assert file in done.err or "  in: " not in done.err, (n, done.err)
+    world.again(act, tmp_path)
+
+
+@pytest.mark.parametrize("act", ["merge-link", "unmerge-file", "extract"])
+def test_a_read_that_fails_is_told_with_its_file_wherever_it_is(act: str, world: World, tmp_path: Path) -> None:
+    """A header that is read again for the output, the undo record's own, and a pickle."""
+    for file in sorted({read for read in world.reads(act) if Path(read).name not in COMPANIONS}):
+        for n in range(1, world.reads(act).count(file) + 1):
+            done = world.server.run(*world.argv(act, tmp_path), at=n, kinds=["read"], how="EIO", only=file, stays=True)
+            assert file in done.err, (n, done.err)
+
+
 # --- sources that change --------------------------------------------------------------------------------------------
 
 
@@ -733,18 +896,187 @@ def vanish(file: Path) -> None:
     file.unlink()
 
 
+def truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def another(file: Path) -> None:
+    """A later version of the file under its name: a longer header, and other numbers further on."""
+    content = file.read_bytes()
+    header = int.from_bytes(content[:8], "little")
+    data = content[8 + header : -4] + b"\x01\x02\x03\x04"
+    other = file.with_name("other")
+    other.write_bytes((header + 8).to_bytes(8, "little") + content[8 : 8 + header] + b" " * 8 + data)
+    other.rename(file)
+
+
+WAYS = (rewrite, append, replaced, vanish, truncate, another)
+
 CHANGES = {
     "merge": ["base/model-00002-of-00003.safetensors", "base/model-00003-of-00003.safetensors", "lora.safetensors"],
     "merge-undo": ["base/model-00001-of-00003.safetensors", "dora.safetensors"],
     "merge-link": ["base/model-00001-of-00003.safetensors"],
+    "merge-resume": ["base/model-00002-of-00003.safetensors", "lora.safetensors"],
+    "merge-dtype": ["base/model-00001-of-00003.safetensors", "dora.safetensors"],
     "merge-file": ["one.safetensors"],
+    "merge-file-undo": ["one.safetensors", "lora.safetensors"],
     "unmerge": ["base/model-00002-of-00003.safetensors", "merged/model-00001-of-00003.safetensors"],
-    "unmerge-undo": ["merged/model-00002-of-00003.safetensors", "lora.safetensors"],
+    "unmerge-undo": ["merged/model-00002-of-00003.safetensors", "lora.safetensors", "u.undo.safetensors"],
+    "unmerge-file": ["merged.safetensors", "dora.safetensors", "file.undo.safetensors"],
+    "unmerge-alone": ["merged-lora/model-00002-of-00003.safetensors", "lora.safetensors"],
     "extract": ["wrapped.pth"],
+    "extract-alone": ["wrapped.safetensors"],
+    "extract-base": ["wrapped.safetensors"],
 }
 
 
+@pytest.fixture
+def meanwhile(world: World, tmp_path: Path) -> Callable[..., tuple[Done, World, Path]]:
+    """Runs an act on a copy of the inputs, holds it at a call, changes a file, and lets it go on."""
+    count = 0
+
+    def run(act: str, name: str, change: Callable[[Path], None], **where: Any) -> tuple[Done, World, Path]:
+        nonlocal count
+        count += 1
+        out = tmp_path / str(count)
+        out.mkdir()
+        shutil.copytree(world.inputs, tmp_path / f"in{count}")
+        other = World(tmp_path / f"in{count}", world.server)
+        if "only" in where:
+            where["only"] = str(other.inputs / where["only"])
+        held = world.server.start(*other.argv(act, out), how="hold", **where)
+        world.server.held(held)
+        change(other.inputs / name)
+        other.before = facts(other.inputs)
+        other.known = world.known
+        return world.server.go(held), other, out
+
+    return run
+
+
+@pytest.mark.parametrize(("act", "name"), [(act, name) for act, names in CHANGES.items() for name in names])
+def test_a_source_that_changes_after_the_plan_is_noticed(
+    act: str, name: str, world: World, meanwhile: Callable[..., tuple[Done, World, Path]]
+) -> None:
+    """When nothing is written yet, and in the midst of writing; whatever is told, nothing wrong gets a name."""
+    good = world.outputs(act)
+    writes = sum(call.startswith("write ") for call in world.calls(act))
+    spots = [{"kinds": ["mkdir"], "at": 1}, {"kinds": ["write"], "at": max(1, writes // 2)}]
+    for n, change in enumerate(WAYS):
+        if name.endswith(".pth") and change in (truncate, another):
+            continue  # torch maps it: the system ends a process that reads beyond the end of a file
+        proven = "undo" in name and change in (rewrite, append, replaced)  # by digests: not every byte of it matters
+        for where in spots[: 1 + n % 2]:
+            done, other, out = meanwhile(act, name, change, **where)
+            if done.code == 0:
+                assert proven or where is not spots[0], (change, done)
+                assert {path.name: contents(path) for path in out.iterdir()} == good
+                other.untouched()
+            else:
+                other.refused(done, act, out)
+                assert name in done.err or done.error in ("E-NOT-EXACT", "E-RECEIPT", "E-UNDO"), done
+
+
+READ_TWICE = {
+    "merge": ["lora.safetensors", "base/model-00002-of-00003.safetensors"],
+    "merge-undo": ["dora.safetensors", "base/model-00001-of-00003.safetensors"],
+    "unmerge-undo": ["merged/model-00002-of-00003.safetensors", "lora.safetensors", "u.undo.safetensors"],
+    "unmerge": ["base/model-00002-of-00003.safetensors"],
+    "unmerge-alone": ["lora.safetensors", "merged-lora/model-00002-of-00003.safetensors"],
+    "extract-base": ["wrapped.safetensors"],
+}
+
+
+@pytest.mark.parametrize(
+    ("act", "name"),
+    [(act, name) for act, names in READ_TWICE.items() for name in names],
+)
+def test_a_source_that_changes_between_two_reads_never_gives_a_mixture(
+    act: str, name: str, world: World, tmp_path: Path, meanwhile: Callable[..., tuple[Done, World, Path]]
+) -> None:
+    """Held before every read of it, the plan's as well: the output is that of the old file or of the new one."""
+    shutil.copytree(world.inputs, tmp_path / "new")
+    new = World(tmp_path / "new", world.server)
+    another(new.inputs / name)
+    good = [world.outputs(act)]
+    (tmp_path / "out-new").mkdir()
+    if world.server.run(*new.argv(act, tmp_path / "out-new")).code == 0:
+        good.append({path.name: contents(path) for path in (tmp_path / "out-new").iterdir()})
+    for n in range(1, world.reads(act).count(str(world.inputs / name)) + 1):
+        done, other, out = meanwhile(act, name, another, kinds=["read"], at=n, only=name)
+        if done.code == 0:
+            made = {path.name: contents(path) for path in out.iterdir()}
+            assert made in good, f"a mixture, from a change before read {n}"
+        else:
+            other.refused(done, act, out)
+
+
+def test_a_companion_that_changes_while_it_is_copied(
+    world: World, tmp_path: Path, meanwhile: Callable[..., tuple[Done, World, Path]]
+) -> None:
+    """Half of the old tokenizer and half of the new one is a model that talks nonsense."""
+    shutil.copytree(world.inputs, tmp_path / "in")
+    other = World(tmp_path / "in", world.server)
+    companion = tmp_path / "in" / "base" / "tokenizer.model"
+    companion.write_bytes(b"o" * (3 << 20))
+    other.before = facts(other.inputs)
+    reads = other.reads("merge").count(str(companion))
+    assert reads > 2
+    held = world.server.start(*other.argv("merge", tmp_path), kinds=["read"], at=2, only=str(companion), how="hold")
+    world.server.held(held)
+    companion.write_bytes(b"n" * (3 << 20))
+    done = world.server.go(held)
+    if done.code == 0:
+        assert len(set((tmp_path / "out" / "tokenizer.model").read_bytes())) == 1, "a mixture"
+    else:
+        assert done.error == "E-CHANGED"
+
+
 # --- two at once ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_of_two_runs_for_one_output_the_first_to_finish_wins(act: str, world: World, tmp_path: Path) -> None:
+    """The other is held before its scratch folder is made, before that is locked, or when all is written."""
+    good = world.outputs(act)
+    last = {"kinds": ["rename", "link"], "only": ".partial-"}
+    for n, where in enumerate(({"kinds": ["mkdir"]}, {"kinds": ["lock"]}, last)):
+        out = tmp_path / str(n)
+        out.mkdir()
+        held = world.server.start(*world.argv(act, out), how="hold", at=1, **where)
+        world.server.held(held)
+        assert world.server.run(*world.argv(act, out)).code == 0
+        late = world.server.go(held)
+        assert (late.code, late.error) == (2, "E-EXISTS"), late
+        assert any(str(out / name) in late.err for name in good), late.err
+        assert world.whole_or_absent(act, out) == sorted(good)
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_of_two_runs_that_race_exactly_one_wins(act: str, world: World, tmp_path: Path) -> None:
+    for n in range(2):
+        out = tmp_path / str(n)
+        out.mkdir()
+        done = [world.server.wait(run) for run in [world.server.start(*world.argv(act, out)) for _ in range(2)]]
+        assert sorted(run.code for run in done) == [0, 2], done
+        assert [run.error for run in done if run.code] == ["E-EXISTS"]
+        assert world.whole_or_absent(act, out) == sorted(world.outputs(act))
+
+
+@pytest.mark.parametrize("act", NEEDS)
+def test_who_loses_the_second_name_gives_the_first_back(act: str, world: World, tmp_path: Path) -> None:
+    """Somebody else takes the name of the last output when the other output is there already."""
+    where = {"kinds": ["rename", "link"], "only": ".partial-", "at": 2, "how": "hold"}
+    held = world.server.start(*world.argv(act, tmp_path), **where)
+    world.server.held(held)
+    last, first = NEEDS[act]
+    assert first in beside(tmp_path)
+    (tmp_path / last).write_text("another's")
+    late = world.server.go(held)
+    assert (late.code, late.error) == (2, "E-EXISTS"), late
+    assert beside(tmp_path) == [last]
+    assert (tmp_path / last).read_text() == "another's"
+    world.untouched()
 
 
 def test_two_that_merge_into_different_outputs_do_not_meet(world: World, tmp_path: Path) -> None:
@@ -759,6 +1091,183 @@ def test_two_that_merge_into_different_outputs_do_not_meet(world: World, tmp_pat
 
 
 # --- Ctrl-C ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("act", [act for act in ACTS if act != "save"])  # a library call: its caller answers
+def test_ctrl_c_at_any_call_leaves_nothing(act: str, world: World, tmp_path: Path) -> None:
+    """Reads and locks as well: in the plan, in a worker, when an output has its name, and while scratch is removed."""
+    kinds = [*CHANGING, "read", "lock"]
+    calls = world.server.run(*world.argv(act, tmp_path), kinds=kinds).calls
+    said = "interrupted; nothing unfinished was left behind"
+    for n in spots(calls, 6):
+        out = tmp_path / str(n)
+        out.mkdir()
+        done = world.server.run(*world.argv(act, out), at=n, kinds=kinds, how="SIGINT")
+        assert (done.code, done.out, done.err.strip()) == (130, "", said) or len(done.calls) < n, done
+        assert world.whole_or_absent(act, out) == [] or done.code == 0, done.calls[n - 1]
+    world.again(act, out)
+
+
+@pytest.mark.parametrize("act", ["merge-undo", "merge-file", "merge-resume", "unmerge-undo", "extract-base"])
+def test_a_request_to_stop_leaves_nothing_either(act: str, world: World, tmp_path: Path) -> None:
+    calls = world.calls(act)
+    for n in spots(calls, 4):
+        out = tmp_path / str(n)
+        out.mkdir()
+        done = world.server.run(*world.argv(act, out), at=n, how="SIGTERM")
+        assert (done.code, done.out, done.err) == (128 + signal.SIGTERM, "", "") or len(done.calls) < n, done
+        assert world.whole_or_absent(act, out) == [] or done.code == 0, done.calls[n - 1]
+    world.again(act, out)
+
+
+# --- resuming -------------------------------------------------------------------------------------------------------
+
+
+def killed(world: World, act: str, out: Path) -> list[Path]:
+    """The weights files that a merge leaves which is killed when all of them are finished and nothing has its name."""
+    calls = world.calls(act)
+    last = renames(calls)[0]
+    if "file" in act:  # the receipt, for whose sake the header is written once more, is not there when it goes on
+        last = max(n for n, call in enumerate(calls, 1) if call.startswith("write "))
+    done = world.server.run(*world.argv(act, out), at=last, how="kill")
+    assert done.code == -signal.SIGKILL
+    assert world.whole_or_absent(act, out, staging=True) == []
+    return sorted(path for path in out.rglob("*.safetensors") if path.is_file())
+
+
+def flip(file: Path, at: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+
+
+def folder_instead(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "header": lambda file: flip(file, 12),
+    "first number": lambda file: flip(file, 8 + int.from_bytes(file.read_bytes()[:8], "little")),
+    "last number": lambda file: flip(file, -1),
+    "shorter": lambda file: os.truncate(file, file.stat().st_size - 1),
+    "longer": append,
+    "empty": lambda file: os.truncate(file, 0),
+    "gone": vanish,
+    "a folder": folder_instead,
+}
+JOURNALS: dict[str, Callable[[Path], object]] = {
+    "cut short": lambda file: os.truncate(file, file.stat().st_size - 7),
+    "its plan alone": lambda file: file.write_text(file.read_text().splitlines(keepends=True)[0]),
+    "no text": lambda file: file.write_bytes(b"\xff\xfe\x00"),
+    "no object": lambda file: file.write_text("[]\n[]\n"),
+    "empty": lambda file: os.truncate(file, 0),
+    "gone": vanish,
+    "a folder": folder_instead,
+}
+
+
+@pytest.mark.parametrize(("act", "then"), [("merge", "merge-resume"), ("merge-file", "merge-file-resume")])
+def test_what_a_killed_merge_has_finished_is_kept_only_if_nothing_is_wrong_with_it(
+    act: str, then: str, world: World, tmp_path: Path
+) -> None:
+    def resumed(name: str, damage: Callable[[Path], object], in_journal: bool = False) -> int:
+        """How many of the finished files are in the output."""
+        out = tmp_path / name
+        out.mkdir()
+        files = killed(world, act, out)
+        finished = {file.stat().st_ino for file in files}
+        for file in out.rglob("journal") if in_journal else files:
+            damage(file)
+        done = world.server.run(*world.argv(then, out))
+        assert (done.code, done.err) == (0, ""), (name, done)
+        assert world.whole_or_absent(then, out) == sorted(world.outputs(then)), name
+        assert not [path for path in out.rglob("*") if path.is_symlink()]
+        return len(finished & {path.stat().st_ino for path in out.rglob("*.safetensors")})
+
+    assert resumed("nothing", lambda _: None) == (1 if "file" in act else 3), "what is right is not written again"
+    for name, damage in DAMAGES.items():
+        resumed(name, damage)
+    for name, damage in JOURNALS.items():
+        kept = resumed(f"journal {name}", damage, in_journal=True)
+        assert kept == (2 if (act, name) == ("merge", "cut short") else 0), name
+
+
+def test_a_finished_file_that_can_not_be_read_is_made_again(world: World, tmp_path: Path) -> None:
+    for n in range(3):
+        file = killed(world, "merge", tmp_path)[n]
+        faults = {"at": 1, "kinds": ["read"], "how": "EIO", "only": str(file), "stays": True}
+        done = world.server.run(*world.argv("merge-resume", tmp_path), **faults)
+        assert (done.code, done.err) == (0, ""), done
+        assert world.whole_or_absent("merge-resume", tmp_path) == ["out"]
+        remove(tmp_path / "out")
+
+
+def first_numbers(file: Path) -> None:
+    """Another first tensor, in a file of the same size and times."""
+    info, content = file.stat(), file.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    other = file.with_name("other")
+    other.write_bytes(content[:start] + b"\x01\x02\x03\x04" + content[start + 4 :])
+    os.utime(other, ns=(info.st_atime_ns, info.st_mtime_ns))
+    other.rename(file)
+
+
+@pytest.mark.parametrize("change", [first_numbers, replaced, another, rewrite])
+def test_inputs_that_changed_since_the_kill_are_what_is_merged(
+    change: Callable[[Path], None], world: World, tmp_path: Path
+) -> None:
+    for n, name in enumerate(CHANGES["merge"]):
+        shutil.copytree(world.inputs, tmp_path / f"in{n}")
+        other = World(tmp_path / f"in{n}", world.server)
+        out = tmp_path / str(n)
+        out.mkdir()
+        done = world.server.run(*other.argv("merge", out), at=1, kinds=["rename"], how="kill")
+        assert done.code == -signal.SIGKILL
+        change(other.inputs / name)
+        other.before = facts(other.inputs)
+        assert world.server.run(*other.argv("merge-resume", out)).code == 0
+        fresh = tmp_path / f"fresh{n}"
+        fresh.mkdir()
+        assert world.server.run(*other.argv("merge", fresh)).code == 0
+        assert contents(out / "out") == contents(fresh / "out"), name
+        assert beside(out) == ["out"]
+        other.untouched()
+
+
+def test_the_files_of_another_plan_are_not_kept(world: World, tmp_path: Path) -> None:
+    base, lora, dora = (world.inputs / name for name in ("base", "lora.safetensors", "dora.safetensors"))
+    plans: list[list[object]] = [
+        [base, lora],
+        [base, dora, lora],
+        [base, f"{lora}@0.5", f"{dora}@0.5"],
+        [base, lora, f"{dora}@0.5", "--dtype", "fp32"],
+        [base, lora, f"{dora}@0.5", "--link"],
+    ]
+    for n, plan in enumerate(plans):
+        out, fresh = tmp_path / str(n), tmp_path / f"fresh{n}"
+        out.mkdir()
+        fresh.mkdir()
+        killed(world, "merge", out)
+        for folder, resume in ((out, ["--resume"]), (fresh, [])):
+            done = world.server.run("merge", *plan, "-o", folder / "out", *resume)
+            assert (done.code, done.err) == (0, ""), (plan, done)
+        assert contents(out / "out") == contents(fresh / "out"), plan
+        assert beside(out) == ["out"]
+    world.untouched()
+
+
+@pytest.mark.parametrize("act", ["merge-resume", "merge-file-resume"])
+def test_a_resumed_merge_may_be_killed_and_resumed_again(act: str, world: World, tmp_path: Path) -> None:
+    killed(world, act, tmp_path)
+    calls = world.server.run(*world.argv(act, tmp_path)).calls
+    remove(tmp_path / beside(tmp_path)[0])
+    for n in spots(calls, 2):
+        killed(world, act, tmp_path)
+        done = world.server.run(*world.argv(act, tmp_path), at=n, how="torn" if n % 2 else "kill")
+        assert done.code == -signal.SIGKILL or len(done.calls) < n, done
+        world.again(act, tmp_path)
+        remove(tmp_path / beside(tmp_path)[0])
 
 
 # --- hub caches, and links ------------------------------------------------------------------------------------------

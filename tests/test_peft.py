@@ -430,7 +430,6 @@ def test_a_pissa_adapter_that_peft_converted_is_merged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("layer_replication", [[0, 1], [0, 1]]),
         ("use_qalora", True),
         ("use_bdlora", {"nblocks": 2}),
         ("alora_invocation_tokens", [3, 4]),
@@ -454,22 +453,12 @@ def test_features_that_change_what_the_tensors_mean_are_refused(
     assert not out.exists()
 
 
-def test_layer_replication_as_peft_saves_it_is_refused(tmp_path: Path) -> None:
-    peft = peft_cases.peft()
-    model = llama()
-    base = save_base(model, tmp_path / "base")
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], layer_replication=[[0, 1], [0, 1]])
-    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
-    refuses(lambda: loratool.merge(base, [tmp_path / "adapter"], tmp_path / "out"), "layer_replication")
-
-
-@pytest.mark.parametrize("kind", ["IA3Config", "VeraConfig", "AdaLoraConfig", "OFTConfig"])
+@pytest.mark.parametrize("kind", ["IA3Config", "VeraConfig", "OFTConfig"])
 def test_other_methods_are_refused_by_name(kind: str, tmp_path: Path) -> None:
     peft = peft_cases.peft()
     options: dict[str, Any] = {
         "IA3Config": {"feedforward_modules": []},
         "VeraConfig": {"r": 2},
-        "AdaLoraConfig": {"init_r": 2, "total_step": 10, "tinit": 1, "tfinal": 1},
         "OFTConfig": {"oft_block_size": 4, "r": 0},
     }[kind]
     model = llama()

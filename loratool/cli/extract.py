@@ -25,6 +25,8 @@ Examples:
 @click.option("--from", "convention", metavar="NAME", help="The convention, where several match.")
 @click.option("--adapter", metavar="NAME", help="Which adapter, where the checkpoint holds several.")
 @options.layout
+@options.enable_lora
+@options.already_merged
 @click.option("--base-out", type=click.Path(path_type=Path), help="Also write the clean base checkpoint, as a folder.")
 @options.as_json
 @options.quiet
@@ -37,6 +39,8 @@ def extract_command(
     convention: str | None,
     adapter: str | None,
     layout: dict[str, str],
+    enable_lora: dict[str, str],
+    already_merged: bool,
     base_out: Path | None,
     as_json: bool,
     quiet: bool,
@@ -55,6 +59,8 @@ def extract_command(
             convention=convention,
             adapter=adapter,
             layout=layout,
+            enable_lora=enable_lora,
+            already_merged=already_merged,
             base_out=base_out,
             progress=callback,
         )

@@ -24,15 +24,22 @@ Examples:
 @click.option("--layers", is_flag=True, help="One row per update instead of one per group.")
 @click.option("--from", "convention", metavar="NAME", help="The convention, where several match.")
 @click.option("--adapter", metavar="NAME", help="Which adapter, where a checkpoint holds several.")
+@options.component
 @options.as_json
 def inspect_command(
-    path: Path, base: Path | None, layers: bool, convention: str | None, adapter: str | None, as_json: bool
+    path: Path,
+    base: Path | None,
+    layers: bool,
+    convention: str | None,
+    adapter: str | None,
+    component: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Show what an adapter or checkpoint is, from its headers.
 
     PATH is an adapter of any convention, a LoRA-wrapped checkpoint, a plain or a merged checkpoint.
     """
-    summary = loratool.inspect(path, base=base, convention=convention, adapter=adapter)
+    summary = loratool.inspect(path, base=base, convention=convention, adapter=adapter, component=component)
     if as_json:
         output.print_json("inspect", summary.to_json())
         return

@@ -37,6 +37,7 @@ Examples:
 @click.option("--link", is_flag=True, help="Hard-link files that no adapter touches, instead of copying them.")
 @click.option("--resume", is_flag=True, help="Keep the finished files of an interrupted run, once verified.")
 @options.layout
+@options.component
 @options.resources
 @options.dry_run
 @options.as_json
@@ -52,6 +53,7 @@ def merge_command(
     link: bool,
     resume: bool,
     layout: dict[str, str],
+    component: tuple[str, ...],
     threads: int | None,
     max_memory: int | None,
     dry_run: bool,
@@ -71,6 +73,7 @@ def merge_command(
         "link": link,
         "resume": resume,
         "layout": layout,
+        "component": component,
         "threads": threads,
         "max_memory": max_memory,
     }

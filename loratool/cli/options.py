@@ -86,6 +86,32 @@ def layout(function: F) -> F:
     )(function)
 
 
+def component(function: F) -> F:
+    return click.option(
+        "--component",
+        multiple=True,
+        metavar="NAME",
+        help="Only these parts (unet, te, te1, ...) of a kohya or LyCORIS adapter; may be repeated.",
+    )(function)
+
+
+def enable_lora(function: F) -> F:
+    return click.option(
+        "--enable-lora",
+        multiple=True,
+        callback=_patterns,
+        metavar="[PATTERN=]DIGITS",
+        help="Which blocks of a packed matrix were trained, where shapes do not tell: 101 is the first and third.",
+    )(function)
+
+
+already_merged = click.option(
+    "--already-merged",
+    is_flag=True,
+    help="loralib: the model was saved in eval mode, so its weights hold the delta; --base-out subtracts it again.",
+)
+
+
 def _bytes(ctx: Context, param: Parameter, value: str | None) -> int | None:
     """``300MB``, ``2GB``, or a plain number of bytes."""
     if value is None:

@@ -29,6 +29,7 @@ Examples:
 @click.option("--undo", type=click.Path(path_type=Path), help="The record of `merge --undo`: exact, without the base.")
 @click.option("--exact", is_flag=True, help="Refuse (exit 1) unless the result is bit-exact.")
 @options.layout
+@options.component
 @options.resources
 @options.dry_run
 @options.as_json
@@ -41,6 +42,7 @@ def unmerge_command(
     undo: Path | None,
     exact: bool,
     layout: dict[str, str],
+    component: tuple[str, ...],
     threads: int | None,
     max_memory: int | None,
     dry_run: bool,
@@ -57,6 +59,7 @@ def unmerge_command(
         "undo": undo,
         "exact": exact,
         "layout": layout,
+        "component": component,
         "threads": threads,
         "max_memory": max_memory,
     }

@@ -21,7 +21,21 @@ from typing import Protocol, runtime_checkable
 from loratool.adapter import Adapter
 from loratool.bundle import Bundle
 from loratool.checkpoint import Checkpoint
-from loratool.conventions import native, peft, peft_wrapped, plain
+from loratool.conventions import (
+    diffusers,
+    gguf,
+    kohya,
+    litgpt,
+    loralib,
+    lycoris,
+    megatron,
+    mlx,
+    native,
+    peft,
+    peft_wrapped,
+    plain,
+    torchtune,
+)
 from loratool.conventions.choices import Choices
 from loratool.conventions.writing import Misfit, Options
 from loratool.errors import ChoiceNeeded, Problem, Unsupported
@@ -72,7 +86,21 @@ class Writer(Convention, Protocol):
         """
 
 
-CONVENTIONS: tuple[Convention, ...] = (native, plain, peft, peft_wrapped)
+CONVENTIONS: tuple[Convention, ...] = (
+    native,
+    plain,
+    peft,
+    peft_wrapped,
+    diffusers,
+    kohya,
+    lycoris,
+    torchtune,
+    mlx,
+    gguf,
+    megatron,
+    loralib,
+    litgpt,
+)
 
 
 def writers() -> dict[str, Writer]:
@@ -84,10 +112,10 @@ def matching(source: Checkpoint) -> list[Convention]:
     return [convention for convention in CONVENTIONS if convention.detect(source)]
 
 
-def choose(source: Checkpoint, name: str | None = None) -> Convention:
-    """The convention a source is in: the named one, or the only one that matches.
+def find(source: Checkpoint, name: str | None = None) -> Convention | None:
+    """The convention a source is in: the named one, or the only one that matches; None if none does.
 
-    Raises Unsupported if none does, ChoiceNeeded if several do.
+    Raises ChoiceNeeded if several do.
     """
     if name is not None:
         found = [convention for convention in CONVENTIONS if name == convention.NAME]
@@ -96,16 +124,6 @@ def choose(source: Checkpoint, name: str | None = None) -> Convention:
             raise ChoiceNeeded(Problem("E-OPTION", f"there is no convention {name!r}", hint=f"known are {known}"))
         return found[0]
     found = matching(source)
-    if not found:
-        names = ", ".join([*source.tensors][:3])
-        raise Unsupported(
-            Problem(
-                "E-CONVENTION",
-                f"no adapter in it that loratool knows; its tensors are named like {names}",
-                str(source.path),
-                "is it a plain checkpoint? `loratool inspect` shows what it is",
-            )
-        )
     if len(found) > 1:
         names = ", ".join(convention.NAME for convention in found)
         raise ChoiceNeeded(
@@ -116,4 +134,20 @@ def choose(source: Checkpoint, name: str | None = None) -> Convention:
                 "say which one with --from NAME (inspect and extract have it)",
             )
         )
-    return found[0]
+    return found[0] if found else None
+
+
+def choose(source: Checkpoint, name: str | None = None) -> Convention:
+    """The convention of a source that must be in one: raises Unsupported if it is in none, else like `find`."""
+    found = find(source, name)
+    if found is None:
+        names = ", ".join([*source.tensors][:3])
+        raise Unsupported(
+            Problem(
+                "E-CONVENTION",
+                f"no adapter in it that loratool knows; its tensors are named like {names}",
+                str(source.path),
+                "is it a plain checkpoint? `loratool inspect` shows what it is",
+            )
+        )
+    return found

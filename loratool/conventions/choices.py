@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from loratool.errors import ChoiceNeeded, Problem
 from loratool.updates import RULES, Scaling
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,10 @@ class Choices:
     """Answers to what a file leaves open. Patterns are shell-style (``*q_proj*``), matched on module names.
 
     `alpha` maps patterns to alphas, tried in order; `layout` maps patterns to "in_out" or "out_in", for square
-    matrices whose orientation nothing shows; `config` is a PEFT adapter_config.
+    matrices whose orientation nothing shows; `config` is a PEFT adapter_config; `components` names the parts of a
+    pipeline ("unet", "te1") that are wanted of an adapter for several, all if empty. `enable_lora` maps patterns to one
+    digit per block of a packed matrix, 1 for those that were trained (``101``: query and value of query, key, value).
+    `already_merged` says that the weights in a wrapped checkpoint hold the delta as well.
     """
 
     alpha: Mapping[str, float] = field(default_factory=dict)
@@ -25,6 +31,9 @@ class Choices:
     config: Mapping[str, Any] | None = None
     adapter: str | None = None
     layout: Mapping[str, str] = field(default_factory=dict)
+    components: Sequence[str] = ()
+    enable_lora: Mapping[str, str] = field(default_factory=dict)
+    already_merged: bool = False
 
     def __post_init__(self) -> None:
         if wrong_alpha := [alpha for alpha in self.alpha.values() if not math.isfinite(alpha)]:
@@ -33,24 +42,39 @@ class Choices:
             raise ChoiceNeeded(Problem("E-OPTION", f"scaling {self.scaling!r} is not one of {', '.join(RULES)}"))
         if wrong := [value for value in self.layout.values() if value not in ("in_out", "out_in")]:
             raise ChoiceNeeded(Problem("E-OPTION", f"layout {wrong[0]!r} is not in_out or out_in"))
+        if wrong := [value for value in self.enable_lora.values() if not re.fullmatch("0*1[01]*", value)]:
+            what = f"enable_lora {wrong[0]!r} is not one digit per block, 1 for the trained ones, like 101"
+            raise ChoiceNeeded(Problem("E-OPTION", what))
 
-    def scaling_of(self, module: str, rank: int) -> Scaling:
-        """The scale that the user gave for a module; one with unknown scale if none, or no rule, was given."""
-        alpha = next((value for pattern, value in self.alpha.items() if fnmatch.fnmatchcase(module, pattern)), None)
-        if alpha is None or self.scaling is None:
+    def scaling_of(self, module: str, rank: int, rule: str | None = None) -> Scaling:
+        """The scale that the user gave for a module; one with unknown scale if none, or no rule, was given.
+
+        `rule` is that of a convention that has only one: then alpha is enough, and another rule is a mistake.
+        """
+        if rule is not None and self.scaling not in (None, rule):
+            raise ChoiceNeeded(Problem("E-OPTION", f"the scale here is always {rule}, not {self.scaling}", module))
+        alpha = _first(self.alpha, module)
+        if rule is None and (alpha is None or self.scaling is None):
             return Scaling("none", rank, None, None)
-        return Scaling.by(self.scaling, alpha, rank)
+        return Scaling.by(rule or self.scaling or "", alpha, rank)
 
     def layout_of(self, module: str) -> str | None:
-        return next((value for pattern, value in self.layout.items() if fnmatch.fnmatchcase(module, pattern)), None)
+        return _first(self.layout, module)
+
+    def enabled_of(self, module: str) -> str | None:
+        return _first(self.enable_lora, module)
 
     def refuse(self, *names: str, where: str) -> None:
         """An answer to a question that the convention does not have is a mistake, not a no-op."""
         if given := [name for name in names if getattr(self, name)]:
-            raise ChoiceNeeded(Problem("E-OPTION", f"--{given[0]} means nothing for this convention", where))
+            raise ChoiceNeeded(
+                Problem("E-OPTION", f"--{given[0].replace('_', '-')} means nothing for this convention", where)
+            )
 
-    def unknown_scale_hint(self) -> str:
-        """What to add so that the scale is known."""
+    def unknown_scale_hint(self, rule: str = "none") -> str:
+        """What to add so that the scale is known; `rule` is what the convention says of it, "none" if nothing."""
+        if rule != "none" and not self.alpha:
+            return f"give --alpha X, or --alpha PATTERN=X per layer; the scale of this convention is always {rule}"
         if self.alpha and self.scaling is None:
             return "add --scaling: alpha/rank (usual), alpha (first edition of LLMs from scratch) or alpha/sqrt(rank)"
         if self.alpha:
@@ -59,7 +83,8 @@ class Choices:
 
     def check_used(self, modules: list[str], where: str) -> None:
         """A pattern that matches no module is a mistake, not a no-op."""
-        idle = [p for p in [*self.alpha, *self.layout] if not any(fnmatch.fnmatchcase(m, p) for m in modules)]
+        given = [*self.alpha, *self.layout, *self.enable_lora]
+        idle = [p for p in given if not any(fnmatch.fnmatchcase(m, p) for m in modules)]
         if idle:
             raise ChoiceNeeded(
                 Problem(
@@ -69,3 +94,8 @@ class Choices:
                     f"layers are named like {', '.join(modules[:3])}",
                 )
             )
+
+
+def _first(patterns: Mapping[str, T], module: str) -> T | None:
+    """The value of the first pattern that matches."""
+    return next((value for pattern, value in patterns.items() if fnmatch.fnmatchcase(module, pattern)), None)

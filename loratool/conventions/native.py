@@ -23,7 +23,8 @@ def detect(source: Checkpoint) -> bool:
 
 
 def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | None) -> Adapter:
-    return native_format.read(source.shards[0].path)
+    shard = source.shards[0]
+    return native_format.read(shard.path) if shard.header is None else native_format.adapter_of(shard.header)
 
 
 def unwrap(source: Checkpoint, choices: Choices) -> Mapping[str, TensorRef]:

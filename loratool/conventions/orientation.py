@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 
 from loratool.names import parent
@@ -11,8 +12,17 @@ from loratool.tensors import TensorRef
 CONV1D_NAMES = {"c_attn", "c_proj", "c_fc", "q_attn"}
 
 
-def square_layout(name: str, flag: bool, base: Mapping[str, TensorRef]) -> str | None:
-    """The layout ("" for [out, in], "in_out") of the square tensor `name`, or None if nothing settles it.
+def shown_layouts(base: Mapping[str, TensorRef]) -> dict[str, set[str]]:
+    """The layouts ("" for [out, in], "in_out") that a base's matrices give away, by the last module of their names."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for name, ref in base.items():
+        if (layout := _shown(name, ref, base)) is not None:
+            found[_leaf(name)].add(layout)
+    return dict(found)
+
+
+def square_layout(name: str, flag: bool, base: Mapping[str, TensorRef], shown: Mapping[str, set[str]]) -> str | None:
+    """The layout of the square tensor `name`, or None if nothing settles it; `shown` is `shown_layouts` of the base.
 
     A matrix and its bias show the layout of every layer that is not square, and layers of one name are of one class:
     GPT-2's square ``attn.c_proj`` is a Conv1D because ``mlp.c_proj`` is one. Without such a namesake the trainer's
@@ -21,14 +31,13 @@ def square_layout(name: str, flag: bool, base: Mapping[str, TensorRef]) -> str |
     """
     if len(base[name].shape) == 3:
         return "in_out" if f"{name}_bias" in base else ""
-    layouts = {other: _shown(other, ref, base) for other, ref in base.items()}
-    namesakes = {layouts[other] for other in layouts if _leaf(other) == _leaf(name)} - {None}
+    namesakes = shown.get(_leaf(name), set())
     if len(namesakes) == 1:
-        return namesakes.pop()
-    shown = set(layouts.values()) - {None}
-    if not flag and "in_out" not in shown:
+        return next(iter(namesakes))
+    anywhere = set[str]().union(*shown.values())
+    if not flag and "in_out" not in anywhere:
         return ""
-    return "in_out" if flag and shown == {"in_out"} else None
+    return "in_out" if flag and anywhere == {"in_out"} else None
 
 
 def _leaf(name: str) -> str:

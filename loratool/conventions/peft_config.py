@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from loratool.errors import InvalidFile, Problem, Unsupported
+from loratool.conventions.peft_layers import parse_ranges
+from loratool.errors import InvalidFile, LoratoolError, Problem, Unsupported
 from loratool.tensors import is_int
 
 # Initialisations that rewrite the base before training: the adapter is relative to a base that is not on any disk.
 MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 VARIANTS = {
-    "layer_replication": "the base's layers must be replicated first",
     "use_qalora": "A acts on pooled inputs",
     "use_bdlora": "one factor is block-diagonal and stored compactly",
     "kasa_config": "the base is truncated and the delta has singular values",
@@ -23,6 +23,9 @@ VARIANTS = {
     "monteclora_config": "its factors are sampled",
     "velora_config": "its delta is not plain LoRA",
 }
+KINDS = ("LORA", "ADALORA", "LOHA", "LOKR", "TRAINABLE_TOKENS")
+# All that torchtune's export writes; PEFT itself writes every field it has.
+_TORCHTUNE = {"r", "lora_alpha", "target_modules", "peft_type"}
 BIASES = ("none", "all", "lora_only")
 MAX_ROW = 2**53
 # A repetition of something that repeats takes exponential time in Python's matcher. No module name needs one.
@@ -33,7 +36,8 @@ _NESTED_REPETITION = re.compile(r"\([^()]*(?:[+*]|\{\d*,\d*\})[^()]*\)\s*(?:[+*]
 class PeftConfig:
     """The parts of an adapter_config that say what the tensors mean. Defaults are PEFT's own."""
 
-    rank: int = 8
+    kind: str = "LORA"
+    rank: int = 8  # AdaLoRA's is the one it starts from, `init_r`
     alpha: float = 8.0
     rule: str = "alpha/rank"
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -41,6 +45,9 @@ class PeftConfig:
     fan_in_fan_out: bool = False
     bias: str = "none"
     base_name: str = ""
+    version: tuple[int, int, int] | None = None  # of the PEFT that wrote it; None where a development version did
+    from_torchtune: bool = False
+    layer_replication: tuple[tuple[int, int], ...] = ()
     target_parameters: tuple[str, ...] = ()
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # by module; "" is the input embedding
 
@@ -49,7 +56,11 @@ class PeftConfig:
         return [alpha for pattern, alpha in self.alpha_pattern.items() if _hit(pattern, module)]
 
     def rank_of(self, module: str) -> int:
-        return next((rank for pattern, rank in self.rank_pattern.items() if _hit(pattern, module)), self.rank)
+        return next(iter(self.ranks(module)), self.rank)
+
+    def ranks(self, module: str) -> list[int]:
+        """The ranks of all patterns that match a module, in the order of the file; PEFT uses the first."""
+        return [rank for pattern, rank in self.rank_pattern.items() if _hit(pattern, module)]
 
     def parameters_of(self, module: str) -> list[str]:
         """The parameters of a module that `target_parameters` names: ``mlp.experts.down_proj`` -> ``down_proj``."""
@@ -79,15 +90,22 @@ def parse(document: Mapping[str, Any], where: str) -> PeftConfig:
         value = document.get(name)
         return default if value is None else value
 
-    if "r" in document:
-        need(_is_rank(document["r"]), "r", "a whole number above 0")
-    if "lora_alpha" in document:
-        need(_is_number(document["lora_alpha"]), "lora_alpha", "a finite number")
+    kind = document.get("peft_type", "LORA")
+    rank_name = "init_r" if kind == "ADALORA" else "r"
+    alpha_name = "alpha" if kind in ("LOHA", "LOKR") else "lora_alpha"
+    if rank_name in document:
+        need(_is_rank(document[rank_name]), rank_name, "a whole number above 0")
+    if alpha_name in document:
+        need(_is_number(document[alpha_name]), alpha_name, "a finite number")
     for name in ("use_rslora", "fan_in_fan_out"):
         need(isinstance(get(name, False), bool), name, "true or false")
     need(get("bias", "none") in BIASES, "bias", f"one of {', '.join(BIASES)}")
-    for name, check, what in (("rank_pattern", _is_rank, "ranks"), ("alpha_pattern", _is_number, "numbers")):
-        patterns = get(name, {})
+    ranks, alphas = ({}, {}) if kind == "ADALORA" else (get("rank_pattern", {}), get("alpha_pattern", {}))
+    # AdaLoRA's rank_pattern says which ranks are left; those are the ones in the file.
+    for name, patterns, check, what in (
+        ("rank_pattern", ranks, _is_rank, "ranks"),
+        ("alpha_pattern", alphas, _is_number, "numbers"),
+    ):
         if need(isinstance(patterns, dict) and all(map(check, patterns.values())), name, f"an object of {what}"):
             problems += [p for pattern in patterns if (p := _bad_pattern(pattern, name, where)) is not None]
     parameters = get("target_parameters", [])
@@ -96,17 +114,26 @@ def parse(document: Mapping[str, Any], where: str) -> PeftConfig:
     tokens = get(tokens_name, {})
     tokens = tokens if isinstance(tokens, dict) else {"": tokens}
     need(all(_is_rows(rows) for rows in tokens.values()), tokens_name, "different row numbers, from 0")
+    layers: tuple[tuple[int, int], ...] = ()
+    try:
+        layers = parse_ranges(document.get("layer_replication"), where)
+    except LoratoolError as error:
+        problems += error.problems
     if problems:
         raise InvalidFile(problems)
     return PeftConfig(
-        rank=document.get("r", 8),
-        alpha=float(document.get("lora_alpha", 8)),
-        rule="alpha/sqrt(rank)" if get("use_rslora", False) else "alpha/rank",
-        rank_pattern=get("rank_pattern", {}),
-        alpha_pattern={pattern: float(alpha) for pattern, alpha in get("alpha_pattern", {}).items()},
+        kind=kind,
+        rank=document.get(rank_name, 12 if kind == "ADALORA" else 8),
+        alpha=float(document.get(alpha_name, 8)),
+        rule="alpha/sqrt(rank)" if get("use_rslora", False) and kind == "LORA" else "alpha/rank",
+        rank_pattern=ranks,
+        alpha_pattern={pattern: float(alpha) for pattern, alpha in alphas.items()},
         fan_in_fan_out=get("fan_in_fan_out", False),
         bias=get("bias", "none"),
         base_name=str(get("base_model_name_or_path", "")),
+        version=_version(document.get("peft_version")),
+        from_torchtune={*document} - {"base_model_name_or_path"} == _TORCHTUNE,
+        layer_replication=layers,
         target_parameters=tuple(parameters),
         tokens={module: tuple(rows) for module, rows in tokens.items()},
     )
@@ -119,7 +146,7 @@ def refuse_unsupported(document: Mapping[str, Any], where: str, *, base_inside: 
     """
     problems = []
     kind = document.get("peft_type", "LORA")
-    if kind not in ("LORA", "TRAINABLE_TOKENS"):
+    if kind not in KINDS:
         hint = "merge it with PEFT's merge_and_unload()"
         problems.append(Problem("E-UNSUPPORTED", f"peft_type {kind} is not supported", where, hint))
     init = document.get("init_lora_weights")
@@ -137,6 +164,14 @@ def refuse_unsupported(document: Mapping[str, Any], where: str, *, base_inside: 
     ]
     if problems:
         raise Unsupported(problems)
+
+
+def _version(text: object) -> tuple[int, int, int] | None:
+    """PEFT has written its version since 0.18; a development version may be on either side of a change."""
+    if text is None:
+        return (0, 17, 0)
+    match = re.match(r"(\d{1,6})\.(\d{1,6})\.(\d{1,6})(?!\.?dev)", str(text))
+    return None if match is None else (int(match[1]), int(match[2]), int(match[3]))
 
 
 def _is_rank(value: object) -> bool:

@@ -14,10 +14,11 @@ from dataclasses import replace
 
 from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint
-from loratool.conventions import peft
 from loratool.conventions.choices import Choices
+from loratool.conventions.peft import PeftReader
 from loratool.conventions.peft_config import parse, refuse_unsupported
-from loratool.errors import ChoiceNeeded, InvalidFile, Problem
+from loratool.conventions.peft_names import PREFIX, WRAPPED_PART, foreign_wrapped, is_wrapped
+from loratool.errors import ChoiceNeeded, InvalidFile, Problem, Unsupported
 from loratool.tensors import TensorRef
 
 NAME = "peft-wrapped"
@@ -25,10 +26,11 @@ TITLE = "PEFT-wrapped checkpoint"
 
 
 def detect(source: Checkpoint) -> bool:
-    return peft.is_wrapped(source.tensors)
+    return is_wrapped(source.tensors) or foreign_wrapped(source.tensors) is not None
 
 
 def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | None) -> Adapter:
+    choices.refuse("enable_lora", "already_merged", where=str(source.path))
     config = choices.config or (source.side_json("adapter_config.json") if source.path.is_dir() else None)
     parsed = None
     if config is not None:
@@ -37,7 +39,7 @@ def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | N
     parts, inside = _split(source, choices)
     bias = parsed.bias if parsed else "none"
     trained = {name: ref for name, ref in inside.items() if name.endswith(".bias") and _trained(name, bias, source)}
-    reader = peft.PeftReader({**trained, **parts}, parsed, choices, base or inside or None, str(source.path))
+    reader = PeftReader({**trained, **parts}, parsed, choices, base or inside or None, str(source.path))
     adapter = reader.adapter()
     notes = [*source.notes, *adapter.notes]
     if trained:
@@ -51,7 +53,7 @@ def unwrap(source: Checkpoint, choices: Choices) -> Mapping[str, TensorRef]:
 
 def adapters(source: Checkpoint) -> list[str]:
     """The names of the adapters in a wrapped checkpoint."""
-    return sorted({match["adapter"] for name in source.tensors if (match := peft.WRAPPED_PART.match(name))})
+    return sorted({match["adapter"] for name in source.tensors if (match := WRAPPED_PART.match(name))})
 
 
 def _split(source: Checkpoint, choices: Choices) -> tuple[dict[str, TensorRef], dict[str, TensorRef]]:
@@ -60,8 +62,8 @@ def _split(source: Checkpoint, choices: Choices) -> tuple[dict[str, TensorRef], 
     parts: dict[str, TensorRef] = {}
     rest: dict[str, TensorRef] = {}
     for key, ref in source.tensors.items():
-        name = key.removeprefix(peft.PREFIX)
-        match = peft.WRAPPED_PART.match(name)
+        name = key.removeprefix(PREFIX)
+        match = WRAPPED_PART.match(name)
         if match is None:
             rest[name] = ref
         elif match["adapter"] == chosen:
@@ -71,7 +73,7 @@ def _split(source: Checkpoint, choices: Choices) -> tuple[dict[str, TensorRef], 
     wrapped = {_wrapped_module(name) for name in source.tensors} - {""}
     base: dict[str, TensorRef] = {}
     for name, ref in rest.items():
-        clean = _base_name(name, wrapped, {module.removeprefix(peft.PREFIX) for module in saved_modules})
+        clean = _base_name(name, wrapped, {module.removeprefix(PREFIX) for module in saved_modules})
         if clean in base and base[clean].digest() != ref.digest():
             raise InvalidFile(
                 Problem("E-NAMES", f"{ref.name} and {base[clean].name} both stand for {clean}", str(source.path))
@@ -93,6 +95,10 @@ def _choose(source: Checkpoint, choices: Choices) -> str:
                 f"it holds {', '.join(found)}",
             )
         )
+    if not found:
+        what = f"{foreign_wrapped(source.tensors)} in it belongs to a method of PEFT that is not supported"
+        hint = "merge it with PEFT's merge_and_unload()"
+        raise Unsupported(Problem("E-UNSUPPORTED", what, str(source.path), hint))
     if len(found) > 1:
         raise ChoiceNeeded(
             Problem(
@@ -107,7 +113,7 @@ def _choose(source: Checkpoint, choices: Choices) -> str:
 
 def _wrapped_module(name: str) -> str:
     """The module that a PEFT key says is wrapped, without inner `base_layer` segments."""
-    match = peft.WRAPPED_PART.match(name.removeprefix(peft.PREFIX))
+    match = WRAPPED_PART.match(name.removeprefix(PREFIX))
     if match is None or match["saved"]:
         return ""
     module = match["before"].rpartition(".")[0].removesuffix(".token_adapter")

@@ -17,12 +17,12 @@ from loratool import folding
 from loratool.adapter import Adapter, Targeted
 from loratool.bundle import Bundle, Content, Safetensors, document
 from loratool.checkpoint import Checkpoint
+from loratool.conventions.peft_names import PREFIX
 from loratool.conventions.writing import Misfit, Options, grouped
 from loratool.names import modules, natural, parent
 from loratool.tensors import TensorRef
 from loratool.updates import Add, Dora, Lora, Replace, ReplaceRows, Scaling
 
-PREFIX = "base_model.model."
 FILE_STEM = "adapter_model"
 NO_LAYERS = "dummy-target-modules"  # PEFT's own word for an adapter that wraps nothing (peft/utils/constants.py)
 

@@ -29,7 +29,7 @@ def detect(source: Checkpoint) -> bool:
 def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | None) -> Adapter:
     wrapped = _wrapped(source)
     names = {module: f"{_unwrapped(module, wrapped)}.weight" for module in wrapped}
-    choices.refuse("config", "adapter", where=str(source.path))
+    choices.refuse("config", "adapter", "enable_lora", "already_merged", where=str(source.path))
     choices.check_used([*wrapped], str(source.path))
     rename, notes = prefix_rule(names.values(), names.values() if base is None else base, str(source.path))
     updates, problems = [], []

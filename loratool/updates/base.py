@@ -55,17 +55,26 @@ class Scaling:
 class Block(Protocol):
     """An update with its factors in memory, in the compute dtype, ready for blocks of rows."""
 
+    # How often `apply` rounds an element in place, and the longest sum in between: its error is at most
+    # u * ((length + 2 + steps) * magnitude + steps * largest result), for a unit roundoff u.
+    steps: int
+    length: int
+    scale: float
+
     def apply(self, W: torch.Tensor, start: int, weight: float) -> None:
         """Change W in place: rows start.. of the update's region, flattened to [rows, columns]."""
+
+    def apply_at(self, values: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, weight: float) -> None:
+        """`apply` for single elements [n] of a block, in float64; only of updates that are `elementwise`."""
 
     def revert(self, W: torch.Tensor, terms: torch.Tensor, start: int, weight: float) -> None:
         """The opposite of `apply`, up to rounding: changes merged rows W in place into a prediction of the base's.
 
-        Adds to `terms`, of W's shape, the magnitude of what was subtracted: the rounding error is a multiple of it.
+        Adds to `terms` [rows, 1] the magnitude of what was subtracted: the rounding error is a multiple of it.
         """
 
-    def reach(self) -> float:
-        """No element of the scaled delta is larger; 0 for what is no delta."""
+    def magnitude(self, start: int, stop: int) -> torch.Tensor:
+        """[rows, 1]: no element of a row's scaled delta is larger, nor is the sum of its terms' magnitudes."""
 
     def observe(self, W: torch.Tensor, start: int) -> None:
         """Called on every block of rows before the first `apply`, if the update's `first_pass` is true."""
@@ -89,6 +98,10 @@ class Update:
         """None for updates that are not scaled (replacements)."""
         return None
 
+    def elementwise(self, weight: float) -> bool:
+        """Whether a single element can be computed on its own, so that float32 is enough for most of a block."""
+        return False
+
     @property
     def first_pass(self) -> bool:
         """Whether all rows of the base must be seen before any can be written."""
@@ -96,9 +109,7 @@ class Update:
 
     def components(self) -> dict[str, TensorRef]:
         """The update's tensors by the component names of the spec; absent optional ones are left out."""
-        return {
-            field.name: value for field in fields(self) if isinstance(value := getattr(self, field.name), TensorRef)
-        }
+        return {name: value for name, value in vars(self).items() if isinstance(value, TensorRef)}
 
     def expected(self, region: Shape) -> Mapping[str, Shape]:
         """The shape each component must have for a region of this shape, apart from a leading expert dimension."""
@@ -108,7 +119,7 @@ class Update:
         """The inner dimension of each low-rank product, to compare with the declared rank."""
         return []
 
-    def open(self, dtype: torch.dtype, expert: int | None) -> Block:
+    def open(self, dtype: torch.dtype, expert: int | None, device: str = "cpu") -> Block:
         """Read the factors in the compute dtype; of one expert, where the update has an expert dimension."""
         raise NotImplementedError
 
@@ -150,10 +161,16 @@ class Update:
                     rule="R-031",
                 )
 
-    def read(self, name: str, dtype: torch.dtype | None, expert: int | None) -> torch.Tensor:
+    def read(self, name: str, dtype: torch.dtype | None, expert: int | None, device: str) -> torch.Tensor:
         """One component as a contiguous tensor, without the expert dimension."""
+        return self.part(name, expert).read(dtype).contiguous().to(device)
+
+    def part(self, name: str, expert: int | None) -> TensorRef:
         tensor: TensorRef = getattr(self, name)
-        return (tensor if expert is None else tensor.select(expert)).read(dtype).contiguous()
+        return tensor if expert is None else tensor.select(expert)
+
+
+SLACK = 1 + 2.0**-16  # for the rounding of the bounds themselves
 
 
 def inner(B: TensorRef) -> int:
@@ -164,39 +181,42 @@ def inner(B: TensorRef) -> int:
 class Fixed:
     """What most blocks need not do: learn from the base before, or bound a delta."""
 
+    steps = 0
+    length = 0
+    scale: float  # of those with steps
+
+    def apply_at(self, values: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, weight: float) -> None:
+        raise NotImplementedError("only of updates that are elementwise")
+
     def observe(self, W: torch.Tensor, start: int) -> None:
         """Nothing to learn from the base."""
 
     def revert(self, W: torch.Tensor, terms: torch.Tensor, start: int, weight: float) -> None:
         """What was replaced can not be predicted; W stays."""
 
-    def reach(self) -> float:
-        return 0.0
+    def magnitude(self, start: int, stop: int) -> torch.Tensor:
+        import torch
+
+        return torch.zeros(stop - start, 1)
 
 
 class Additive(Fixed):
     """A block whose update is `W + weight * scale * delta`: subclasses only say what their delta is."""
 
-    scale: float
-
     def delta(self, start: int, stop: int) -> torch.Tensor:
         """Rows start:stop of the unscaled delta, [rows, columns]."""
         raise NotImplementedError
 
-    def bound(self) -> float:
-        """No element of the unscaled delta is larger."""
-        raise NotImplementedError
-
-    def add_magnitude(self, terms: torch.Tensor, start: int, factor: float) -> None:
-        """terms += factor * the delta of the components' magnitudes, or more: what its rounding is relative to."""
+    def size(self, start: int, stop: int) -> torch.Tensor:
+        """[rows]: no element of the delta of the components' magnitudes is larger."""
         raise NotImplementedError
 
     def revert(self, W: torch.Tensor, terms: torch.Tensor, start: int, weight: float) -> None:
         self.apply(W, start, -weight)
-        self.add_magnitude(terms, start, abs(weight * self.scale))
+        terms.add_(self.magnitude(start, start + len(W)), alpha=abs(weight))
 
-    def reach(self) -> float:
-        return abs(self.scale) * self.bound()
+    def magnitude(self, start: int, stop: int) -> torch.Tensor:
+        return self.size(start, stop).unsqueeze(1) * (abs(self.scale) * SLACK)
 
     def apply(self, W: torch.Tensor, start: int, weight: float) -> None:
         W.add_(self.delta(start, start + W.shape[0]), alpha=weight * self.scale)

@@ -45,11 +45,11 @@ class Dora(Update):
     def ranks(self) -> list[int]:
         return self.direction.ranks()
 
-    def open(self, dtype: torch.dtype, expert: int | None) -> DoraBlock:
-        direction = self.direction.open(dtype, expert)
+    def open(self, dtype: torch.dtype, expert: int | None, device: str = "cpu") -> DoraBlock:
+        direction = self.direction.open(dtype, expert, device)
         assert isinstance(direction, Additive)
-        magnitude = self.read("magnitude", dtype, expert)
-        return DoraBlock(direction, magnitude, self.axis, magnitude.new_zeros(len(magnitude)).double())
+        vector = self.read("magnitude", dtype, expert, device)
+        return DoraBlock(direction, vector, self.axis, vector.new_zeros(len(vector)).double())
 
 
 @dataclass
@@ -60,13 +60,13 @@ class DoraBlock(Fixed):
     """
 
     direction: Additive
-    magnitude: torch.Tensor  # [rows] for axis 0, [columns of dim 1] for axis 1
+    vector: torch.Tensor  # the magnitude: [rows] for axis 0, [columns of dim 1] for axis 1
     axis: int
-    norm: torch.Tensor  # of magnitude's shape
+    norm: torch.Tensor  # of the vector's shape
 
     def observe(self, W: torch.Tensor, start: int) -> None:
         squares = self._direction(W, start).double().square_().sum(dim=0)  # [columns]
-        squares = squares.reshape(len(self.magnitude), -1).sum(dim=1)  # kernel positions share a column's norm
+        squares = squares.reshape(len(self.vector), -1).sum(dim=1)  # kernel positions share a column's norm
         self.norm = (self.norm.square_() + squares).sqrt_()
 
     def apply(self, W: torch.Tensor, start: int, weight: float) -> None:
@@ -83,22 +83,20 @@ class DoraBlock(Fixed):
 
     def revert(self, W: torch.Tensor, terms: torch.Tensor, start: int, weight: float) -> None:
         # W' = (1 - w) W + w f (W + s D) with f = magnitude / norm, so W = (W' - w f s D) / ((1 - w) + w f).
-        import torch
-
         factor = self._factor(start, W)
         divisor = (1 - weight) + weight * factor
         share = weight * factor / divisor  # [rows, 1] or [columns]
         delta = self.direction.delta(start, start + len(W)).mul_(self.direction.scale)
-        size = torch.zeros_like(W)
-        self.direction.add_magnitude(size, start, abs(self.direction.scale))
         worse = (abs(1 - weight) + (weight * factor).abs()) / divisor.abs()  # how much the divisor's sum cancels
         W.div_(divisor)
-        terms.div_(divisor.abs()).add_(W.abs() * worse).add_(size.mul_(share.abs() * worse))
+        lost = self.direction.magnitude(start, start + len(W)) * (share.abs() * worse)  # [rows, 1] or [rows, columns]
+        lost = lost.amax(dim=1, keepdim=True) + (W.abs() * worse).amax(dim=1, keepdim=True)
+        terms.div_(divisor.abs().amin(dim=-1, keepdim=True)).add_(lost)
         W.sub_(delta.mul_(share))
 
     def _factor(self, start: int, W: torch.Tensor) -> torch.Tensor:
         """magnitude / norm for rows start.. of W: [rows, 1] for axis 0, [columns] for axis 1."""
-        factor = self.magnitude / self.norm.to(W.dtype)
+        factor = self.vector / self.norm.to(W.dtype)
         if self.axis == 0:
             return factor[start : start + len(W)].unsqueeze(1)
         return factor.repeat_interleave(W.shape[1] // len(factor))

@@ -28,8 +28,11 @@ class Replace(Update):
     def expected(self, region: Shape) -> Mapping[str, Shape]:
         return {"value": region}
 
-    def open(self, dtype: torch.dtype, expert: int | None) -> ReplaceBlock:
-        value = self.read("value", dtype, expert)
+    def elementwise(self, weight: float) -> bool:
+        return weight == 1  # any other rounds in between
+
+    def open(self, dtype: torch.dtype, expert: int | None, device: str = "cpu") -> ReplaceBlock:
+        value = self.read("value", dtype, expert, device)
         return ReplaceBlock(value.reshape(len(value) if value.dim() else 1, -1))
 
 
@@ -39,6 +42,9 @@ class ReplaceBlock(Fixed):
 
     def apply(self, W: torch.Tensor, start: int, weight: float) -> None:
         move(W, self.value[start : start + W.shape[0]], weight)
+
+    def apply_at(self, values: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, weight: float) -> None:
+        values.copy_(self.value[rows, columns])
 
 
 @dataclass(frozen=True)
@@ -57,8 +63,11 @@ class Add(Update):
     def expected(self, region: Shape) -> Mapping[str, Shape]:
         return {"value": region}
 
-    def open(self, dtype: torch.dtype, expert: int | None) -> AddBlock:
-        value = self.read("value", dtype, expert)
+    def elementwise(self, weight: float) -> bool:
+        return True
+
+    def open(self, dtype: torch.dtype, expert: int | None, device: str = "cpu") -> AddBlock:
+        value = self.read("value", dtype, expert, device)
         return AddBlock(value.reshape(len(value) if value.dim() else 1, -1), self.factors.factor)
 
 
@@ -66,15 +75,17 @@ class Add(Update):
 class AddBlock(Additive):
     value: torch.Tensor  # [rows, columns]
     scale: float
+    steps = 1
+    length = 1
 
     def delta(self, start: int, stop: int) -> torch.Tensor:
         return self.value[start:stop]
 
-    def add_magnitude(self, terms: torch.Tensor, start: int, factor: float) -> None:
-        terms.add_(self.value[start : start + len(terms)].abs(), alpha=factor)
+    def size(self, start: int, stop: int) -> torch.Tensor:
+        return self.value[start:stop].abs().amax(dim=1)
 
-    def bound(self) -> float:
-        return float(self.value.abs().max())
+    def apply_at(self, values: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, weight: float) -> None:
+        values.add_(self.value[rows, columns].double(), alpha=weight * self.scale)
 
 
 @dataclass(frozen=True)
@@ -95,9 +106,12 @@ class ReplaceRows(Update):
         count = min(max(1, *self.index.shape, 1), region[0])
         return {"index": (count,), "value": (count, *region[1:])}
 
-    def open(self, dtype: torch.dtype, expert: int | None) -> ReplaceRowsBlock:
-        value = self.read("value", dtype, expert)
-        return ReplaceRowsBlock(self.read("index", None, expert), value.reshape(len(value), -1))
+    def elementwise(self, weight: float) -> bool:
+        return weight == 1
+
+    def open(self, dtype: torch.dtype, expert: int | None, device: str = "cpu") -> ReplaceRowsBlock:
+        value = self.read("value", dtype, expert, device)
+        return ReplaceRowsBlock(self.read("index", None, expert, device), value.reshape(len(value), -1))
 
 
 @dataclass
@@ -111,6 +125,13 @@ class ReplaceRowsBlock(Fixed):
         moved = W[rows]
         move(moved, self.value[inside], weight)
         W[rows] = moved
+
+    def apply_at(self, values: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, weight: float) -> None:
+        import torch
+
+        near = torch.searchsorted(self.index, rows).clamp_(max=len(self.index) - 1)
+        hit = self.index[near] == rows
+        values[hit] = self.value[near[hit], columns[hit]].to(values.dtype)
 
 
 def move(W: torch.Tensor, value: torch.Tensor, weight: float) -> None:

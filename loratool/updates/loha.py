@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 from loratool.tensors import Shape, TensorRef
 from loratool.updates.base import Additive, Scaling, Update, inner
-from loratool.updates.lora import core_size, low_rank_shapes, product_bound, safe_norm, with_core
+from loratool.updates.lora import LeftFactor, core_size, low_rank_shapes, safe_norm, with_core
 
 if TYPE_CHECKING:
     import torch
@@ -44,15 +45,15 @@ class Loha(Update):
     def ranks(self) -> list[int]:
         return [inner(self.B1), inner(self.B2)]
 
-    def open(self, dtype: torch.dtype, expert: int | None) -> LohaBlock:
-        mid1 = None if self.mid1 is None else self.read("mid1", dtype, expert)
-        mid2 = None if self.mid2 is None else self.read("mid2", dtype, expert)
-        A1, A2 = self.read("A1", dtype, expert), self.read("A2", dtype, expert)
+    def open(self, dtype: torch.dtype, expert: int | None, device: str = "cpu") -> LohaBlock:
+        mid1 = None if self.mid1 is None else self.read("mid1", dtype, expert, device)
+        mid2 = None if self.mid2 is None else self.read("mid2", dtype, expert, device)
+        A1, A2 = self.read("A1", dtype, expert, device), self.read("A2", dtype, expert, device)
         return LohaBlock(
             with_core(A1, mid1),
-            self.read("B1", dtype, expert),
+            LeftFactor(self.part("B1", expert), dtype, device),
             with_core(A2, mid2),
-            self.read("B2", dtype, expert),
+            LeftFactor(self.part("B2", expert), dtype, device),
             self.factors.factor,
             core_size(A1, mid1),
             core_size(A2, mid2),
@@ -62,20 +63,20 @@ class Loha(Update):
 @dataclass
 class LohaBlock(Additive):
     A1: torch.Tensor  # [rank, columns]
-    B1: torch.Tensor  # [rows, rank]
+    B1: LeftFactor  # [rows, rank]
     A2: torch.Tensor
-    B2: torch.Tensor
+    B2: LeftFactor
     scale: float
     size1: torch.Tensor  # [rank, columns], as in LoRA
     size2: torch.Tensor
 
     def delta(self, start: int, stop: int) -> torch.Tensor:
-        return (self.B1[start:stop] @ self.A1).mul_(self.B2[start:stop] @ self.A2)  # [rows, columns]
+        B1, B2 = self.B1.rows(start, stop), self.B2.rows(start, stop)
+        return (B1 @ self.A1).mul_(B2 @ self.A2)  # [rows, columns]
 
-    def add_magnitude(self, terms: torch.Tensor, start: int, factor: float) -> None:
-        rows = slice(start, start + len(terms))
-        left = safe_norm(self.B1, 1)[rows] * safe_norm(self.B2, 1)[rows]
-        terms.addr_(left, safe_norm(self.size1, 0) * safe_norm(self.size2, 0), alpha=factor)
+    def size(self, start: int, stop: int) -> torch.Tensor:
+        return self.B1.lengths(start, stop) * self.B2.lengths(start, stop) * self.longest_columns  # [rows]
 
-    def bound(self) -> float:
-        return product_bound(self.B1, self.A1) * product_bound(self.B2, self.A2)
+    @cached_property
+    def longest_columns(self) -> torch.Tensor:
+        return (safe_norm(self.size1, 0) * safe_norm(self.size2, 0)).amax()

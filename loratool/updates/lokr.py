@@ -58,9 +58,9 @@ class Lokr(Update):
     def ranks(self) -> list[int]:
         return [inner(B) for B in (self.B1, self.B2) if B is not None]
 
-    def open(self, dtype: torch.dtype, expert: int | None) -> LokrBlock:
+    def open(self, dtype: torch.dtype, expert: int | None, device: str = "cpu") -> LokrBlock:
         def read(name: str) -> torch.Tensor:
-            return self.read(name, dtype, expert)
+            return self.read(name, dtype, expert, device)
 
         if self.w1 is not None:
             w1 = read("w1")  # [a, c]
@@ -92,18 +92,19 @@ class LokrBlock(Additive):
     def delta(self, start: int, stop: int) -> torch.Tensor:
         return kronecker_rows(self.w1, self.w2, start, stop)
 
-    def add_magnitude(self, terms: torch.Tensor, start: int, factor: float) -> None:
-        terms.add_(kronecker_rows(self.size1, self.size2, start, start + len(terms)), alpha=factor)
+    def size(self, start: int, stop: int) -> torch.Tensor:
+        import torch
 
-    def bound(self) -> float:
-        return float(self.w1.abs().max() * self.w2.abs().max())
+        row = torch.arange(start, stop, device=self.w1.device)
+        left, right = self.size1.amax(dim=1), self.size2.flatten(1).amax(dim=1)  # [a], [b]
+        return left[row // len(right)] * right[row % len(right)]  # [rows]
 
 
 def kronecker_rows(w1: torch.Tensor, w2: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     """Rows start:stop of the Kronecker product of w1 [a, c] and w2 [b, d, kernel]: [rows, c * d * kernel]."""
     import torch
 
-    row = torch.arange(start, stop)
+    row = torch.arange(start, stop, device=w1.device)
     left = w1[row // len(w2)]  # [rows, c]
     right = w2[row % len(w2)]  # [rows, d, kernel]
     return torch.einsum("nc,ndk->ncdk", left, right).flatten(1)

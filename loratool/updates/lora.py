@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
-from loratool.tensors import Shape, TensorRef
+from loratool.tensors import FileSpan, Shape, TensorRef
 from loratool.updates.base import Additive, Scaling, Update, inner
 
 if TYPE_CHECKING:
     import torch
+
+WINDOW = 1 << 18  # numbers of a left factor that are read at a time
+SLICE = 32  # terms of a product that are summed before they are added: the error grows with it, not with the rank
 
 
 @dataclass(frozen=True)
@@ -38,51 +41,90 @@ class Lora(Update):
     def ranks(self) -> list[int]:
         return [inner(self.B)]
 
-    def open(self, dtype: torch.dtype, expert: int | None) -> LoraBlock:
-        mid = None if self.mid is None else self.read("mid", dtype, expert)
-        A = self.read("A", dtype, expert)
-        return LoraBlock(with_core(A, mid), self.read("B", dtype, expert), self.factors.factor, core_size(A, mid))
+    def elementwise(self, weight: float) -> bool:
+        return self.mid is None  # a contracted core is rounded before it is multiplied
+
+    def open(self, dtype: torch.dtype, expert: int | None, device: str = "cpu") -> LoraBlock:
+        mid = None if self.mid is None else self.read("mid", dtype, expert, device)
+        A = self.read("A", dtype, expert, device)
+        B = LeftFactor(self.part("B", expert), dtype, device)
+        return LoraBlock(with_core(A, mid), B, self.factors.factor, core_size(A, mid))
+
+
+class LeftFactor:
+    """B [rows, rank], of which some rows at a time are read where its file allows it: at rank 256 it is large."""
+
+    def __init__(self, ref: TensorRef, dtype: torch.dtype, device: str) -> None:
+        self.ref, self.dtype, self.device = ref, dtype, device
+        self.first = 0
+        lazy = isinstance(ref.data, FileSpan) and not ref.views
+        self.read = (ref.narrow(0, 0, 0) if lazy else ref).read(dtype).contiguous().to(device)  # [some rows, rank]
+        self.norms = safe_norm(self.read, 1)  # [some rows]
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows start:stop, [rows, rank]."""
+        if start < self.first or stop > self.first + len(self.read):
+            count = max(stop - start, WINDOW // max(1, inner(self.ref)))
+            count = min(count, self.ref.shape[0] - start)
+            self.first = start
+            self.read = self.ref.narrow(0, start, count).read(self.dtype).to(self.device)
+            self.norms = safe_norm(self.read, 1)
+        return self.read[start - self.first : stop - self.first]
+
+    def lengths(self, start: int, stop: int) -> torch.Tensor:
+        """The Euclidean norms of rows start:stop, [rows]."""
+        self.rows(start, stop)
+        return self.norms[start - self.first : stop - self.first]
+
+    def at(self, rows: torch.Tensor) -> torch.Tensor:
+        """Single ones of the rows that were read last, [n, rank]."""
+        return self.read.index_select(0, rows - self.first)
 
 
 @dataclass
 class LoraBlock(Additive):
     A: torch.Tensor  # [rank, columns]
-    B: torch.Tensor  # [rows, rank]
+    B: LeftFactor  # [rows, rank]
     scale: float
-    size: torch.Tensor  # [rank, columns]: A, or with a core the magnitudes that A's elements are sums of
+    A_size: torch.Tensor  # [rank, columns]: A, or with a core the magnitudes that A's elements are sums of
+
+    def __post_init__(self) -> None:
+        self.length = min(len(self.A), SLICE)
+        self.steps = -(-len(self.A) // SLICE)
 
     def delta(self, start: int, stop: int) -> torch.Tensor:
-        return self.B[start:stop] @ self.A  # [rows, columns]
+        return self.B.rows(start, stop) @ self.A  # [rows, columns]
 
-    def bound(self) -> float:
-        return product_bound(self.B, self.A)
-
-    def add_magnitude(self, terms: torch.Tensor, start: int, factor: float) -> None:
-        # Cauchy-Schwarz: |B[i] @ A[:, j]| <= |B[i]| |A[:, j]|, a rank-1 matrix, where |B| @ |A| would cost a product.
-        rows, columns = self.norms
-        terms.addr_(rows[start : start + len(terms)], columns, alpha=factor)
+    def size(self, start: int, stop: int) -> torch.Tensor:
+        # Cauchy-Schwarz: |B[i] @ A[:, j]| <= |B[i]| |A[:, j]|, where |B| @ |A| would cost a product.
+        return self.B.lengths(start, stop) * self.longest_column  # [rows]
 
     @cached_property
-    def norms(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return safe_norm(self.B, 1), safe_norm(self.size, 0)  # [rows], [columns]
+    def longest_column(self) -> torch.Tensor:
+        return safe_norm(self.A_size, 0).amax()
 
     def apply(self, W: torch.Tensor, start: int, weight: float) -> None:
         # W + scale * (B @ A), fused: no delta is ever materialised.
-        W.addmm_(self.B[start : start + W.shape[0]], self.A, alpha=weight * self.scale)
+        B = self.B.rows(start, start + len(W))  # [rows, rank]
+        for first in range(0, B.shape[1], SLICE):
+            part = slice(first, first + SLICE)
+            W.addmm_(B[:, part], self.A[part], alpha=weight * self.scale)
+
+    def apply_at(self, values: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, weight: float) -> None:
+        B, A = self.B.at(rows).T.double(), self.A.index_select(1, columns).double()  # [rank, n]
+        values.add_((B * A).sum(dim=0), alpha=weight * self.scale)  # [n]
 
 
 def safe_norm(matrix: torch.Tensor, dim: int) -> torch.Tensor:
-    """Euclidean norms along `dim`; scaled before, since squares of ordinary factors can leave float32."""
+    """Euclidean norms along `dim`: in float64, since squares of ordinary factors leave float32; or scaled before."""
     import torch
 
+    if matrix.dtype == torch.float32:
+        found: torch.Tensor = torch.linalg.vector_norm(matrix, dim=dim, dtype=torch.float64)
+        return found.float()
     largest = matrix.abs().amax(dim=dim, keepdim=True).clamp_(min=torch.finfo(matrix.dtype).tiny)
     norms: torch.Tensor = (matrix / largest).norm(dim=dim) * largest.squeeze(dim)
     return norms
-
-
-def product_bound(B: torch.Tensor, A: torch.Tensor) -> float:
-    """No element of B @ A is larger (Cauchy-Schwarz)."""
-    return float(B.norm(dim=1).max() * A.norm(dim=0).max())
 
 
 def with_core(A: torch.Tensor, mid: torch.Tensor | None) -> torch.Tensor:

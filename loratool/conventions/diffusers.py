@@ -1,0 +1,408 @@
+"""diffusers' adapters, ``pytorch_lora_weights.safetensors``: three generations of names, which one file may mix.
+
+    unet.X.processor.to_q_lora.down.weight      the attention processors' (X.to_q; `to_out` is X.to_out.0)
+    unet.X.to_q.lora.down.weight                then; in text encoders X.q_proj.lora_linear_layer.down.weight
+    transformer.X.to_q.lora_A.weight            now, as PEFT
+
+Down is A [rank, in], up is B [out, rank], a convolution's [rank, in, k, k] and [out, rank, 1, 1]; `.lora_B.bias` [out]
+and `.lora_magnitude_vector` as PEFT has them. The first segment names a component of the pipeline; a file of one model
+alone has none. The scale is PEFT's with the LoraConfig in the header (`lora_adapter_metadata`), or alpha/rank with
+``.alpha`` tensors; with neither of them diffusers takes alpha = rank. Never both: its loader refuses that, too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from loratool.adapter import Adapter, Target, Targeted
+from loratool.checkpoint import Checkpoint
+from loratool.container import strict_json
+from loratool.conventions import flux_names
+from loratool.conventions.choices import Choices
+from loratool.conventions.peft_config import PeftConfig, parse, refuse_unsupported
+from loratool.conventions.scalars import scalar
+from loratool.errors import ChoiceNeeded, InvalidFile, LoratoolError, Mismatch, Problem, Unsupported
+from loratool.format import is_native
+from loratool.names import natural, prefix_rule
+from loratool.tensors import TensorRef
+from loratool.updates import Add, Dora, Lora, Replace, Scaling
+
+NAME = "diffusers"
+TITLE = "diffusers adapter"
+FILE_STEM = "pytorch_lora_weights"
+METADATA_KEY = "lora_adapter_metadata"
+
+# What diffusers' pipelines load adapters into (`_lora_loadable_modules` of its loaders).
+COMPONENTS = (
+    "unet", "transformer", "transformer_2", "transformer_ref", "prior", "connectors", "text_conditioner",
+    "text_encoder", "text_encoder_2", "text_encoder_3",
+)  # fmt: skip
+# What other trainers (ai-toolkit, ComfyUI's) put before the original model's names: no component, only a prefix.
+FOREIGN_PREFIX = "diffusion_model."
+# First segments of denoisers, diffusers' and the original ones: by them a file without prefixes is known.
+ROOTS = {
+    "down_blocks", "mid_block", "up_blocks", "transformer_blocks", "single_transformer_blocks",
+    "double_blocks", "single_blocks",
+}  # fmt: skip
+# Flux control adapters come with trained norms, which replace the base's; the original names end in `.scale`.
+_NORM = re.compile(r"\.(norm_q|norm_k|norm_added_q|norm_added_k)\.weight$|\.(query_norm|key_norm)\.scale$")
+
+_PART = re.compile(
+    r"^(?P<module>.+?)(?:"
+    r"\.(?P<peft>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector|alpha)"
+    r"|\.lora(?:_linear_layer)?\.(?P<side>down|up)\.weight"
+    r"|\.(?P<leaf>\w+)_lora(?P<stream>[12]?)\.(?P<old>down|up)\.weight)$"
+)
+_SIDES = {"down": "lora_A.weight", "up": "lora_B.weight"}
+# Attention processors had the UNet's names for a text encoder's projections as well.
+_TEXT_LEAVES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+
+class Key(NamedTuple):
+    """A stored name, taken apart. `component` is "" where the name has none."""
+
+    component: str
+    module: str
+    part: str
+
+
+def detect(source: Checkpoint) -> bool:
+    """Factors of diffusers' names; bare ones only in a file that diffusers wrote, or of a denoiser's modules."""
+    if is_native(source.metadata) or source.components or source.shards[0].path.stem == "adapter_model":
+        return False
+    # PEFT's own prefix is PEFT's file. `transformer.h` are GPT-2 and its like, out of some other dump.
+    if any(name.startswith(("base_model.model.", "transformer.h.")) for name in source.tensors):
+        return False
+    factors = [
+        name for name in source.tensors if "lora" in name and (key := _key(name)) and key.part in _SIDES.values()
+    ]
+    if METADATA_KEY in source.metadata or source.shards[0].path.stem.startswith(FILE_STEM):
+        return bool(factors)
+    return any(_is_telling(name) for name in factors)
+
+
+def _is_telling(name: str) -> bool:
+    first = name.partition(".")[0]
+    return first in {*COMPONENTS, *ROOTS} or name.startswith(FOREIGN_PREFIX) or not re.search(r"\.lora_[AB]\.", name)
+
+
+def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | None) -> Adapter:
+    where = str(source.path)
+    choices.refuse("config", "adapter", "layout", where=where)
+    reader = Reader(source.tensors, _configs(source), choices, base, where)
+    updates = reader.updates()
+    notes = (*source.notes, *reader.notes)
+    return Adapter(tuple(updates), provenance={"convention": NAME}, notes=notes, doubts=tuple(reader.doubts))
+
+
+def unwrap(source: Checkpoint, choices: Choices) -> Mapping[str, TensorRef]:
+    return {}
+
+
+def _key(name: str) -> Key | None:
+    """``unet.a.attn1.processor.to_out_lora.up.weight`` -> ("unet", "a.attn1.to_out.0", "lora_B.weight")."""
+    match = _PART.match(name)
+    if match is None:
+        return None
+    segments = [segment for segment in match["module"].split(".") if segment != "processor"]
+    component = segments.pop(0) if segments and segments[0] in COMPONENTS else ""
+    if not component and match["module"].startswith(FOREIGN_PREFIX):
+        segments.pop(0)
+    leaf = match["leaf"]
+    if component.startswith("text_encoder"):
+        segments += [leaf] if leaf else []
+        segments[-1:] = [_TEXT_LEAVES.get(segment, segment) for segment in segments[-1:]]
+    elif leaf in ("qkv", "proj"):
+        segments.append(f"{leaf}_lora{match['stream']}")  # XLabs': it names no module of any base
+    elif leaf:
+        segments += ["to_out", "0"] if leaf == "to_out" else [leaf]
+    side = match["side"] or match["old"]
+    return Key(component, ".".join(segments), _SIDES[side] if side else match["peft"]) if segments else None
+
+
+def _configs(source: Checkpoint) -> dict[str, dict[str, Any]] | None:
+    """The LoraConfigs of the header by component; None if it has no such entry at all."""
+    text = source.metadata.get(METADATA_KEY)
+    if not text:
+        return None
+    where = str(source.path)
+    document = strict_json(text, where, "E-CONFIG", "")
+    if not isinstance(document, dict):
+        raise InvalidFile(Problem("E-CONFIG", f"{METADATA_KEY} is not a JSON object", where))
+    found: dict[str, dict[str, Any]] = defaultdict(dict)
+    for name, value in document.items():
+        first, dot, rest = name.partition(".")
+        component, entry = (first, rest) if dot and first in COMPONENTS else ("", name)
+        found[component][entry] = value
+    return dict(found)
+
+
+@dataclass
+class Reader:
+    """Turns the tensors of a file into updates; problems and notes grow on the way."""
+
+    tensors: Mapping[str, TensorRef]
+    documents: Mapping[str, Mapping[str, Any]] | None
+    choices: Choices
+    base: Mapping[str, TensorRef] | None
+    where: str
+    notes: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    modules: dict[tuple[str, str], dict[str, TensorRef]] = field(default_factory=lambda: defaultdict(dict))
+    norms: dict[tuple[str, str], TensorRef] = field(default_factory=dict)  # by component and tensor name
+    configs: dict[str, PeftConfig] = field(default_factory=dict)
+    alphas: dict[str, dict[str, float]] = field(default_factory=dict)  # the stored ones, by component and module
+    open_scales: int = 0  # updates whose alpha the file leaves to its reader
+    implied: int = 0  # those of them that nothing but diffusers' rule gives one
+
+    def updates(self) -> list[Targeted]:
+        self._sort()
+        self._split_flux()
+        self._read_alphas()
+        self._read_configs()
+        self._check_dora()
+        if self.problems:
+            raise Unsupported(self.problems)
+        if not self.modules and not self.norms:
+            raise InvalidFile(Problem("E-EMPTY", "no adapter tensor in it", self.where))
+        self.choices.check_used([_path(*key) for key in self.modules], self.where)
+        rename = self._match()
+        found: list[Targeted] = []
+        for (component, module), parts in self.modules.items():
+            try:
+                found += self._module(component, module, parts, rename)
+            except LoratoolError as error:
+                self.problems += error.problems
+        found += [
+            Targeted(Target(rename(component, name), ref.shape), Replace(ref))
+            for (component, name), ref in self.norms.items()
+        ]
+        if self.problems:
+            raise Mismatch(self.problems)
+        self._say_scales()
+        return sorted(found, key=lambda item: natural(item.target.name))
+
+    # -- keys ---------------------------------------------------------------------------------------------------------
+
+    def _sort(self) -> None:
+        """Every tensor gets its module and part. One that has none would be lost, so it is a problem."""
+        styles: dict[str, set[bool]] = defaultdict(set)  # of factors by component: whether they are named as PEFT's
+        for name, ref in self.tensors.items():
+            key = _key(name)
+            if key is not None:
+                parts = self.modules[key.component, key.module]
+                if key.part in parts:
+                    what = f"{name!r} and {parts[key.part].name!r} are the same part of {key.module}"
+                    self.problems.append(Problem("E-DUPLICATE", what, self.where, "keep one of them"))
+                parts[key.part] = ref
+                if key.part in _SIDES.values():
+                    styles[key.component].add(name.endswith(key.part))
+            elif _NORM.search(name):
+                first, _, rest = name.partition(".")
+                known = first in COMPONENTS
+                bare = name.removeprefix(FOREIGN_PREFIX)
+                self.norms[(first, rest) if known else ("", bare)] = ref
+            else:
+                self.problems.append(self._unknown(name))
+        self._move_magnitudes()
+        for component in sorted(component for component, found in styles.items() if len(found) > 1):
+            # It looks at the first name only, and then ignores those of the other generation.
+            what = "names of two generations: all are used, while diffusers' loader may leave some of them out"
+            self.notes.append(f"{component or 'the adapter'} has {what}")
+
+    def _unknown(self, name: str) -> Problem:
+        what = f"tensor {name!r} is no part of an adapter that diffusers defines"
+        hint = "its loader ignores it, or refuses the file: save the adapter again without it"
+        if name.endswith("dora_scale"):
+            what = f"tensor {name!r}: diffusers drops it and loads the factors as plain LoRA, which was not trained"
+            hint = "save the adapter as the trainer's own format"
+        return Problem("E-UNSUPPORTED", what, self.where, hint)
+
+    def _move_magnitudes(self) -> None:
+        """A magnitude of ``to_out`` belongs to ``to_out.0`` where the factors are there."""
+        for component, module in [*self.modules]:
+            inner = (component, f"{module}.0")
+            if set(self.modules[component, module]) == {"lora_magnitude_vector"} and inner in self.modules:
+                self.modules[inner].update(self.modules.pop((component, module)))
+
+    def _split_flux(self) -> None:
+        """Flux's original names, where the base has diffusers'; XLabs' can be nothing else."""
+        home = None if self.base is None else flux_names.component_of(self.base)
+        for component, module in [*self.modules]:
+            if component not in ("", "transformer") or not flux_names.diffusers_modules(module):
+                continue
+            if home is not None:
+                parts = self.modules.pop((component, module))
+                try:
+                    for name, own in flux_names.split(module, parts, self._rows_of(home), self.where):
+                        self.modules[home, name].update(own)
+                except LoratoolError as error:
+                    self.problems += error.problems
+            elif flux_names.is_xlabs(module) and self.base is None:
+                self.doubts.append(f"{module}: which tensors of the base it updates")
+            elif flux_names.is_xlabs(module):
+                what = f"{module}: XLabs' names are known for diffusers' Flux only, and the base is none"
+                hint = "merge into the diffusers version of the model"
+                self.problems.append(Problem("E-UNSUPPORTED", what, self.where, hint))
+        for component, name in [*self.norms] if home is not None else []:
+            owner, _, last = name.rpartition(".")
+            if last == "scale" and (found := flux_names.diffusers_modules(owner)):
+                self.norms[home or "", f"{found[0]}.weight"] = self.norms.pop((component, name))
+
+    def _rows_of(self, component: str) -> Callable[[str], int | None]:
+        def rows(module: str) -> int | None:
+            ref = (self.base or {}).get(_path(component, f"{module}.weight"))
+            return ref.shape[0] if ref is not None and ref.shape else None
+
+        return rows
+
+    def _match(self) -> Callable[[str, str], str]:
+        """The base's name for a tensor of a component: in a pipeline below the component's name, alone without it."""
+        wanted: dict[str, list[str]] = defaultdict(list)
+        for component, module in self.modules:
+            wanted[component].append(f"{module}.weight")
+        for component, name in self.norms:
+            wanted[component].append(name)
+        if self.base is None:
+            return _path
+        present = {name.partition(".")[0] for name in self.base} & set(COMPONENTS)
+        if len(wanted) > 1 and not present:
+            names = ", ".join(component or "one without a name" for component in sorted(wanted))
+            what = f"the adapter updates several components ({names}), the base is one model"
+            hint = "give the pipeline's folder as the base"
+            raise Mismatch(Problem("E-TARGET", what, self.where, hint))
+        rules = {component: self._rule(component, names, present) for component, names in wanted.items()}
+        return lambda component, name: rules[component](name)
+
+    def _rule(self, component: str, names: list[str], present: Iterable[str]) -> Callable[[str], str]:
+        assert self.base is not None
+        prefix = f"{component}." if component else ""
+        if component and component not in present and present:
+            return lambda name: prefix + name  # the base is a pipeline without it: the plan names what is missing
+        inside = prefix if component in present else ""
+        known = [name.removeprefix(inside) for name in self.base if name.startswith(inside)]
+        # A text encoder's `text_model.` has come and gone between releases of transformers.
+        rename, notes = prefix_rule(names, known, self.where)
+        self.notes += [f"{component}: {note}" if component else note for note in notes]
+        return lambda name: inside + rename(name)
+
+    # -- one module ---------------------------------------------------------------------------------------------------
+
+    def _module(
+        self, component: str, module: str, parts: Mapping[str, TensorRef], rename: Callable[[str, str], str]
+    ) -> Iterator[Targeted]:
+        path = _path(component, module)
+        A, B = parts.get("lora_A.weight"), parts.get("lora_B.weight")
+        if A is None or B is None:
+            lack = "down (lora_A)" if B else "up (lora_B)" if A else "down and up"
+            what = f"{path} has {', '.join(sorted(parts))} and no {lack}"
+            raise InvalidFile(Problem("E-COMPONENTS", what, self.where))
+        bias, magnitude = parts.get("lora_B.bias"), parts.get("lora_magnitude_vector")
+        if not A.numel or not B.numel or not 2 <= len(A.shape) == len(B.shape) or any(dim != 1 for dim in B.shape[2:]):
+            what = f"{path}: down is {list(A.shape)}, up {list(B.shape)}; they must be [rank, in...] and [out, rank]"
+            raise InvalidFile(Problem("E-SHAPE", what, self.where))
+        out, rank, *_ = B.shape
+        if A.shape[0] != rank:
+            what = f"{path}: down has rank {A.shape[0]}, up {rank}: a grouped convolution, or parts of two adapters"
+            raise Unsupported(Problem("E-UNSUPPORTED", what, self.where, "PEFT, which diffusers uses, refuses it too"))
+        scaling = self._scaling(component, module, rank)
+        update: Lora | Dora = Lora(A, B.reshape(out, rank), scaling)
+        if magnitude is not None:
+            if magnitude.numel != out:
+                what = f"{path}: the magnitude is {list(magnitude.shape)}, for {out} outputs"
+                raise InvalidFile(Problem("E-SHAPE", what, self.where))
+            update = Dora(update, magnitude.reshape(out), axis=0)
+        yield Targeted(Target(rename(component, f"{module}.weight"), (out, *A.shape[1:])), update)
+        if bias is not None:
+            # A bare scale: the bias has no rank of its own.
+            target = Target(rename(component, f"{module}.weight").removesuffix("weight") + "bias", bias.shape)
+            yield Targeted(target, Add(bias, Scaling("none", None, None, scaling.scale)))
+
+    # -- scale --------------------------------------------------------------------------------------------------------
+
+    def _read_configs(self) -> None:
+        """The header's configs, checked; and what contradicts them."""
+        if self.documents is None:
+            return
+        for component, document in self.documents.items():
+            try:
+                label = f"{self.where}: {METADATA_KEY}{f' of {component}' if component else ''}"
+                refuse_unsupported(document, label, base_inside=False)
+                self.configs[component] = parse(document, label)
+            except LoratoolError as error:
+                self.problems += error.problems
+        if self.alphas:
+            what = f"alpha is stored twice: {METADATA_KEY} in the header, and .alpha tensors"
+            hint = "diffusers refuses it too: remove one of them"
+            self.problems.append(Problem("E-UNSUPPORTED", what, self.where, hint))
+
+    def _check_dora(self) -> None:
+        """diffusers makes all modules of a component DoRA or none: without a magnitude one gets the base's norm."""
+        for component in {component for component, _ in self.modules}:
+            own = {module: parts for (owner, module), parts in self.modules.items() if owner == component}
+            missing = [module for module, parts in own.items() if "lora_magnitude_vector" not in parts]
+            document = (self.documents or {}).get(component)
+            wanted = document.get("use_dora", False) if document is not None else len(missing) < len(own)
+            if wanted and missing:
+                what = f"{component or 'the adapter'} is DoRA, and {missing[0]} has no magnitude"
+                self.problems.append(Problem("E-COMPONENTS", what, self.where, "is the file complete?"))
+            elif not wanted and len(missing) < len(own):
+                what = f"there are magnitudes, and {METADATA_KEY} says that {component or 'the adapter'} is no DoRA"
+                self.problems.append(Problem("E-COMPONENTS", what, self.where, "take the file that the trainer wrote"))
+
+    def _scaling(self, component: str, module: str, rank: int) -> Scaling:
+        """What diffusers' loader makes of it; unknown where that would be chance."""
+        path = _path(component, module)
+        if self.documents is not None:
+            return self._configured(component, module, rank)
+        alphas = self.alphas.get(component, {})
+        if module in alphas:
+            return Scaling.by("alpha/rank", alphas[module], rank)
+        self.open_scales += 1
+        if self.choices.alpha:
+            return self.choices.scaling_of(path, rank)
+        if not alphas:
+            self.implied += 1
+            return Scaling.by("alpha/rank", rank, rank)
+        # Its loader takes the first alpha of the component, in the file's order.
+        values = set(alphas.values())
+        return Scaling.by("alpha/rank", values.pop() if len(values) == 1 else None, rank)
+
+    def _configured(self, component: str, module: str, rank: int) -> Scaling:
+        path, config = _path(component, module), self.configs.get(component)
+        if config is None:
+            # diffusers then makes a LoraConfig of nothing, and fails on it.
+            self.open_scales += 1
+            return self.choices.scaling_of(path, rank)
+        alphas = config.alphas(module)
+        if len(set(alphas)) > 1:
+            self.notes.append(f"{path}: several alpha_pattern entries match; the file's first is used, as PEFT does")
+        if config.rank_of(module) != rank:
+            what = f"{path} has rank {rank}, {METADATA_KEY} says {config.rank_of(module)}: diffusers can not load it"
+            raise Mismatch(Problem("E-CONFIG", what, self.where, "take the file that the trainer wrote"))
+        return Scaling.by(config.rule, alphas[0] if alphas else config.alpha, rank)
+
+    def _read_alphas(self) -> None:
+        for (component, module), parts in self.modules.items():
+            if (ref := parts.get("alpha")) is not None:
+                try:
+                    self.alphas.setdefault(component, {})[module] = scalar(ref, self.where)
+                except LoratoolError as error:
+                    self.problems += error.problems
+
+    def _say_scales(self) -> None:
+        if self.choices.alpha and not self.open_scales:
+            what = "--alpha is given, and the file stores every alpha"
+            raise ChoiceNeeded(Problem("E-OPTION", what, self.where, "leave it out"))
+        if self.implied:
+            what = f"no alpha is stored for {self.implied} updates: diffusers takes alpha = rank, scale 1"
+            self.notes.append(f"{what}; if the trainer had another, load it with alpha and scaling")
+
+
+def _path(component: str, name: str) -> str:
+    return f"{component}.{name}" if component else name

@@ -1,0 +1,386 @@
+"""What kohya's and LyCORIS's files have in common: module names flattened to one word, and a component before it.
+
+    lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight
+
+"_" may have been "." or "_", so nothing but the base's own names, flattened the same way, can say which module is
+meant. The component (UNet, a text encoder) lies somewhere in the base: at its root, or under a prefix that most of
+its modules share. ComfyUI's files keep the dots: ``diffusion_model.double_blocks.0.img_attn.proj.lora_A.weight``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from loratool.adapter import Adapter, BaseIdentity, Target, Targeted, is_name
+from loratool.checkpoint import Checkpoint
+from loratool.conventions import spellings
+from loratool.conventions.choices import Choices
+from loratool.errors import ChoiceNeeded, InvalidFile, LoratoolError, Mismatch, Problem, Unsupported
+from loratool.format import is_native
+from loratool.names import natural, nearest
+from loratool.tensors import Shape, TensorRef
+from loratool.updates import Scaling, Update
+
+NEAR_NAMES = 3  # refused modules that get a suggestion; comparing names is slow
+
+
+class Component(NamedTuple):
+    """A part of a pipeline: what `--component` calls it, what its keys begin with, and where checkpoints keep it."""
+
+    name: str
+    prefix: str
+    places: tuple[str, ...] = ()  # prefixes in the base, for components that would fit at several
+
+
+_UNET_PLACES = ("", "model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")
+_CLIP_L = (
+    "",
+    "cond_stage_model.transformer.",
+    "conditioner.embedders.0.transformer.",
+    "text_encoders.clip_l.transformer.",
+    "text_encoder.",
+)
+_CLIP_G = ("", "conditioner.embedders.1.model.", "text_encoders.clip_g.transformer.", "text_encoder_2.")
+COMPONENTS = (
+    Component("unet", "lora_unet_", _UNET_PLACES),  # sd-scripts calls every diffusion transformer so
+    Component("unet", "diffusion_model.", _UNET_PLACES),
+    Component("transformer", "lora_transformer_", _UNET_PLACES),
+    Component("te", "lora_te_", _CLIP_L),
+    Component("te1", "lora_te1_", _CLIP_L),
+    Component("te2", "lora_te2_", _CLIP_G),
+    Component("te3", "lora_te3_", ("", "text_encoders.t5xxl.transformer.")),
+    Component("prior", "lora_prior_unet_", _UNET_PLACES),
+    Component("prior-te", "lora_prior_te_"),
+    Component("model", "lycoris_"),
+)
+_WHOLE = Component("model", "")  # names that begin with no known component
+
+
+def component_of(key: str) -> Component:
+    return next((component for component in COMPONENTS if key.startswith(component.prefix)), _WHOLE)
+
+
+def parts_pattern(parts: Iterable[str]) -> re.Pattern[str]:
+    """A key is a module and one of these parts; the module of a flattened key ends at the first dot."""
+    return re.compile(rf"(?P<module>.+?)\.(?P<part>{'|'.join(map(re.escape, parts))})")
+
+
+def may_be_flattened(source: Checkpoint) -> bool:
+    """Whether a file may be of these conventions at all: not a native one, not PEFT's."""
+    return not is_native(source.metadata) and not any(name.startswith("base_model.") for name in source.tensors)
+
+
+def training_args(source: Checkpoint) -> Mapping[str, Any]:
+    """The trainer's network arguments out of the metadata: information, never more than the tensors say."""
+    try:
+        found = json.loads(source.metadata.get("ss_network_args", "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+_NUMBERS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}
+
+
+def number(ref: TensorRef) -> float:
+    """The value of a tensor with one element; read without torch, so that `inspect` needs none.
+
+    Raises InvalidFile if it is no number.
+    """
+    if ref.numel != 1 or ref.dtype not in (*_NUMBERS, "BF16"):
+        what = f"{ref.name} is {ref.dtype} {list(ref.shape)}: it must be one number"
+        raise InvalidFile(Problem("E-SHAPE", what))
+    raw = b"".join(bytes(chunk) for chunk in ref.chunks())
+    if ref.dtype == "BF16":
+        return float(struct.unpack("<f", b"\0\0" + raw)[0])  # the upper half of a float32
+    return float(struct.unpack(_NUMBERS[ref.dtype], raw)[0])
+
+
+@dataclass
+class Module:
+    """The parts that a file holds for one module of the base."""
+
+    key: str  # as in the file
+    component: Component
+    parts: dict[str, TensorRef] = field(default_factory=dict)
+    notes: set[str] = field(default_factory=set)
+
+    @property
+    def path(self) -> str:
+        return self.key.removeprefix(self.component.prefix)
+
+    @property
+    def flat(self) -> str:
+        return self.path.replace(".", "_")
+
+    def scaling(self, rank: int) -> Scaling:
+        """alpha / rank. Without alpha the scale is 1: every loader of these files agrees on that."""
+        ref = self.parts.get("alpha")
+        if ref is None:
+            self.notes.add("no alpha in the file, which means a scale of 1 here")
+            return Scaling.by("alpha/rank", float(rank), rank)
+        alpha = number(ref)
+        if alpha == 0:
+            what = f"{self.key}: alpha is 0, which sd-scripts reads as the rank and others as a scale of 0"
+            raise InvalidFile(Problem("E-SCALE", what, hint="write the alpha that was meant into the file"))
+        return Scaling.by("alpha/rank", alpha, rank)
+
+    def fit(self, made: Shape, region: Shape | None, *, flat: bool = False) -> Shape:
+        """The region that factors making `made` update; 1x1 kernels and, if `flat`, larger ones may be flattened."""
+        if region is None:
+            return made
+        flattened = flat and len(made) == 2 and made[0] == region[0] and made[1] == math.prod(region[1:])
+        if bare(made) != bare(region) and not flattened:
+            what = f"{self.key}: its tensors make {list(made)}, the base has {list(region)}"
+            raise Mismatch(Problem("E-SHAPE", what, hint="is this the adapter's base?"))
+        return region
+
+
+def bare(shape: Shape) -> Shape:
+    """A shape without trailing kernel dimensions of 1: a 1x1 convolution is a linear layer."""
+    while len(shape) > 2 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+class Piece(NamedTuple):
+    """What a module's parts do to one tensor of the base's module: its `weight` or its `bias`."""
+
+    parameter: str
+    region: Shape
+    update: Update
+
+
+Make = Callable[
+    [Module, Shape | None], Iterable[Piece]
+]  # the updates of a module whose weight has that shape, if known
+
+
+class Site(NamedTuple):
+    """Where a module lies in the base. With `part`, it is that third of the rows (q, k, v in one projection)."""
+
+    weight: str
+    bias: str
+    part: int | None = None
+
+    def target(self, piece: Piece, base: Mapping[str, TensorRef]) -> Target:
+        name = self.weight if piece.parameter == "weight" else self.bias
+        if self.part is None or name not in base:
+            return Target(name, piece.region)
+        size = piece.region[0]
+        return Target(name, base[name].shape, rows=(self.part * size, (self.part + 1) * size))
+
+    def region(self, base: Mapping[str, TensorRef]) -> Shape:
+        rows, *rest = base[self.weight].shape
+        return (rows if self.part is None else rows // 3, *rest)
+
+
+@dataclass
+class FlatReader:
+    """Turns a file's keys into updates; what the parts of a module mean is the convention's `make`."""
+
+    source: Checkpoint
+    choices: Choices
+    base: Mapping[str, TensorRef] | None
+    parts: Mapping[str, str]  # spelling in the file -> name for `make`
+    foreign: Mapping[str, str]  # parts of methods that are refused -> the method
+    make: Make
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def where(self) -> str:
+        return str(self.source.path)
+
+    def adapter(self, convention: str) -> Adapter:
+        self.choices.refuse("alpha", "scaling", "config", "adapter", "layout", where=self.where)
+        modules = self._chosen(self._sort())
+        sites = {} if self.base is None else self._sites(modules)
+        updates = [item for module in modules for item in self._updates(module, sites)]
+        if self.problems:
+            raise Mismatch(self.problems)
+        counts = Counter(module.component.name for module in modules)
+        self.notes += [f"{name}: {count} modules" for name, count in counts.items()]
+        common = Counter(note for module in modules for note in module.notes)
+        self.notes += [f"{note} ({count} modules)" for note, count in sorted(common.items())]
+        updates.sort(key=lambda item: natural(item.target.name))
+        doubts = ("names in it are flattened: which '_' is a '.', only the base can tell",) if self.base is None else ()
+        return Adapter(
+            tuple(updates), self._identity(), {"convention": convention}, (*self.source.notes, *self.notes), doubts
+        )
+
+    def _identity(self) -> BaseIdentity:
+        name = self.source.metadata.get("ss_sd_model_name", "")
+        return BaseIdentity(name if is_name(name) and name != "None" else "")
+
+    # -- keys ---------------------------------------------------------------------------------------------------------
+
+    def _sort(self) -> list[Module]:
+        known, foreign = parts_pattern(self.parts), parts_pattern(self.foreign)
+        alien = [match for match in map(foreign.fullmatch, self.source.tensors) if match]
+        methods = {match["module"]: self.foreign[match["part"]] for match in alien}
+        found: dict[str, Module] = {}
+        refused: dict[str, list[str]] = defaultdict(list)
+        for key, ref in self.source.tensors.items():
+            match = known.fullmatch(key) or foreign.fullmatch(key)
+            method = methods.get(match["module"] if match else key.rpartition(".")[0])
+            if method is not None:
+                refused[f"of {method}, which is not supported"].append(key)
+            elif match is None:
+                refused["no part of an adapter that this convention knows"].append(key)
+            else:
+                module = found.setdefault(match["module"], Module(match["module"], component_of(key)))
+                part = self.parts[match["part"]]
+                if part in module.parts:
+                    what = f"{key} and {module.parts[part].name} are the same part of one module"
+                    self.problems.append(Problem("E-DUPLICATE", what, self.where))
+                module.parts[part] = ref
+        if refused:
+            hint = "let the trainer merge it into the base"
+            raise Unsupported(
+                [
+                    Problem("E-UNSUPPORTED", f"{len(keys)} tensors are {what}: {', '.join(keys[:3])}", self.where, hint)
+                    for what, keys in sorted(refused.items())
+                ]
+            )
+        return list(found.values())
+
+    def _chosen(self, modules: list[Module]) -> list[Module]:
+        """The modules of the components that the user wants; all, if nothing was said."""
+        known = list(dict.fromkeys(module.component.name for module in modules))
+        wanted = self.choices.components
+        if unknown := [name for name in wanted if name not in known]:
+            what = f"it has no component {unknown[0]!r}, only {', '.join(known)}"
+            raise ChoiceNeeded(Problem("E-OPTION", what, self.where))
+        if left_out := [name for name in known if wanted and name not in wanted]:
+            self.notes.append(f"left out, as asked for: {', '.join(left_out)}")
+        return [module for module in modules if not wanted or module.component.name in wanted]
+
+    def _updates(self, module: Module, sites: Mapping[str, Site]) -> Iterator[Targeted]:
+        """The updates of a module; its problem joins the others instead of ending the reading."""
+        site = sites.get(module.key)
+        if site is None and self.base is not None:
+            return  # reported already
+        try:
+            region = None if site is None or self.base is None else site.region(self.base)
+            for piece in self.make(module, region):
+                if site is None or self.base is None:
+                    yield Targeted(Target(f"{module.key}.{piece.parameter}", piece.region), piece.update)
+                else:
+                    yield Targeted(site.target(piece, self.base), piece.update)
+        except LoratoolError as error:
+            self.problems += [Problem(p.code, p.message, p.where or self.where, p.hint, p.rule) for p in error.problems]
+
+    # -- the base's names ---------------------------------------------------------------------------------------------
+
+    def _sites(self, modules: list[Module]) -> dict[str, Site]:
+        """Which of the base's modules each key means. What is not there, or not alone there, is a problem."""
+        index = self._index({module.flat for module in modules})
+        groups: dict[str, list[Module]] = defaultdict(list)
+        for module in modules:
+            groups[module.component.name].append(module)
+        found: dict[str, Site] = {}
+        absent: dict[str, int] = {}
+        placed: dict[Site, str] = {}
+        for name, group in groups.items():
+            place = self._place(group, index)
+            if place is None:
+                absent[name] = len(group)
+                continue
+            if place:
+                self.notes.append(f"{name} lies under {place!r} in the base")
+            mine = dict(self._found(group, index, place))
+            if rivals := {placed[site] for site in mine.values() if site in placed}:
+                self._rivals([name, *rivals])
+            placed |= dict.fromkeys(mine.values(), name)
+            found |= mine
+        if absent:
+            self._absent(absent, {name: len(group) for name, group in groups.items() if name not in absent})
+        return found
+
+    def _index(self, wanted: set[str]) -> dict[str, list[tuple[str, str, Site]]]:
+        """Flattened name -> (prefix in the base, path after it, site), for every spelling of the base's modules."""
+        index: dict[str, list[tuple[str, str, Site]]] = defaultdict(list)
+        assert self.base is not None
+        for tensor in self.base:
+            path, _, last = tensor.rpartition(".")
+            if last not in ("weight", "in_proj_weight"):
+                continue
+            bias = f"{path}.{last.removesuffix('weight')}bias"
+            for other in (spellings.Spelling("", path), *spellings.others(path)):
+                site = Site(tensor, bias, other.part)
+                for prefix, tail in _tails(other.path):
+                    if (flat := tail.replace(".", "_")) in wanted:
+                        index[flat].append((prefix, tail, site))
+        return index
+
+    def _place(self, group: list[Module], index: Mapping[str, list[tuple[str, str, Site]]]) -> str | None:
+        """The prefix under which the base has most of a component's modules; None if it has none of them."""
+        scores = Counter(
+            prefix for module in group for prefix in {prefix for prefix, _, _ in index.get(module.flat, ())}
+        )
+        best = [prefix for prefix, score in scores.items() if score == max(scores.values())]
+        if len(best) > 1:
+            best = [prefix for prefix in best if prefix in group[0].component.places] or best
+        if len(best) > 1:
+            name, places = group[0].component.name, ", ".join(map(repr, sorted(best)))
+            what = f"{name} fits the base at several places: {places}"
+            raise ChoiceNeeded(
+                Problem("E-AMBIGUOUS", what, self.where, "give the component that was trained as the base")
+            )
+        return best[0] if best else None
+
+    def _found(
+        self, group: list[Module], index: Mapping[str, list[tuple[str, str, Site]]], place: str
+    ) -> Iterator[tuple[str, Site]]:
+        suggestions = 0
+        for module in group:
+            hits = {tail: site for prefix, tail, site in index.get(module.flat, ()) if prefix == place}
+            if "." in module.path and module.path in hits:
+                hits = {module.path: hits[module.path]}
+            if len(set(hits.values())) == 1:
+                yield module.key, next(iter(hits.values()))
+            elif hits:
+                what = f"{module.key} could be any of {', '.join(sorted(place + tail for tail in hits))} of the base"
+                hint = "both flatten to one name: rename one of the base's modules"
+                self.problems.append(Problem("E-AMBIGUOUS", what, self.where, hint))
+            else:
+                near = self._nearest(module, place) if suggestions < NEAR_NAMES else []
+                suggestions += 1
+                hint = f"near names in the base: {', '.join(near)}" if near else "is this the adapter's base?"
+                what = f"the base has no module that {module.key} could mean"
+                self.problems.append(Problem("E-TARGET", what, self.where, hint))
+
+    def _nearest(self, module: Module, place: str) -> list[str]:
+        known = {name.removeprefix(place).removesuffix(".weight").replace(".", "_"): name for name in self.base or ()}
+        return [known[flat] for flat in nearest(module.flat, known)]
+
+    def _rivals(self, names: list[str]) -> None:
+        what = f"the base is one component, and {' and '.join(sorted(names))} both fit it"
+        hint = f"say which one it is: --component {sorted(names)[0]}"
+        self.problems.append(Problem("E-AMBIGUOUS", what, self.where, hint))
+
+    def _absent(self, absent: Mapping[str, int], there: Mapping[str, int]) -> None:
+        """Components that the base does not have: never half of an adapter without being told so."""
+        for name, count in absent.items():
+            what = f"the base has none of the {count} modules of component {name}"
+            fits = ", ".join(f"{other} ({count} modules)" for other, count in there.items())
+            options = " ".join(f"--component {other}" for other in there)
+            if fits:
+                what += f"; it has those of {fits}"
+            hint = f"{options} merges that alone" if fits else "is this the adapter's base?"
+            self.problems.append(Problem("E-TARGET", what, self.where, hint))
+
+
+def _tails(path: str) -> Iterator[tuple[str, str]]:
+    """Every way to cut a path at a dot: (prefix with its dot, rest)."""
+    yield "", path
+    for dot in re.finditer(r"\.", path):
+        yield path[: dot.end()], path[dot.end() :]

@@ -1,0 +1,120 @@
+"""Flux's original names, and XLabs' for the same layers, in diffusers' names.
+
+diffusers has several modules where the original has one, stacked along the output: they share the down factor, and each
+has its rows of the up factor. How many, its own shapes say. It also swaps the halves of one layer's output.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from loratool.errors import Mismatch, Problem
+from loratool.tensors import Computed, TensorRef
+
+if TYPE_CHECKING:
+    import torch
+
+_DOUBLE = {
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "img_attn.proj": ("attn.to_out.0",),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "img_mlp.0": ("ff.net.0.proj",),
+    "img_mlp.2": ("ff.net.2",),
+    "txt_mlp.0": ("ff_context.net.0.proj",),
+    "txt_mlp.2": ("ff_context.net.2",),
+    "img_mod.lin": ("norm1.linear",),
+    "txt_mod.lin": ("norm1_context.linear",),
+    "img_attn.norm.query_norm": ("attn.norm_q",),
+    "img_attn.norm.key_norm": ("attn.norm_k",),
+    "txt_attn.norm.query_norm": ("attn.norm_added_q",),
+    "txt_attn.norm.key_norm": ("attn.norm_added_k",),
+    # XLabs': the attention processors' own, 1 for the image and 2 for the text
+    "qkv_lora1": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "qkv_lora2": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "proj_lora1": ("attn.to_out.0",),
+    "proj_lora2": ("attn.to_add_out",),
+}
+_SINGLE = {
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+    "modulation.lin": ("norm.linear",),
+    "norm.query_norm": ("attn.norm_q",),
+    "norm.key_norm": ("attn.norm_k",),
+    "qkv_lora": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "proj_lora": ("proj_out",),
+}
+_SWAPPED = "final_layer.adaLN_modulation.1"  # (shift, scale) in the original, (scale, shift) in diffusers
+_TOP = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+    _SWAPPED: "norm_out.linear",
+}
+_BLOCK = re.compile(r"(double|single)_blocks\.(\d+)\.(.+)")
+_XLABS = re.compile(r"_blocks\.\d+\.(qkv|proj)_lora[12]?$")
+OUTPUTS = ("lora_B.weight", "lora_B.bias", "lora_magnitude_vector")  # parts with a row per output
+
+
+def is_xlabs(module: str) -> bool:
+    """Whether a module is called as XLabs' attention processors are: a name that no base has."""
+    return _XLABS.search(module) is not None
+
+
+def diffusers_modules(module: str) -> tuple[str, ...]:
+    """The modules that diffusers has for one of the original: ``single_blocks.0.linear2`` -> its ``proj_out``."""
+    match = _BLOCK.fullmatch(module)
+    if match is None:
+        return (_TOP[module],) if module in _TOP else ()
+    kind, number, name = match.groups()
+    blocks, table = ("transformer_blocks", _DOUBLE) if kind == "double" else ("single_transformer_blocks", _SINGLE)
+    return tuple(f"{blocks}.{number}.{own}" for own in table.get(name, ()))
+
+
+def component_of(base: Mapping[str, TensorRef]) -> str | None:
+    """The component of a base in which Flux has diffusers' names ("" for it alone); None if there is none."""
+    for component in ("transformer", ""):
+        before = f"{component}." if component else ""
+        if any(name.startswith((f"{before}transformer_blocks.", f"{before}single_transformer_")) for name in base):
+            return component
+    return None
+
+
+def split(
+    module: str, parts: Mapping[str, TensorRef], rows_of: Callable[[str], int | None], where: str
+) -> Iterator[tuple[str, dict[str, TensorRef]]]:
+    """A module's parts, by diffusers' modules. `rows_of` is the number of outputs that the base has for one of them."""
+    names = diffusers_modules(module)
+    whole = parts["lora_B.weight"].shape[0] if "lora_B.weight" in parts else 0
+    if len(names) == 1 or not whole:
+        yield names[0], {part: _swapped(ref) if _moves(module, part) else ref for part, ref in parts.items()}
+        return
+    rows = [rows_of(name) or 0 for name in names]
+    if sum(rows) != whole:
+        what = f"{module} has {whole} outputs, the base's {', '.join(names)} have {rows}"
+        raise Mismatch(Problem("E-SHAPE", what, where, "is this the adapter's base?"))
+    for name, count, start in zip(names, rows, (sum(rows[:n]) for n in range(len(rows))), strict=True):
+        yield name, {p: ref.narrow(0, start, count) if p in OUTPUTS else ref for p, ref in parts.items()}
+
+
+def _moves(module: str, part: str) -> bool:
+    return module == _SWAPPED and part in OUTPUTS
+
+
+def _swapped(ref: TensorRef) -> TensorRef:
+    """The two halves of the rows, the second one first."""
+
+    def make() -> torch.Tensor:
+        import torch
+
+        return torch.cat(ref.read().chunk(2)[::-1])  # [out, ...]
+
+    return TensorRef(ref.name, ref.dtype, ref.shape, Computed(make), ref.shape)

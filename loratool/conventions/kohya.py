@@ -1,0 +1,115 @@
+"""kohya's sd-scripts, and what ComfyUI reads like it: one file, a pair of factors and an alpha per module.
+
+    lora_unet_down_blocks_0_..._to_q.lora_down.weight [rank, in, kernel...]   .lora_up.weight [out, rank, 1...]   .alpha
+
+The scale is alpha / rank, and 1 without alpha. How modules are found in the base is told in `flattened`.
+sd-scripts' `split_qkv` trains q, k and v apart and saves them stacked: down [3 * rank, in], up block-diagonal, alpha
+as it was. Every loader, its own included, then scales by alpha / (3 * rank), and so does a merge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from loratool.adapter import Adapter
+from loratool.checkpoint import Checkpoint
+from loratool.conventions.choices import Choices
+from loratool.conventions.flattened import (
+    FlatReader,
+    Module,
+    Piece,
+    component_of,
+    may_be_flattened,
+    parts_pattern,
+    training_args,
+)
+from loratool.errors import InvalidFile, Problem
+from loratool.tensors import Shape, TensorRef
+from loratool.updates import Lora
+
+NAME = "kohya"
+TITLE = "kohya sd-scripts LoRA"
+
+FACTORS = {"lora_down.weight": "down", "lora_up.weight": "up", "lora_A.weight": "down", "lora_B.weight": "up"}
+PARTS = {**FACTORS, "alpha": "alpha"}
+FOREIGN = {"reshape_weight": "ComfyUI's padding of weights"}
+
+# Parts that only LyCORIS writes, the first group under any name, the second where a component goes before them.
+LYCORIS_PARTS = (
+    "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "lokr_w1", "lokr_w1_a", "lokr_w1_b",
+    "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "lora_mid.weight", "dora_scale",
+)  # fmt: skip
+LYCORIS_SHORT_PARTS = (
+    "diff", "diff_b", "w_norm", "b_norm", "on_input", "oft_blocks", "oft_diag", "a1.weight", "a2.weight", "b1.weight",
+    "b2.weight", "bm.weight", "q_layer.weight", "p_layer.weight", "lambda_layer",
+)  # fmt: skip
+
+
+def detect(source: Checkpoint) -> bool:
+    """Factors, and nothing of LyCORIS. `lora_A` and `lora_B` after dots are diffusers' and PEFT's names, too."""
+    factors = parts_pattern(FACTORS)
+    matches = [match for match in map(factors.fullmatch, source.tensors) if match]
+    return (
+        may_be_flattened(source)
+        and not is_lycoris(source)
+        and any("down" in m["part"] or "up" in m["part"] or _is_flattened(m["module"]) for m in matches)
+    )
+
+
+def _is_flattened(module: str) -> bool:
+    return "." not in module and bool(component_of(module).prefix)
+
+
+def is_lycoris(source: Checkpoint) -> bool:
+    """Whether a file of this family is LyCORIS's."""
+    sure, short = parts_pattern(LYCORIS_PARTS), parts_pattern(LYCORIS_SHORT_PARTS)
+    return any(
+        name.startswith("lycoris_") or sure.fullmatch(name) or (component_of(name).prefix and short.fullmatch(name))
+        for name in source.tensors
+    )
+
+
+def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | None) -> Adapter:
+    adapter = FlatReader(source, choices, base, PARTS, FOREIGN, _pieces).adapter(NAME)
+    if str(training_args(source).get("split_qkv", "")).lower() == "true":
+        note = "trained with split_qkv: its scale is alpha / (rank of q, k and v together), as sd-scripts loads it"
+        adapter = replace(adapter, notes=(*adapter.notes, note))
+    return adapter
+
+
+def unwrap(source: Checkpoint, choices: Choices) -> Mapping[str, TensorRef]:
+    return {}
+
+
+def _pieces(module: Module, region: Shape | None) -> Iterator[Piece]:
+    yield lora(module, region)
+
+
+def lora(module: Module, region: Shape | None) -> Piece:
+    """The update of down [rank, in, kernel...] and up [out, rank, 1...], perhaps with a core between them."""
+    down, up = pair(module, "down", "up", "lora_down", "lora_up")
+    mid = module.parts.get("mid")
+    shapes = f"{module.key}: lora_down is {list(down.shape)}, lora_up {list(up.shape)}"
+    if len(down.shape) < 2 or len(up.shape) < 2 or any(dim != 1 for dim in up.shape[2:]) or not down.numel * up.numel:
+        raise InvalidFile(Problem("E-SHAPE", f"{shapes}; they must be [rank, in, ...] and [out, rank, 1, ...]"))
+    out, rank = up.shape[:2]
+    if down.shape[0] != rank:
+        raise InvalidFile(Problem("E-SHAPE", f"{shapes}: they differ in rank"))
+    inputs = down.shape[1:]
+    if mid is not None:
+        if mid.shape[:2] != (rank, rank) or any(dim != 1 for dim in down.shape[2:]):
+            raise InvalidFile(Problem("E-SHAPE", f"{shapes}, lora_mid {list(mid.shape)}"))
+        inputs = (down.shape[1], *mid.shape[2:])
+    fitted = module.fit((out, *inputs), region)
+    A = down.reshape(rank, *fitted[1:]) if mid is None else down.reshape(rank, fitted[1])
+    return Piece("weight", fitted, Lora(A, up.reshape(out, rank), module.scaling(rank), mid))
+
+
+def pair(module: Module, one: str, other: str, *names: str) -> tuple[TensorRef, TensorRef]:
+    """Two parts that make no sense alone; `names` is what the file calls them, if not so."""
+    first, second = module.parts.get(one), module.parts.get(other)
+    if first is None or second is None:
+        missing = (names or (one, other))[0 if first is None else 1]
+        raise InvalidFile(Problem("E-COMPONENTS", f"{module.key} has no {missing}"))
+    return first, second

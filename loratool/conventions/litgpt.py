@@ -1,0 +1,213 @@
+"""litgpt: the base under ``.linear.``, query, key and value packed in one matrix, numbers in YAML files beside it.
+
+    X.linear.weight [out, in]        X.lora_A [rank, in]       X.lora_B [out, rank]            attn.proj, mlp, lm_head
+    X.linear.weight [q + 2 kv, in]   X.lora_A [n * rank, in]   X.lora_B [trained rows, rank]   attn.qkv
+
+q = n_head * head_size rows, then n_query_groups * head_size for the keys, and as many for the values; n of the three
+are trained. ``lit_model.pth.lora`` holds only the factors; hyperparameters.yaml beside it says alpha and what was
+trained, model_config.yaml the numbers of heads. The scale is alpha/rank.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from loratool.adapter import Adapter, Target, Targeted
+from loratool.checkpoint import Checkpoint
+from loratool.conventions.choices import Choices
+from loratool.conventions.flat_yaml import FlatYaml, read_flat_yaml
+from loratool.conventions.packed import Pair, factor_modules, key, owner, pairs, scaling_of
+from loratool.errors import ChoiceNeeded, InvalidFile, LoratoolError, Mismatch, Problem, Unsupported
+from loratool.names import prefix_rule
+from loratool.tensors import TensorRef
+from loratool.updates import Lora
+
+NAME = "litgpt"
+TITLE = "litgpt LoRA checkpoint"
+
+HYPERPARAMETERS, MODEL_CONFIG = "hyperparameters.yaml", "model_config.yaml"
+PARTS = ("query", "key", "value")
+# Every linear layer of litgpt's GPT, which are all that can hold factors. `attn.attn` is what attn.qkv was called.
+_LAYER = re.compile(
+    r"(?:^|.*\.)(?:transformer\.h\.\d+\.(?:attn\.(?:qkv|attn|proj)|mlp\.(?:gate|(?:experts\.\d+\.)?(?:fc|fc_1|fc_2|proj)))"
+    r"|lm_head)$"
+)
+_OLD_QKV, _QKV = ".attn.attn", ".attn.qkv"
+
+
+def detect(source: Checkpoint) -> bool:
+    modules = factor_modules(source.tensors)
+    if not modules or not all(_LAYER.match(module) for module in modules):
+        return False
+    if any(module.endswith((_QKV, _OLD_QKV)) or key(module, "linear.weight") in source.tensors for module in modules):
+        return True
+    return (source.folder / HYPERPARAMETERS).is_file() or source.shards[0].path.suffix == ".lora"
+
+
+def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | None) -> Adapter:
+    where = str(source.path)
+    choices.refuse("config", "adapter", "layout", "already_merged", where=where)
+    found = pairs(source)
+    choices.check_used([pair.module for pair in found], where)
+    _refuse_old([pair.module for pair in found], where)
+    names = [key(pair.module, "weight") for pair in found]
+    inside = unwrap(source, choices)
+    stored = (inside or None) if base is None else base
+    rename, notes = prefix_rule(names, names if stored is None else stored, where)
+    facts = _Facts.beside(source, choices, found)
+    updates: list[Targeted] = []
+    errors: list[LoratoolError] = []
+    doubts: list[str] = []
+    for pair, name in zip(found, names, strict=True):
+        try:
+            weight = None if stored is None else stored.get(rename(name))
+            if stored is not None and weight is None:
+                _refuse_old_base(rename(name), stored, where)
+            updates += _updates(pair, rename(name), weight, facts, doubts)
+        except LoratoolError as error:
+            errors.append(error)
+    if errors:
+        raise type(errors[0])([problem for error in errors for problem in error.problems])
+    return Adapter(tuple(updates), provenance={"convention": NAME}, notes=(*source.notes, *notes), doubts=tuple(doubts))
+
+
+def unwrap(source: Checkpoint, choices: Choices) -> Mapping[str, TensorRef]:
+    """Every linear layer lies one `linear` segment down, trained or not. litgpt's merge drops that word anywhere in a
+    name; here it goes only where litgpt put it."""
+    rest = {name: ref for name, ref in source.tensors.items() if owner(name) is None}
+    base = {_unwrapped(name): ref for name, ref in rest.items()}
+    modules = factor_modules(source.tensors)
+    missing = sorted(module for module in modules if key(module, "weight") not in base)
+    if len(base) < len(rest):
+        what = "tensors differ only in a `linear` segment: one is the wrapped layer's, one the base's"
+        raise InvalidFile(Problem("E-NAMES", what, str(source.path)))
+    if rest and missing:
+        what = f"the file holds weights ({next(iter(rest))} ...), but not that of"
+        raise InvalidFile([Problem("E-COMPONENTS", f"{what} {module}", str(source.path)) for module in missing])
+    return base
+
+
+def _unwrapped(name: str) -> str:
+    """``X.linear.weight`` -> ``X.weight`` for a linear layer X of litgpt's."""
+    above, _, leaf = name.rpartition(".")
+    module = above.removesuffix(".linear")
+    return key(module, leaf) if module != above and _LAYER.match(module) else name
+
+
+def _refuse_old(modules: list[str], where: str) -> None:
+    """Until the end of 2024 the rows of query, key and value were mixed, one query group after the other."""
+    if old := [module for module in modules if module.endswith(_OLD_QKV)]:
+        what = f"{old[0]} is from an old litgpt, whose attn.attn interleaves query, key and value by query group"
+        raise Unsupported(
+            Problem("E-UNSUPPORTED", what, where, "merge it with the litgpt it was trained with: `litgpt merge_lora`")
+        )
+
+
+def _refuse_old_base(name: str, base: Mapping[str, TensorRef], where: str) -> None:
+    old = name.replace(f"{_QKV}.", f"{_OLD_QKV}.")
+    if old != name and old in base:
+        what = f"the base has {old}, the interleaved layout of an old litgpt, where the adapter has {name}"
+        raise Unsupported(
+            Problem("E-UNSUPPORTED", what, where, "convert the base again with the litgpt of the adapter")
+        )
+
+
+# -- the files beside it --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What the side files and the user say; None where nobody does."""
+
+    choices: Choices
+    where: str
+    sizes: tuple[int, int, int] | None  # rows of query, key, value
+    trained: str | None  # "101": which of them
+
+    @classmethod
+    def beside(cls, source: Checkpoint, choices: Choices, found: list[Pair]) -> _Facts:
+        """Raises InvalidFile for side files that are broken or belong to another adapter."""
+        hyper = read_flat_yaml(source.folder / HYPERPARAMETERS)
+        model = read_flat_yaml(source.folder / MODEL_CONFIG)
+        sizes = trained = None
+        if model is not None:
+            heads, groups, size = (model.whole(name) for name in ("n_head", "n_query_groups", "head_size"))
+            sizes = (heads * size, groups * size, groups * size)
+        if hyper is not None and hyper.has("lora_r"):
+            choices = _with_alpha(choices, hyper, found, str(source.path))
+            trained = "".join(str(int(hyper.flag(f"lora_{part}"))) for part in PARTS)
+        return cls(choices, str(source.path), sizes, trained)
+
+
+def _with_alpha(choices: Choices, hyper: FlatYaml, found: list[Pair], where: str) -> Choices:
+    """The choices with the file's alpha; one of the user's may repeat it, not contradict it."""
+    rank, alpha = hyper.whole("lora_r"), hyper.number("lora_alpha")
+    if other := sorted({pair.rank for pair in found} - {rank}):
+        what = f"{hyper.path.name} says lora_r is {rank}, the factors have rank {other[0]}: it is another adapter's"
+        raise InvalidFile(Problem("E-RANK", what, where, f"move {hyper.path.name} away and give --alpha"))
+    if given := [value for value in choices.alpha.values() if value != alpha]:
+        what = f"--alpha {given[0]:g} contradicts {hyper.path.name}, which says lora_alpha is {alpha:g}"
+        raise ChoiceNeeded(Problem("E-OPTION", what, where, "leave out --alpha, or correct the file"))
+    return replace(choices, alpha={"*": alpha})
+
+
+# -- factors to updates ---------------------------------------------------------------------------------------------
+
+
+def _updates(pair: Pair, name: str, weight: TensorRef | None, facts: _Facts, doubts: list[str]) -> Iterator[Targeted]:
+    scaling = scaling_of(facts.choices, pair.module, pair.rank)
+    rows, columns = pair.B.shape[0], pair.A.shape[1]
+    if not pair.module.endswith(_QKV):
+        if pair.blocks != 1:
+            what = f"lora_A is {list(pair.A.shape)}, lora_B {list(pair.B.shape)}: only {_QKV[1:]} is packed"
+            raise InvalidFile(Problem("E-SHAPE", what, pair.module))
+        yield Targeted(Target(name, (rows, columns)), Lora(pair.A, pair.B, scaling))
+        return
+    if facts.sizes is None:
+        doubts.append(
+            f"{pair.module}: how many rows are query, key and value: put {MODEL_CONFIG} of the base beside the file"
+        )
+        shape = (rows, columns) if weight is None else weight.shape
+        yield Targeted(Target(name, shape, (0, rows)), Lora(pair.A, pair.B, scaling))
+        return
+    total = sum(facts.sizes)
+    if weight is not None and weight.shape != (total, columns):
+        what = f"{name} is {list(weight.shape)}, {MODEL_CONFIG} and the factors make it {[total, columns]}"
+        raise Mismatch(Problem("E-SHAPE", what, facts.where, "is this the adapter's base, and its model_config.yaml?"))
+    sizes = facts.sizes
+    trained = _trained(pair, sizes, facts, doubts)
+    starts = [0, *itertools.accumulate(sizes)]
+    blocks = pair.split(sizes[part] for part in trained)
+    for part, (A, B) in zip(trained, blocks, strict=True):
+        target = Target(name, (total, columns), (starts[part], starts[part] + sizes[part]))
+        yield Targeted(target, Lora(A, B, scaling))
+
+
+def _trained(pair: Pair, sizes: tuple[int, int, int], facts: _Facts, doubts: list[str]) -> tuple[int, ...]:
+    """Which of query, key and value the blocks are: what is said must fit the shapes, and the shapes may be enough."""
+    fitting = [
+        parts
+        for parts in itertools.combinations(range(3), min(pair.blocks, 3))
+        if len(parts) == pair.blocks and sum(sizes[part] for part in parts) == pair.B.shape[0]
+    ]
+    given = facts.choices.enabled_of(pair.module)
+    for said, who in ((facts.trained, HYPERPARAMETERS), (given, "--enable-lora")):
+        if said is None:
+            continue
+        parts = tuple(number for number, digit in enumerate(said) if digit == "1")
+        if len(said) != 3 or parts not in fitting:
+            what = f"{who} says {said} of query, key, value; factors {list(pair.A.shape)}, {list(pair.B.shape)} do not"
+            raise InvalidFile(
+                Problem("E-SHAPE", what, pair.module, f"are {HYPERPARAMETERS} and {MODEL_CONFIG} its own?")
+            )
+        fitting = [parts]
+    if not fitting:
+        what = f"lora_A {list(pair.A.shape)}, lora_B {list(pair.B.shape)} fit no choice of {list(sizes)} rows"
+        raise InvalidFile(Problem("E-SHAPE", what, pair.module, f"is {MODEL_CONFIG} its own?"))
+    if len(fitting) > 1:
+        could = " or ".join("".join("01"[part in parts] for part in range(3)) for parts in fitting)
+        doubts.append(f"{pair.module}: which of query, key and value were trained: give --enable-lora {could}")
+    return fitting[0]

@@ -1,0 +1,202 @@
+"""LyCORIS: LoCon, LoHa, LoKr, DoRA, full differences and norms, in files like kohya's.
+
+Per module, after its flattened name (`lycoris_...` or sd-scripts' prefixes):
+
+    lora_down, lora_up, lora_mid .weight          up @ down, with a Tucker core [rank, rank, kernel...]
+    hada_w1_a [out, rank], hada_w1_b [rank, in*kernel], hada_w2_a, hada_w2_b; with hada_t1, hada_t2 w*_a is [rank, out]
+    lokr_w1 or lokr_w1_a @ lokr_w1_b; lokr_w2 or lokr_w2_a @ lokr_w2_b; with lokr_t2 w2_a is [rank, b]
+    diff, diff_b, w_norm, b_norm                  differences of weight and bias
+    dora_scale [out, 1...] or [1, in, 1...]       DoRA's magnitude, and by its shape the axis of the norm
+    alpha                                         scale = alpha / rank, whatever the trainer's rule was
+
+What is learned is what LyCORIS's forward computes; its `merge_to` applies the scale of LoHa and LoKr twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+from loratool.adapter import Adapter
+from loratool.checkpoint import Checkpoint
+from loratool.conventions import kohya
+from loratool.conventions.choices import Choices
+from loratool.conventions.flattened import (
+    FlatReader,
+    Module,
+    Piece,
+    bare,
+    may_be_flattened,
+    training_args,
+)
+from loratool.errors import InvalidFile, Mismatch, Problem, Unsupported
+from loratool.tensors import Shape, TensorRef
+from loratool.updates import Add, Dora, Loha, Lokr, Scaling
+
+NAME = "lycoris"
+TITLE = "LyCORIS adapter"
+
+_HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+_LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+_WHOLE = ("diff", "diff_b", "w_norm", "b_norm")
+PARTS = {
+    **kohya.PARTS,
+    "lora_mid.weight": "mid",
+    **{part: part for part in (*_HADA, *_LOKR, *_WHOLE, "dora_scale")},
+}
+FOREIGN = {
+    **kohya.FOREIGN,
+    "on_input": "(IA)^3",
+    **dict.fromkeys(("oft_blocks", "oft_diag", "rescale"), "OFT or BOFT"),
+    **{f"{factor}.weight": "GLoRA" for factor in ("a1", "a2", "b1", "b2", "bm")},
+    **dict.fromkeys(("q_layer.weight", "p_layer.weight", "lambda_layer"), "T-LoRA"),
+}
+
+
+def detect(source: Checkpoint) -> bool:
+    return may_be_flattened(source) and kohya.is_lycoris(source)
+
+
+def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | None) -> Adapter:
+    rescaled = str(training_args(source).get("rs_lora", "")).lower() == "true"
+
+    def pieces(module: Module, region: Shape | None) -> Iterator[Piece]:
+        return _pieces(module, region, rescaled)
+
+    return FlatReader(source, choices, base, PARTS, FOREIGN, pieces).adapter(NAME)
+
+
+def unwrap(source: Checkpoint, choices: Choices) -> Mapping[str, TensorRef]:
+    return {}
+
+
+def _pieces(module: Module, region: Shape | None, rescaled: bool) -> Iterator[Piece]:
+    """What the parts of one module do: one algorithm for its weight, and perhaps a difference of its bias."""
+    parts = module.parts
+    algorithms: dict[str, set[str]] = {
+        "LoCon": parts.keys() & {"down", "up", "mid"},
+        "LoHa": parts.keys() & set(_HADA),
+        "LoKr": parts.keys() & set(_LOKR),
+        "full": parts.keys() & {"diff"},
+        "norm": parts.keys() & {"w_norm"},
+    }
+    used = [name for name, found in algorithms.items() if found]
+    if len(used) > 1:
+        what = f"{module.key} has parts of {' and '.join(used)}: their combination is not defined"
+        raise InvalidFile(Problem("E-COMPONENTS", what))
+    if algorithms["LoCon"]:
+        yield _decomposed(module, kohya.lora(module, region), region is not None)
+    elif algorithms["LoHa"]:
+        yield _decomposed(module, _loha(module, region), region is not None)
+    elif algorithms["LoKr"]:
+        yield _decomposed(module, _lokr(module, region, rescaled), region is not None)
+    elif algorithms["full"] or algorithms["norm"]:
+        yield _difference(module, parts["diff" if algorithms["full"] else "w_norm"], region)
+    elif not parts.keys() & {"diff_b", "b_norm"} or "dora_scale" in parts:
+        raise InvalidFile(Problem("E-COMPONENTS", f"{module.key} has only {', '.join(parts)}, and no factors"))
+    biases = [parts[part] for part in ("diff_b", "b_norm") if part in parts]
+    for value in biases:
+        yield Piece("bias", value.shape, _add(value))
+
+
+def _add(value: TensorRef) -> Add:
+    return Add(value, Scaling("none", None, None, 1.0))
+
+
+def _difference(module: Module, value: TensorRef, region: Shape | None) -> Piece:
+    if "dora_scale" in module.parts:
+        raise InvalidFile(Problem("E-COMPONENTS", f"{module.key} has a dora_scale and no factors"))
+    fitted = module.fit(value.shape, region)
+    return Piece("weight", fitted, _add(value.reshape(*fitted)))
+
+
+def _loha(module: Module, region: Shape | None) -> Piece:
+    a1, b1 = kohya.pair(module, "hada_w1_a", "hada_w1_b")
+    a2, b2 = kohya.pair(module, "hada_w2_a", "hada_w2_b")
+    core = [module.parts[part] for part in ("hada_t1", "hada_t2") if part in module.parts]
+    _matrices(module, a1, b1, a2, b2)
+    if len(core) == 1:
+        raise InvalidFile(Problem("E-COMPONENTS", f"{module.key} has only one of hada_t1 and hada_t2"))
+    if core:  # w*_a is [rank, out]
+        rank, out = a1.shape
+        made = (out, b1.shape[1], *core[0].shape[2:])
+        fitted = module.fit(made, region)
+        update = Loha(b1, a1.T, b2, a2.T, module.scaling(rank), core[0], core[1])
+    else:
+        out, rank = a1.shape
+        fitted = module.fit((out, b1.shape[1]), region, flat=True)
+        A1, A2 = (_reshaped(module, b, (b.shape[0], *fitted[1:])) for b in (b1, b2))
+        update = Loha(A1, a1, A2, a2, module.scaling(rank))
+    return Piece("weight", fitted, update)
+
+
+def _lokr(module: Module, region: Shape | None, rescaled: bool) -> Piece:
+    """Kronecker factors: a and c are the first one's rows and columns, b and d the second one's."""
+    parts = module.parts
+    w1, w2, core = parts.get("lokr_w1"), parts.get("lokr_w2"), parts.get("lokr_t2")
+    B1 = A1 = B2 = A2 = None
+    if w1 is None:
+        B1, A1 = kohya.pair(module, "lokr_w1_a", "lokr_w1_b", "lokr_w1 or lokr_w1_a", "lokr_w1 or lokr_w1_b")
+        _matrices(module, B1, A1)
+        a, c = B1.shape[0], A1.shape[1]
+    else:
+        _matrices(module, w1)
+        a, c = w1.shape
+    if w2 is not None:
+        made: Shape = w2.shape
+    else:
+        B2, A2 = kohya.pair(module, "lokr_w2_a", "lokr_w2_b", "lokr_w2 or lokr_w2_a", "lokr_w2 or lokr_w2_b")
+        _matrices(module, B2, A2)
+        B2 = B2.T if core is not None else B2  # stored as [rank, b] with a core
+        made = (B2.shape[0], A2.shape[1], *(core.shape[2:] if core is not None else ()))
+    if extra := [part for part in _LOKR if part in parts and part[:7] in parts and part[:7] != part]:
+        raise InvalidFile(Problem("E-COMPONENTS", f"{module.key} has both {extra[0]} and {extra[0][:7]}"))
+    if len(made) < 2 or not made[0] * made[1]:
+        raise InvalidFile(Problem("E-SHAPE", f"{module.key}: the second factor is {list(made)}"))
+    fitted = module.fit((a * made[0], c * made[1], *made[2:]), region, flat=w2 is None and core is None)
+    second = (fitted[1] // c if c else 0, *fitted[2:])  # [d, kernel...]
+    if A2 is not None and core is None:
+        A2 = _reshaped(module, A2, (A2.shape[0], *second))
+    if w2 is not None:
+        w2 = _reshaped(module, w2, (w2.shape[0], *second))
+    scaling = _lokr_scaling(module, A1 or A2, rescaled)
+    return Piece("weight", fitted, Lokr(scaling, w1, A1, B1, w2, A2, B2, core))
+
+
+def _lokr_scaling(module: Module, low_rank: TensorRef | None, rescaled: bool) -> Scaling:
+    """alpha / rank where a factor is of low rank. Two whole factors have a scale of 1, whatever alpha says."""
+    if low_rank is not None:
+        return module.scaling(low_rank.shape[0])
+    if rescaled:
+        what = f"{module.key}: rs_lora with two whole LoKr factors has a scale that the file does not hold"
+        raise Unsupported(Problem("E-UNSUPPORTED", what, hint="let LyCORIS merge it"))
+    return Scaling("none", None, None, 1.0)
+
+
+def _decomposed(module: Module, piece: Piece, known: bool) -> Piece:
+    """The update with DoRA's magnitude on it, if there is one. Its shape says along which axis it lies."""
+    magnitude = module.parts.get("dora_scale")
+    if magnitude is None:
+        return piece
+    shape, (rows, columns) = bare(magnitude.shape), piece.region[:2]
+    lengths: list[Shape] = [(rows, 1), (1, columns)]
+    if not known and len(shape) == 2 and shape[0] == 1 and shape[1] and columns % shape[1] == 0:
+        lengths[1] = shape  # the base would tell how many of the columns are a kernel's
+    if shape not in lengths:
+        what = f"{module.key}: dora_scale is {list(magnitude.shape)}, neither [out, 1, ...] nor [1, in, ...]"
+        raise InvalidFile(Problem("E-SHAPE", f"{what} of {list(piece.region)}"))
+    axis = lengths.index(shape)
+    return piece._replace(update=Dora(piece.update, magnitude.reshape(magnitude.numel), axis))
+
+
+def _matrices(module: Module, *refs: TensorRef) -> None:
+    for ref in refs:
+        if len(ref.shape) != 2 or not ref.numel:
+            raise InvalidFile(Problem("E-SHAPE", f"{module.key}: {ref.name} is {list(ref.shape)}, not a matrix"))
+
+
+def _reshaped(module: Module, ref: TensorRef, shape: Shape) -> TensorRef:
+    if ref.numel != math.prod(shape):
+        what = f"{module.key}: {ref.name} is {list(ref.shape)}, which is not {list(shape)}"
+        raise Mismatch(Problem("E-SHAPE", what))
+    return ref.reshape(*shape)

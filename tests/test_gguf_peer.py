@@ -1,0 +1,164 @@
+"""llama.cpp's `gguf` package: its map of names, its writer's files, and its reader of what is read here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+gguf = pytest.importorskip("gguf", reason="needs gguf")
+
+# ruff: noqa: E402  # the imports below need what is looked for above
+import numpy as np
+import torch
+from models import HIDDEN, State, assert_float32_close, changed, fill, llama, mixtral, read, save_base
+from safetensors.torch import load_file
+from torch import Tensor
+
+import loratool
+from loratool.conventions.gguf import _MODEL, _STACKS, ARCHITECTURES
+from loratool.gguf import read_gguf
+
+pytestmark = pytest.mark.peers
+
+
+def name_map(architecture: str, layers: int = 2) -> Any:
+    number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    return gguf.get_tensor_name_map(number, layers)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_names_are_those_of_llama_cpps_map(architecture: str) -> None:
+    names, known = name_map(architecture), ARCHITECTURES[architecture]
+    for part, owner in known.parts.items():
+        assert names.get_name(f"model.layers.1.{owner}") == f"blk.1.{part}", owner
+    for part, owner in _MODEL.items():
+        found = names.get_name(owner)
+        assert found == part or (part == "output" and found is None), owner  # some are tied by design
+    for part, single in known.experts.items():
+        # Its converter stacks them under the name without a number.
+        merged = f"model.layers.1.{single.replace('.{}', '')}"
+        assert names.get_name(merged) == f"blk.1.{part}", single
+    assert set(known.experts) <= set(_STACKS)
+
+
+def permuted(rows: Tensor, heads: int) -> Tensor:
+    """What convert_hf_to_gguf.py does to the rows of q and k, and convert_lora_to_gguf.py to those of lora_b."""
+    return rows.reshape(heads, 2, rows.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(rows.shape)
+
+
+def converted(adapter: Path, out: Path, names: Any, *, architecture: str, alpha: float, dtype: Any = None) -> Path:
+    """As convert_lora_to_gguf.py writes a PEFT adapter: its names, orders and keys, with the real writer."""
+    writer = gguf.GGUFWriter(out, architecture)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    state = load_file(adapter / "adapter_model.safetensors")
+    embedding = "lora_embedding_"
+    for key in state:
+        if not key.endswith(("lora_A.weight", f"{embedding}A")):
+            continue
+        module = key.removeprefix("base_model.model.").rpartition(".lora_")[0]
+        a, b = state[key], state[key.replace("lora_A", "lora_B").replace(f"{embedding}A", f"{embedding}B")]
+        name = names.get_name(module)
+        if ARCHITECTURES[architecture].reordered and name.endswith(("attn_q", "attn_k")):
+            b = permuted(b, 4 if name.endswith("q") else 2)
+        if name == "token_embd":
+            a = a.T
+        for part, value in (("a", a), ("b", b)):
+            array = value.contiguous().numpy()
+            array, kind = (array, None) if dtype is None else (gguf.quants.quantize(array, dtype), dtype)
+            writer.add_tensor(f"{name}.weight.lora_{part}", array, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+def peft_adapter(folder: Path, targets: list[str]) -> tuple[Path, Path, State]:
+    """A base, PEFT's adapter for it, and PEFT's own merge."""
+    import peft
+
+    torch.manual_seed(1)
+    model = llama(layers=2)
+    base = save_base(model, folder / "base")
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=12, target_modules=targets))
+    fill(wrapped, seed=2)
+    wrapped.save_pretrained(folder / "peft", save_embedding_layers=False)
+    return base, folder / "peft", dict(wrapped.merge_and_unload().state_dict())
+
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_a_merge_is_what_peft_merges(architecture: str, tmp_path: Path) -> None:
+    base, adapter, want = peft_adapter(tmp_path, [*LINEAR, "embed_tokens", "lm_head"])
+    file = converted(adapter, tmp_path / "a.gguf", name_map(architecture), architecture=architecture, alpha=12.0)
+    loratool.merge(base, file, tmp_path / "out")
+    got = read(tmp_path / "out")
+    assert len(changed(read(base), got)) == 2 * len(LINEAR) + 2
+    for name, value in got.items():
+        assert_float32_close(value, want[name], name=name)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
+def test_both_readers_read_the_same(kind: str, tmp_path: Path) -> None:
+    type_ = gguf.GGMLQuantizationType[kind]
+    file = tmp_path / "a.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 7.5)
+    writer.add_array("general.tags", ["one", "two"])
+    writer.add_array("x.numbers", [1, 2, 3])
+    random = np.random.default_rng(3)
+    for name, shape in {
+        "blk.0.ffn_up_exps.weight.lora_a": (3, 2, 64),
+        "blk.0.ffn_up_exps.weight.lora_b": (3, 5, 32),
+    }.items():
+        values = gguf.quants.quantize(random.standard_normal(shape).astype(np.float32), type_)
+        writer.add_tensor(f"blk.0.ffn_up_exps.weight.{name}", values, raw_dtype=type_)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    theirs, ours = gguf.GGUFReader(file), read_gguf(file)
+    assert set(ours.metadata) == {name for name in theirs.fields if not name.startswith("GGUF.")}
+    assert float(ours.metadata["adapter.lora.alpha"]) == 7.5
+    assert {tensor.name for tensor in theirs.tensors} == set(ours.tensors)
+    for tensor in theirs.tensors:
+        want = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        assert torch.equal(ours.tensors[tensor.name].read(torch.float32), want.reshape(ours.tensors[tensor.name].shape))
+
+
+def test_experts_as_transformers_saves_them(tmp_path: Path) -> None:
+    """The converter stacks factors of single experts; transformers writes Mixtral's base under the old names."""
+    torch.manual_seed(4)
+    base = save_base(mixtral(), tmp_path / "base")
+    before = read(base)
+    file = tmp_path / "a.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 6.0)
+    random = np.random.default_rng(5)
+    prefix, want = "model.layers.0.block_sparse_moe.experts", dict(before)
+    for part, number, (out, into) in (("gate", 1, (12, HIDDEN)), ("up", 3, (12, HIDDEN)), ("down", 2, (HIDDEN, 12))):
+        a, b = (random.standard_normal(shape).astype(np.float32) for shape in ((3, 2, into), (3, out, 2)))
+        writer.add_tensor(f"blk.0.ffn_{part}_exps.weight.lora_a", a)
+        writer.add_tensor(f"blk.0.ffn_{part}_exps.weight.lora_b", b)
+        for e in range(3):
+            name = f"{prefix}.{e}.w{number}.weight"
+            want[name] = before[name] + 3.0 * torch.from_numpy(b[e] @ a[e])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    loratool.merge(base, file, tmp_path / "out")
+    got = read(tmp_path / "out")
+    assert len(changed(before, got)) == 9
+    for name, value in got.items():
+        assert_float32_close(value, want[name], name=name)

@@ -1,0 +1,182 @@
+"""diffusers reads kohya's files, too: what its own loader makes of one is the truth for a UNet in either spelling."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import State, assert_float32_close, changed
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import loratool
+from loratool.conventions import spellings
+
+pytestmark = pytest.mark.peers
+diffusers = pytest.importorskip("diffusers")
+
+PLACE = "model.diffusion_model."
+COMMON: dict[str, Any] = {
+    "sample_size": 8, "layers_per_block": 2, "norm_num_groups": 4, "cross_attention_dim": 12, "attention_head_dim": 2
+}  # fmt: skip
+XL: dict[str, Any] = {
+    "block_out_channels": (8, 16, 16),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 1, 2),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 16,
+}
+LOADERS = {"sd": "StableDiffusionLoraLoaderMixin", "sdxl": "StableDiffusionXLLoraLoaderMixin"}
+
+
+def unet(model: str) -> nn.Module:
+    torch.manual_seed(0)
+    return diffusers.UNet2DConditionModel(
+        **COMMON, **(XL if model == "sdxl" else {"block_out_channels": (8, 8, 16, 16)})
+    )
+
+
+def original(state: State) -> State:
+    """A UNet's tensors by the names of the original repositories, as single-file checkpoints have them."""
+    found = {}
+    for name, value in state.items():
+        path, _, last = name.rpartition(".")
+        others = [other.path for other in spellings.others(path)] or [path]
+        behind = len(others) > 1 and any(
+            key.startswith(f"{path.partition('.upsamplers')[0]}.attentions") for key in state
+        )
+        found[f"{PLACE}{others[behind]}.{last}"] = value
+    return found
+
+
+def back(state: State, model: nn.Module) -> State:
+    """The same by diffusers' own conversion."""
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    return dict(convert_ldm_unet_checkpoint(dict(state), dict(model.config)))
+
+
+def kohya(state: State, *, prefix: str = "") -> State:
+    """Factors for attentions, projections and residual blocks, as sd-scripts (with conv_dim) saves them."""
+    generator = torch.Generator().manual_seed(1)
+    found: State = {}
+    for name, W in state.items():
+        path = name.removesuffix(".weight").removeprefix(prefix)
+        if W.dim() < 2 or not any(part in path for part in ("attn", "proj_", "ff.", "conv1", "in_layers.2")):
+            continue
+        key, rank = f"lora_unet_{path.replace('.', '_')}", 3 if W.dim() == 2 else 2
+        found[f"{key}.lora_down.weight"] = torch.randn(rank, *W.shape[1:], generator=generator)
+        found[f"{key}.lora_up.weight"] = torch.randn(len(W), rank, *[1] * (W.dim() - 2), generator=generator)
+        found[f"{key}.alpha"] = torch.tensor(0.5 * rank if W.dim() == 2 else 1.0)
+    return found
+
+
+@pytest.mark.parametrize("model", LOADERS)
+def test_both_spellings_of_a_unet_are_those_of_diffusers(model: str) -> None:
+    network = unet(model)
+    state = network.state_dict()
+    converted = back(original(state), network)
+    assert converted.keys() == state.keys()
+    assert all(torch.equal(converted[name], value) for name, value in state.items())
+
+
+@pytest.mark.parametrize("stored", ["diffusers", "original"])
+@pytest.mark.parametrize("model", LOADERS)
+def test_a_merge_is_what_diffusers_fuses(model: str, stored: str, tmp_path: Path) -> None:
+    """SD 1 adapters have diffusers' names, SDXL ones the original; the base may have either."""
+    network = unet(model)
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    lora = kohya(original(state), prefix=PLACE) if model == "sdxl" else kohya(state)
+    save_file(lora, tmp_path / "lora.safetensors")
+    save_file(state if stored == "diffusers" else original(state), tmp_path / "base.safetensors")
+    loratool.merge(tmp_path / "base.safetensors", tmp_path / "lora.safetensors", tmp_path / "out.safetensors")
+    got = load_file(tmp_path / "out.safetensors")
+    got = got if stored == "diffusers" else back(got, network)
+
+    loader = getattr(diffusers.loaders, LOADERS[model])
+    converted, alphas = loader.lora_state_dict(dict(lora), unet_config=network.config)[:2]
+    loader.load_lora_into_unet(converted, network_alphas=alphas, unet=network)
+    network.fuse_lora()
+    fused = {n.replace(".base_layer", ""): v for n, v in network.state_dict().items() if ".lora_" not in n}
+    assert got.keys() == fused.keys()
+    assert changed(state, fused) == changed(state, got)
+    assert len(changed(state, got)) == len(lora) // 3
+    for name, value in fused.items():
+        assert_float32_close(got[name], value, name=name)
+
+
+def test_flux_as_diffusers_converts_it(tmp_path: Path) -> None:
+    """Its converter folds alpha / rank into the factors and cuts the packed projections: the same deltas, stacked."""
+    from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
+
+    generator = torch.Generator().manual_seed(1)
+    dims = {"double_blocks.0.img_attn.qkv": (9216, 4), "single_blocks.0.linear1": (21504, 4),
+            "double_blocks.0.txt_mlp.2": (5, 7)}  # fmt: skip
+    base = {f"{path}.weight": torch.randn(shape, generator=generator) for path, shape in dims.items()}
+    lora: State = {}
+    for path, (out, into) in dims.items():
+        key = f"lora_unet_{path.replace('.', '_')}"
+        lora[f"{key}.lora_down.weight"] = torch.randn(2, into, generator=generator)
+        lora[f"{key}.lora_up.weight"] = torch.randn(out, 2, generator=generator)
+        lora[f"{key}.alpha"] = torch.tensor(1.0)
+    save_file(base, tmp_path / "base.safetensors")
+    save_file(lora, tmp_path / "lora.safetensors")
+    loratool.merge(tmp_path / "base.safetensors", tmp_path / "lora.safetensors", tmp_path / "out.safetensors")
+    got = load_file(tmp_path / "out.safetensors")
+
+    theirs = _convert_kohya_flux_lora_to_diffusers(dict(lora))
+    double, single = "transformer.transformer_blocks.0.", "transformer.single_transformer_blocks.0."
+    parts = {
+        "double_blocks.0.img_attn.qkv": [f"{double}attn.to_{name}" for name in "qkv"],
+        "single_blocks.0.linear1": [*(f"{single}attn.to_{name}" for name in "qkv"), f"{single}proj_mlp"],
+        "double_blocks.0.txt_mlp.2": [f"{double}ff_context.net.2"],
+    }
+    for path, names in parts.items():
+        deltas = [theirs[f"{n}.lora_B.weight"].double() @ theirs[f"{n}.lora_A.weight"].double() for n in names]
+        want = base[f"{path}.weight"].double() + torch.cat(deltas)
+        assert_float32_close(got[f"{path}.weight"], want, name=path)
+
+
+def test_openclip_as_diffusers_converts_it(tmp_path: Path) -> None:
+    """SDXL's second text encoder lies in single files under OpenCLIP's names, query, key and value in one tensor."""
+    from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=20, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
+        projection_dim=8, max_position_embeddings=6, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    place, generator = "conditioner.embedders.1.model.", torch.Generator().manual_seed(2)
+    base, lora = {f"{place}text_projection": torch.randn(8, 8, generator=generator)}, {}
+    for layer in range(2):
+        block = f"{place}transformer.resblocks.{layer}."
+        for name, shape in {"attn.in_proj_weight": (24, 8), "attn.in_proj_bias": (24,), "attn.out_proj.weight": (8, 8),
+                            "attn.out_proj.bias": (8,), "mlp.c_fc.weight": (12, 8), "mlp.c_fc.bias": (12,),
+                            "mlp.c_proj.weight": (8, 12), "mlp.c_proj.bias": (8,), "ln_1.weight": (8,),
+                            "ln_1.bias": (8,), "ln_2.weight": (8,), "ln_2.bias": (8,)}.items():  # fmt: skip
+            base[block + name] = torch.randn(shape, generator=generator)
+        for name, (out, into) in {**{f"self_attn.{n}_proj": (8, 8) for n in ("q", "k", "v", "out")},
+                                  "mlp.fc1": (12, 8), "mlp.fc2": (8, 12)}.items():  # fmt: skip
+            key = f"lora_te2_text_model_encoder_layers_{layer}_{name.replace('.', '_')}"
+            lora[f"{key}.lora_down.weight"] = torch.randn(2, into, generator=generator)
+            lora[f"{key}.lora_up.weight"] = torch.randn(out, 2, generator=generator)
+            lora[f"{key}.alpha"] = torch.tensor(1.0)
+    save_file(base, tmp_path / "base.safetensors")
+    save_file(lora, tmp_path / "lora.safetensors")
+    loratool.merge(tmp_path / "base.safetensors", tmp_path / "lora.safetensors", tmp_path / "out.safetensors")
+    got, encoder = load_file(tmp_path / "out.safetensors"), CLIPTextModelWithProjection(config)
+    assert len(changed(base, got)) == 8
+    before, after = (convert_open_clip_checkpoint(encoder, dict(state), prefix=place) for state in (base, got))
+    modules = {name.removesuffix(".weight"): value for name, value in before.items() if name.endswith(".weight")}
+    found = 0
+    for key in {name.partition(".")[0] for name in lora}:
+        (path,) = [p for p in modules if p.replace(".", "_").endswith(key.removeprefix("lora_te2_text_model_"))]
+        up, down = (lora[f"{key}.lora_{side}.weight"].double() for side in ("up", "down"))
+        assert_float32_close(after[f"{path}.weight"], modules[path].double() + 0.5 * up @ down, name=path)
+        found += 1
+    assert found == 12
