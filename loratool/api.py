@@ -142,7 +142,7 @@ def extract(
     With `base_out`, also write the clean base checkpoint as a folder. `already_merged` says that its weights hold the
     delta: the base is then what is left without it, to rounding. Raises ChoiceNeeded where alpha is not stored.
     """
-    given = choices(alpha, scaling, config, adapter, layout, enable_lora, already_merged)
+    given = choices(alpha, scaling, config, adapter, layout, enable_lora=enable_lora, already_merged=already_merged)
     target = None if base_out is None else Path(base_out)
     return run_extract(Path(wrapped), Path(out), given, convention=convention, base_out=target, progress=progress)
 

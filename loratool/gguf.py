@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from loratool.errors import InvalidFile, Problem, Unsupported
-from loratool.tensors import CHUNK, DTYPE_BITS, Data, FileSpan, Shape, TensorRef, as_bytes
+from loratool.tensors import CHUNK, DTYPE_BITS, Data, FileSpan, FileState, Shape, TensorRef, as_bytes, reading
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +54,10 @@ class Q8Span:
     def path(self) -> Path:
         return self.span.path
 
+    @property
+    def state(self) -> FileState | None:
+        return self.span.state
+
     def load(self, dtype: str, shape: Shape) -> torch.Tensor:
         import torch
 
@@ -71,8 +75,9 @@ class Q8Span:
 
 def read_gguf(path: Path) -> Gguf:
     """Header of an adapter in GGUF. Raises InvalidFile for a broken one, Unsupported for a model."""
-    with path.open("rb") as file:
-        cursor = _Cursor(file, os.fstat(file.fileno()).st_size, str(path))
+    with reading(path), path.open("rb") as file:
+        state = FileState.noted(path, os.fstat(file.fileno()))
+        cursor = _Cursor(file, state.size, str(path))
         tensor_count = _prelude(cursor)
         metadata = _keys(cursor, cursor.number("<Q"))
         if metadata.get("general.type") != "adapter":
@@ -80,7 +85,7 @@ def read_gguf(path: Path) -> Gguf:
         entries = _entries(cursor, tensor_count)
     alignment = _alignment(metadata, cursor)
     start = -(-cursor.position // alignment) * alignment
-    return Gguf(metadata, _tensors(path, entries, start, alignment, cursor))
+    return Gguf(metadata, _tensors(state, entries, start, alignment, cursor))
 
 
 @dataclass
@@ -206,7 +211,7 @@ def _alignment(metadata: Mapping[str, str], cursor: _Cursor) -> int:
 
 
 def _tensors(
-    path: Path, entries: Mapping[str, _Entry], start: int, alignment: int, cursor: _Cursor
+    state: FileState, entries: Mapping[str, _Entry], start: int, alignment: int, cursor: _Cursor
 ) -> dict[str, TensorRef]:
     found: dict[str, TensorRef] = {}
     position = 0
@@ -219,7 +224,7 @@ def _tensors(
             )
             raise cursor.fail(what, "E-LAYOUT")
         position = entry.offset + nbytes
-        span = FileSpan(path, start + entry.offset)
+        span = FileSpan(state.path, start + entry.offset, state)
         data: Data = Q8Span(span) if entry.kind == _Q8_0 else span
         found[entry.name] = TensorRef(entry.name, dtype, entry.shape, data, entry.shape)
     return found

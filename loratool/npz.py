@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from loratool.errors import InvalidFile, Problem, Unsupported
-from loratool.tensors import DTYPE_BITS, FileSpan, Shape, TensorRef
+from loratool.tensors import DTYPE_BITS, FileSpan, FileState, Shape, TensorRef, reading
 
 MAX_HEADER = 10_000  # bytes of one array's description; NumPy's own limit
 MAX_DIM = 2**53
@@ -36,11 +36,12 @@ def read_npz(path: Path) -> Mapping[str, TensorRef]:
     """The arrays of an archive by name, in stored order. Raises InvalidFile, or Unsupported for compressed ones."""
     where = str(path)
     try:
-        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        with reading(path), zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            state = FileState.noted(path, os.fstat(file.fileno()))
             entries = [entry for entry in archive.infolist() if not entry.is_dir()]
             _refuse_unsupported(entries, where)
-            found = {entry.filename.removesuffix(".npy"): _tensor(file, entry, path) for entry in entries}
-            _refuse_truncated(found.values(), os.fstat(file.fileno()).st_size)
+            found = {entry.filename.removesuffix(".npy"): _tensor(file, entry, state) for entry in entries}
+            _refuse_truncated(found.values(), state.size)
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
         raise InvalidFile(Problem("E-HEADER", f"not a readable .npz archive: {error}", where)) from None
     if len(found) < len(entries):
@@ -62,7 +63,7 @@ def _refuse_truncated(refs: Iterable[TensorRef], size: int) -> None:
             raise ValueError(f"{ref.name} ends behind the file's {size:,} bytes")
 
 
-def _tensor(file: BinaryIO, entry: zipfile.ZipInfo, path: Path) -> TensorRef:
+def _tensor(file: BinaryIO, entry: zipfile.ZipInfo, state: FileState) -> TensorRef:
     """The span of one array; raises ValueError or struct.error where its bytes are not what they should be."""
     name = entry.filename
     file.seek(entry.header_offset)
@@ -84,7 +85,7 @@ def _tensor(file: BinaryIO, entry: zipfile.ZipInfo, path: Path) -> TensorRef:
     if begin - start + math.prod(shape) * DTYPE_BITS[dtype] // 8 != entry.file_size:
         raise ValueError(f"{name} of {dtype} {list(shape)!s:.80} does not fill its {entry.file_size:,} bytes")
     stored = shape[::-1] if fortran else shape
-    ref = TensorRef(name.removesuffix(".npy"), dtype, stored, FileSpan(path, begin), stored)
+    ref = TensorRef(name.removesuffix(".npy"), dtype, stored, FileSpan(state.path, begin, state), stored)
     return ref.permute(*reversed(range(len(shape)))) if fortran and len(shape) > 1 else ref
 
 

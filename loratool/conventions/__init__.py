@@ -91,15 +91,15 @@ CONVENTIONS: tuple[Convention, ...] = (
     plain,
     peft,
     peft_wrapped,
-    diffusers,
+    loralib,
     kohya,
     lycoris,
+    diffusers,
+    litgpt,
     torchtune,
     mlx,
     gguf,
     megatron,
-    loralib,
-    litgpt,
 )
 
 

@@ -332,7 +332,7 @@ class Reader:
         for component, document in self.documents.items():
             try:
                 label = f"{self.where}: {METADATA_KEY}{f' of {component}' if component else ''}"
-                refuse_unsupported(document, label, base_inside=False)
+                refuse_unsupported(document, label, base_inside=False, kinds=("LORA",))
                 self.configs[component] = parse(document, label)
             except LoratoolError as error:
                 self.problems += error.problems

@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from loratool.adapter import Adapter, Target, Targeted
@@ -23,7 +24,7 @@ from loratool.checkpoint import Checkpoint
 from loratool.conventions import litgpt
 from loratool.conventions.already_merged import compare_with_base, trained_biases, without
 from loratool.conventions.choices import Choices
-from loratool.conventions.orientation import square_layout
+from loratool.conventions.orientation import shown_layouts, square_layout
 from loratool.conventions.packed import Pair, factor_modules, key, owner, pairs, scaling_of
 from loratool.errors import ChoiceNeeded, InvalidFile, LoratoolError, Mismatch, Problem, Unsupported
 from loratool.names import prefix_rule
@@ -154,6 +155,10 @@ class _Reader:
     errors: list[LoratoolError] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
 
+    @cached_property
+    def shown(self) -> Mapping[str, set[str]]:
+        return shown_layouts(self.weights)
+
     @property
     def scales_known(self) -> bool:
         return not Adapter(tuple(self.updates)).unknown_scales()
@@ -219,7 +224,7 @@ class _Reader:
         if not all(fits.values()):
             return fits[True]
         table = self._is_table(pair.module, name)
-        layout = given if given or table else square_layout(name, False, self.weights)
+        layout = given if given or table else square_layout(name, False, self.weights, self.shown)
         if layout is None:
             self.doubts.append(
                 f"{pair.module}: {name} is square, and nothing shows whether it is stored [out, in] or [in, out]"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,14 +139,16 @@ def parse(document: Mapping[str, Any], where: str) -> PeftConfig:
     )
 
 
-def refuse_unsupported(document: Mapping[str, Any], where: str, *, base_inside: bool) -> None:
+def refuse_unsupported(
+    document: Mapping[str, Any], where: str, *, base_inside: bool, kinds: Collection[str] = KINDS
+) -> None:
     """Refuse, by name, what a merge of A and B alone would get wrong. Raises Unsupported.
 
     An initialisation that rewrote the base does no harm where the rewritten base is in the same file.
     """
     problems = []
     kind = document.get("peft_type", "LORA")
-    if kind not in KINDS:
+    if kind not in kinds:
         hint = "merge it with PEFT's merge_and_unload()"
         problems.append(Problem("E-UNSUPPORTED", f"peft_type {kind} is not supported", where, hint))
     init = document.get("init_lora_weights")
