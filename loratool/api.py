@@ -162,12 +162,15 @@ def convert(
     convention: str | None = None,
     adapter: str | None = None,
     layout: Mapping[str, str] | None = None,
+    component: str | Sequence[str] | None = None,
+    enable_lora: str | Mapping[str, str] | None = None,
+    already_merged: bool = False,
 ) -> ConvertReport:
     """Write an adapter in another convention, `to` ("peft", "native"), whole or not at all. Every delta is kept.
 
     `base` binds it to a checkpoint, as in `load`. `uniform` brings all LoRA updates to one rank and one scale, for
     consumers that read only one. What the convention can not hold is refused, all of it at once, or with `bake`
-    replaced by the whole tensors that a merge into `base` would give.
+    replaced by the whole tensors that a merge into `base` would give. What the source leaves open is said as in `load`.
 
     Raises Unsupported for what does not fit, ChoiceNeeded, Mismatch, and OutputRefused if `out` exists.
 
@@ -177,7 +180,7 @@ def convert(
         source if isinstance(source, Adapter) else Path(source),
         Path(out),
         to,
-        choices(alpha, scaling, config, adapter, layout),
+        choices(alpha, scaling, config, adapter, layout, component, enable_lora, already_merged),
         base=None if base is None else Path(base),
         convention=convention,
         options=Options(uniform),

@@ -17,8 +17,8 @@ from loratool.conventions.choices import Choices
 from loratool.conventions.writing import Misfit, Options
 from loratool.errors import ChoiceNeeded, LoratoolError, Mismatch, OutputRefused, Problem, Unsupported
 from loratool.format import unknown_alpha
-from loratool.plan import FileState
 from loratool.staging import refuse_existing, refuse_small_disk, staged
+from loratool.tensors import FileState
 from loratool.version import TOOL
 
 SHOWN = 3  # names in a message
@@ -155,7 +155,8 @@ def _unfit(adapter: Adapter, choices: Choices, base: Checkpoint | None) -> tuple
     """What is open or contradictory in the adapter, and why it does not fit the base; notes on both."""
     problems = []
     if unknown := adapter.unknown_scales():
-        problems.append(replace(unknown_alpha(unknown), hint=choices.unknown_scale_hint()))
+        rule = min(item.update.scaling.rule for item in unknown if item.update.scaling)
+        problems.append(replace(unknown_alpha(unknown), hint=choices.unknown_scale_hint(rule)))
     problems += [
         Problem("E-LAYOUT", doubt, hint="the base knows: give it with --base BASE") for doubt in adapter.doubts
     ]

@@ -31,6 +31,9 @@ Examples:
 @click.option("--from", "convention", metavar="NAME", help="The convention to read, where several match.")
 @click.option("--adapter", metavar="NAME", help="Which adapter, where the file holds several.")
 @options.layout
+@options.component
+@options.enable_lora
+@options.already_merged
 @options.as_json
 @options.quiet
 def convert_command(
@@ -46,6 +49,9 @@ def convert_command(
     convention: str | None,
     adapter: str | None,
     layout: dict[str, str],
+    component: tuple[str, ...],
+    enable_lora: dict[str, str],
+    already_merged: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -67,6 +73,9 @@ def convert_command(
         convention=convention,
         adapter=adapter,
         layout=layout,
+        component=component,
+        enable_lora=enable_lora,
+        already_merged=already_merged,
     )
     if as_json:
         output.print_json("convert", report.to_json())

@@ -24,6 +24,7 @@ from loratool.tensors import TensorRef
 from loratool.updates import Add, Dora, Lora, Replace, ReplaceRows, Scaling
 
 FILE_STEM = "adapter_model"
+PAIRING = "0.19.1"  # since this PEFT, A goes with a parameter's last dimension and B with the one before it
 NO_LAYERS = "dummy-target-modules"  # PEFT's own word for an adapter that wraps nothing (peft/utils/constants.py)
 
 ATTENTION = Misfit((), "PEFT wraps torch's MultiheadAttention only whole, and adds the delta of its out_proj twice")
@@ -334,6 +335,7 @@ def _config(parts: _Parts, layers: Mapping[str, Targeted], homes: _Homes, base: 
         "rank_pattern": {pattern: value for pattern, value in ranks.items() if value != rank},
         "alpha_pattern": {pattern: value for pattern, value in alphas.items() if value != alpha},
         "target_parameters": parameters,
+        "peft_version": PAIRING if parameters else "",  # what a square parameter is read by
         "trainable_token_indices": tokens,
         "lora_bias": bool(parts.biases),
     }
