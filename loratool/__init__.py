@@ -1,7 +1,8 @@
 """LoRA adapters as one exact, versioned file: extract, inspect, merge, unmerge."""
 
 from loratool.adapter import Adapter, BaseIdentity, Target, Targeted, TensorIdentity
-from loratool.api import extract, inspect, load, merge, plan, save, unmerge, validate
+from loratool.api import convert, extract, inspect, load, merge, plan, save, unmerge, validate
+from loratool.convert import ConvertReport
 from loratool.errors import (
     AnswerIsNo,
     ChoiceNeeded,
@@ -24,6 +25,7 @@ __all__ = [
     "AnswerIsNo",
     "BaseIdentity",
     "ChoiceNeeded",
+    "ConvertReport",
     "ExtractReport",
     "InvalidFile",
     "LoratoolError",
@@ -41,6 +43,7 @@ __all__ = [
     "UnmergeReport",
     "Unsupported",
     "__version__",
+    "convert",
     "extract",
     "inspect",
     "load",

@@ -1,4 +1,4 @@
-"""The library calls: the four verbs, load and save. The command line calls exactly these."""
+"""The library calls: the verbs, load and save. The command line calls exactly these."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from loratool import format as native_format
 from loratool.adapter import Adapter
 from loratool.checkpoint import open_checkpoint, read_json
 from loratool.conventions.choices import Choices
+from loratool.conventions.writing import Options
+from loratool.convert import ConvertReport, plan_convert, run_convert
 from loratool.errors import InvalidFile, Problem
 from loratool.extract import ExtractReport, run_extract
 from loratool.merge import MergeReport, ProgressCallback, UnmergeReport, run_merge, run_unmerge
@@ -143,6 +145,48 @@ def extract(
     given = choices(alpha, scaling, config, adapter, layout, enable_lora=enable_lora, already_merged=already_merged)
     target = None if base_out is None else Path(base_out)
     return run_extract(Path(wrapped), Path(out), given, convention=convention, base_out=target, progress=progress)
+
+
+@_typed
+def convert(
+    source: AdapterLike,
+    out: PathLike,
+    to: str,
+    *,
+    base: PathLike | None = None,
+    uniform: bool = False,
+    bake: bool = False,
+    alpha: float | Mapping[str, float] | None = None,
+    scaling: str | None = None,
+    config: PathLike | None = None,
+    convention: str | None = None,
+    adapter: str | None = None,
+    layout: Mapping[str, str] | None = None,
+    component: str | Sequence[str] | None = None,
+    enable_lora: str | Mapping[str, str] | None = None,
+    already_merged: bool = False,
+) -> ConvertReport:
+    """Write an adapter in another convention, `to` ("peft", "native"), whole or not at all. Every delta is kept.
+
+    `base` binds it to a checkpoint, as in `load`. `uniform` brings all LoRA updates to one rank and one scale, for
+    consumers that read only one. What the convention can not hold is refused, all of it at once, or with `bake`
+    replaced by the whole tensors that a merge into `base` would give. What the source leaves open is said as in `load`.
+
+    Raises Unsupported for what does not fit, ChoiceNeeded, Mismatch, and OutputRefused if `out` exists.
+
+    >>> loratool.convert("my.lora.safetensors", "adapter/", "peft", uniform=True)  # doctest: +SKIP
+    """
+    planned = plan_convert(
+        source if isinstance(source, Adapter) else Path(source),
+        Path(out),
+        to,
+        choices(alpha, scaling, config, adapter, layout, component, enable_lora, already_merged),
+        base=None if base is None else Path(base),
+        convention=convention,
+        options=Options(uniform),
+        bake=bake,
+    )
+    return run_convert(planned)
 
 
 @_typed

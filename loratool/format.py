@@ -348,6 +348,16 @@ def writing(adapter: Adapter, path: Path) -> Iterator[None]:
 
 
 def _write_to(adapter: Adapter, file: BinaryIO) -> None:
+    tensors, metadata = stored(adapter)
+    order = canonical_order((name, tensor.dtype) for name, tensor in tensors.items())
+    file.write(encode_header(((n, tensors[n].dtype, tensors[n].shape) for n in order), metadata))
+    for name in order:
+        for chunk in tensors[name].chunks():
+            file.write(chunk)
+
+
+def stored(adapter: Adapter) -> tuple[dict[str, TensorRef], dict[str, str]]:
+    """The tensors and the metadata of an adapter's native file. Raises what `write` raises for the adapter."""
     if unknown := adapter.unknown_scales():
         raise ChoiceNeeded(unknown_alpha(unknown))
     if adapter.doubts:
@@ -356,13 +366,7 @@ def _write_to(adapter: Adapter, file: BinaryIO) -> None:
         )
     if problems := adapter.check():
         raise InvalidFile(problems)
-    tensors = _named_components(adapter)
-    order = canonical_order((name, tensor.dtype) for name, tensor in tensors.items())
-    manifest = _canonical_json(manifest_of(adapter))
-    file.write(encode_header(((n, tensors[n].dtype, tensors[n].shape) for n in order), {METADATA_KEY: manifest}))
-    for name in order:
-        for chunk in tensors[name].chunks():
-            file.write(chunk)
+    return _named_components(adapter), {METADATA_KEY: _canonical_json(manifest_of(adapter))}
 
 
 def unknown_alpha(items: list[Targeted]) -> Problem:

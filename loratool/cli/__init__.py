@@ -16,6 +16,7 @@ from loratool.version import __version__
 COMMANDS = {
     "inspect": "Show what an adapter or checkpoint is.",
     "extract": "Get the adapter out of a LoRA-wrapped checkpoint.",
+    "convert": "Write an adapter in another convention.",
     "merge": "Merge adapters into a base checkpoint.",
     "unmerge": "Take merged adapters out again.",
     "validate": "Check a native adapter file against the specification.",

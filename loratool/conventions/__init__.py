@@ -5,15 +5,21 @@ detect(source)      whether a checkpoint looks like it; names and side files onl
 read(source, ...)   the adapter in it, orientation and scale resolved
 unwrap(source, ...) the base checkpoint inside it, by the base's own names; empty for an adapter alone
 
+and, in those that `convert --to` can write,
+
+misfits(adapter, ...) which updates the layout can not hold, and why
+write(adapter, ...)   the adapter in this layout, as files that are still to be written
+
 A new convention is one file here, one entry in CONVENTIONS, and its fixtures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from loratool.adapter import Adapter
+from loratool.bundle import Bundle
 from loratool.checkpoint import Checkpoint
 from loratool.conventions import (
     diffusers,
@@ -31,6 +37,7 @@ from loratool.conventions import (
     torchtune,
 )
 from loratool.conventions.choices import Choices
+from loratool.conventions.writing import Misfit, Options
 from loratool.errors import ChoiceNeeded, Problem, Unsupported
 from loratool.tensors import TensorRef
 
@@ -50,6 +57,35 @@ class Convention(Protocol):
     def unwrap(self, source: Checkpoint, choices: Choices) -> Mapping[str, TensorRef]: ...
 
 
+@runtime_checkable
+class Writer(Convention, Protocol):
+    """A convention that can also be written.
+
+    The adapter is whole: every scale is known, it does not contradict itself, and it fits the base where one is given.
+    `base` is for what the target's layout has to say of it (names of other modules, an architecture); a writer does
+    without where it can, and a `Misfit` says where it can not.
+
+    Both verbs look at headers only: what has to be computed (`loratool.folding`) is a reference that is read when its
+    file is written. Neither touches the disk.
+    """
+
+    def misfits(self, adapter: Adapter, base: Checkpoint | None, options: Options) -> list[Misfit]:
+        """Every update that the layout can not hold, all of them, each with its reason; [] if `write` can go ahead.
+
+        An update that can be written another way without loss (a range of rows as zeros around it, a scale folded
+        into B) is no misfit. `convert` refuses the others by name, or replaces them by the merged tensor where that is
+        wanted and possible, and asks again.
+        """
+
+    def write(self, adapter: Adapter, base: Checkpoint | None, options: Options) -> Bundle:
+        """The adapter in this layout: a folder of files, or a single one, and notes for the user.
+
+        Called when `misfits` has found none. Orientation, names and scales are turned into the layout's here, and
+        nowhere else. What reads the files back with this convention's `read` gets every delta, to the rounding that
+        the notes name.
+        """
+
+
 CONVENTIONS: tuple[Convention, ...] = (
     native,
     plain,
@@ -65,6 +101,11 @@ CONVENTIONS: tuple[Convention, ...] = (
     gguf,
     megatron,
 )
+
+
+def writers() -> dict[str, Writer]:
+    """The conventions that `convert --to` can write, by name."""
+    return {convention.NAME: convention for convention in CONVENTIONS if isinstance(convention, Writer)}
 
 
 def matching(source: Checkpoint) -> list[Convention]:

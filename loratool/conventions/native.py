@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
+from loratool import folding
 from loratool import format as native_format
 from loratool.adapter import Adapter
+from loratool.bundle import Bundle, Safetensors
 from loratool.checkpoint import Checkpoint
 from loratool.conventions.choices import Choices
+from loratool.conventions.writing import Misfit, Options
 from loratool.tensors import TensorRef
 
 NAME = "native"
@@ -25,3 +29,16 @@ def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | N
 
 def unwrap(source: Checkpoint, choices: Choices) -> Mapping[str, TensorRef]:
     return {}
+
+
+def misfits(adapter: Adapter, base: Checkpoint | None, options: Options) -> list[Misfit]:
+    return []
+
+
+def write(adapter: Adapter, base: Checkpoint | None, options: Options) -> Bundle:
+    notes = []
+    if options.uniform:
+        changed = folding.uniform(adapter.updates)
+        notes.append(folding.uniform_note(adapter.updates, changed))
+        adapter = replace(adapter, updates=changed)
+    return Bundle(Safetensors(*native_format.stored(adapter)), tuple(notes))

@@ -15,7 +15,7 @@ from typing import Any
 
 from loratool.adapter import Adapter, BaseIdentity, Target, Targeted
 from loratool.checkpoint import Checkpoint
-from loratool.conventions import peft_kinds, torchtune
+from loratool.conventions import peft_kinds, peft_write, torchtune
 from loratool.conventions.architecture import architecture_of
 from loratool.conventions.choices import Choices
 from loratool.conventions.peft_base import BaseFacts
@@ -31,7 +31,8 @@ from loratool.updates import Add, Dora, Lora, Replace, ReplaceRows, Scaling
 
 NAME = "peft"
 TITLE = "PEFT adapter"
-FILE_STEM = "adapter_model"
+FILE_STEM = peft_write.FILE_STEM
+misfits, write = peft_write.misfits, peft_write.write
 
 
 def detect(source: Checkpoint) -> bool:

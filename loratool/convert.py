@@ -1,0 +1,232 @@
+"""An adapter from one convention to another: what the target can not hold is found before a byte is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from loratool import conventions, folding
+from loratool.adapter import Adapter, Targeted
+from loratool.binding import Binding, Part
+from loratool.bundle import Bundle
+from loratool.checkpoint import Checkpoint, open_checkpoint
+from loratool.conventions import Writer
+from loratool.conventions.choices import Choices
+from loratool.conventions.writing import Misfit, Options
+from loratool.errors import ChoiceNeeded, LoratoolError, Mismatch, OutputRefused, Problem, Unsupported
+from loratool.format import unknown_alpha
+from loratool.staging import refuse_existing, refuse_small_disk, staged
+from loratool.tensors import FileState
+from loratool.version import TOOL
+
+SHOWN = 3  # names in a message
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion will write, with everything decided: nothing that a header can tell goes wrong afterwards.
+
+    `adapter` is what the target holds, `baked` names the tensors whose updates became whole tensors in it.
+    """
+
+    adapter: Adapter
+    convention: str  # of the source
+    writer: Writer
+    bundle: Bundle
+    out: Path
+    baked: tuple[str, ...]
+    notes: tuple[str, ...]
+    inputs: tuple[FileState, ...]
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What a conversion wrote: the adapter as the target holds it, from which convention to which, and where."""
+
+    adapter: Adapter
+    convention: str
+    to: str
+    out: Path
+    files: tuple[Path, ...]
+    baked: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "convention": self.convention,
+            "to": self.to,
+            "out": str(self.out),
+            "files": [str(file) for file in self.files],
+            "updates": len(self.adapter.updates),
+            "parameters": self.adapter.parameters,
+            "baked": list(self.baked),
+            "notes": list(self.notes),
+        }
+
+
+def plan_convert(
+    source: Path | Adapter,
+    out: Path,
+    to: str,
+    choices: Choices,
+    *,
+    base: Path | None = None,
+    convention: str | None = None,
+    options: Options,
+    bake: bool = False,
+) -> Conversion:
+    """All checks of a conversion. Raises what is wrong with the inputs, the output, and the updates that do not fit."""
+    writer = _writer(to)
+    if (problem := refuse_existing(out)) is not None:
+        raise OutputRefused(problem)
+    if bake and base is None:
+        raise ChoiceNeeded(
+            Problem("E-OPTION", "baking merges into the base's tensors", hint="give it with --base BASE")
+        )
+    opened = None if base is None else open_checkpoint(base)
+    adapter, read_as, inputs = _read(source, choices, convention, opened)
+    problems, notes = _unfit(adapter, choices, opened)
+    if problems:
+        raise Mismatch(problems)
+    adapter, baked = _fitted(adapter, writer, opened, options, bake)
+    adapter = replace(adapter, provenance={**adapter.provenance, "tool": TOOL})
+    bundle = writer.write(adapter, opened, options)
+    if refused := [*_bad_output(out, bundle, writer)]:
+        raise OutputRefused(refused)
+    if opened is not None:
+        inputs = (*inputs, *(FileState.of(shard.path) for shard in opened.shards))
+    if baked:
+        notes = (*notes, f"{_named(baked)}: baked in, as whole tensors of this base: no other base fits them any more")
+    return Conversion(adapter, read_as, writer, bundle, out, baked, (*notes, *bundle.notes), inputs)
+
+
+def run_convert(conversion: Conversion) -> ConvertReport:
+    """Write what was planned: the output appears whole, or not at all."""
+    out = conversion.out
+    with staged(out) as place:
+        for name, content in conversion.bundle.files.items():
+            path = place / name if name else place
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                content.write(file)
+        _check_readable(place, conversion)
+        for known in conversion.inputs:
+            known.check()
+    files = tuple(out / name if name else out for name in conversion.bundle.files)
+    return ConvertReport(
+        conversion.adapter,
+        conversion.convention,
+        conversion.writer.NAME,
+        out,
+        files,
+        conversion.baked,
+        conversion.notes,
+    )
+
+
+def _writer(name: str) -> Writer:
+    writers = conventions.writers()
+    if name not in writers:
+        known = ", ".join(writers)
+        readable = any(name == convention.NAME for convention in conventions.CONVENTIONS)
+        what = f"{name} can be read, not written" if readable else f"there is no convention {name!r}"
+        raise ChoiceNeeded(Problem("E-OPTION", what, hint=f"--to takes {known}"))
+    return writers[name]
+
+
+def _read(
+    source: Path | Adapter, choices: Choices, convention: str | None, base: Checkpoint | None
+) -> tuple[Adapter, str, tuple[FileState, ...]]:
+    """The adapter, bound to the base's names and orientation; what it was stored as; the files it lies in."""
+    if isinstance(source, Adapter):
+        if convention is not None or choices != Choices():
+            what = "an adapter in memory was read already: alpha, scaling, config and the like mean nothing for it"
+            raise ChoiceNeeded(Problem("E-OPTION", what, hint="give them to loratool.load"))
+        return source, source.provenance.get("convention", "memory"), ()
+    checkpoint = open_checkpoint(source)
+    inputs = tuple(FileState.of(shard.path) for shard in checkpoint.shards)
+    chosen = conventions.choose(checkpoint, convention)
+    return chosen.read(checkpoint, choices, None if base is None else base.tensors), chosen.NAME, inputs
+
+
+def _unfit(adapter: Adapter, choices: Choices, base: Checkpoint | None) -> tuple[list[Problem], tuple[str, ...]]:
+    """What is open or contradictory in the adapter, and why it does not fit the base; notes on both."""
+    problems = []
+    if unknown := adapter.unknown_scales():
+        rule = min(item.update.scaling.rule for item in unknown if item.update.scaling)
+        problems.append(replace(unknown_alpha(unknown), hint=choices.unknown_scale_hint(rule)))
+    problems += [
+        Problem("E-LAYOUT", doubt, hint="the base knows: give it with --base BASE") for doubt in adapter.doubts
+    ]
+    problems += adapter.check()
+    if base is None:
+        return problems, adapter.notes
+    binding = Binding(base, allow_new=True)
+    binding.parts.append(Part(adapter, 1.0, adapter.provenance.get("convention", "adapter"), sound=not problems))
+    binding.bind()
+    # Ties matter to a merge, which has one tensor for both; an adapter keeps them apart.
+    problems += [problem for problem in binding.problems if problem.code != "E-TIED"]
+    return problems, adapter.notes
+
+
+def _fitted(
+    adapter: Adapter, writer: Writer, base: Checkpoint | None, options: Options, bake: bool
+) -> tuple[Adapter, tuple[str, ...]]:
+    """The adapter as the target can hold it, with what does not fit baked in if that is wanted. Raises Unsupported."""
+    baked: set[str] = set()
+    while found := writer.misfits(adapter, base, options):
+        more = {name for misfit in found if misfit.bakeable for name in misfit.names} - baked
+        if not bake or not more or base is None:
+            raise Unsupported([_refusal(misfit, writer, adapter, bake) for misfit in found])
+        if absent := sorted(more - base.tensors.keys()):
+            what = f"{_named(absent)} can not be baked in: the base has no such tensor"
+            raise Mismatch(Problem("E-TARGET", what, str(base.path), "is this the adapter's base?"))
+        baked |= more
+        adapter = replace(adapter, updates=tuple(_baked(adapter, more, base)))
+    return adapter, tuple(name for name in adapter.targets() if name in baked)
+
+
+def _baked(adapter: Adapter, names: set[str], base: Checkpoint) -> Iterator[Targeted]:
+    """The updates, with those of some tensors as one replacement each, in the place of the first of them."""
+    for name, items in adapter.targets().items():
+        if name in names:
+            yield folding.bake(items, base.tensors[name])
+        else:
+            yield from items
+
+
+def _refusal(misfit: Misfit, writer: Writer, adapter: Adapter, bake: bool) -> Problem:
+    targets = adapter.targets()
+    kinds = sorted({item.update.kind for name in misfit.names for item in targets.get(name, ())})
+    what = f"{writer.NAME} can not hold the {' and '.join(kinds)} updates of {_named(misfit.names)}: {misfit.why}"
+    baking = "--bake --base BASE replaces them by whole merged tensors" if misfit.bakeable and not bake else ""
+    return Problem("E-UNSUPPORTED", what, hint="; or ".join(filter(None, (misfit.help, baking))))
+
+
+def _bad_output(out: Path, bundle: Bundle, writer: Writer) -> Iterator[Problem]:
+    """Why the output can not be written under this name."""
+    single = bundle.files.get("")
+    if single is not None and single.suffixes and not out.name.endswith(single.suffixes):
+        what = f"{out.name}: a {writer.TITLE} is one file, whose name ends in {' or '.join(single.suffixes)}"
+        yield Problem("E-OUTPUT", what, str(out), f"say -o {out.name}{single.suffixes[0]}")
+    if (problem := refuse_small_disk(out, bundle.nbytes)) is not None:
+        yield problem
+
+
+def _check_readable(place: Path, conversion: Conversion) -> None:
+    """Nothing leaves that its own convention's reader would refuse, or would find less in."""
+    writer = conversion.writer
+    try:
+        written = open_checkpoint(place)
+        found = writer.read(written, Choices(), None).targets() if writer.detect(written) else {}
+    except LoratoolError as error:
+        raise AssertionError(f"the {writer.NAME} adapter that was written can not be read back: {error}") from error
+    if lost := sorted(conversion.adapter.targets().keys() - found.keys()):
+        raise AssertionError(f"the {writer.NAME} adapter that was written lacks {_named(lost)}")
+
+
+def _named(names: Iterable[str]) -> str:
+    listed: Sequence[str] = list(names)
+    return ", ".join(listed[:SHOWN]) + (f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else "")
