@@ -18,6 +18,7 @@ from loratool.errors import InvalidFile, Problem
 from loratool.extract import ExtractReport, run_extract
 from loratool.merge import MergeReport, ProgressCallback, UnmergeReport, run_merge, run_unmerge
 from loratool.plan import Plan, plan_merge, plan_unmerge
+from loratool.quantised import logical
 from loratool.summary import Summary, inspect_path
 
 PathLike: TypeAlias = str | Path
@@ -93,7 +94,7 @@ def load(
     'model.layers.0.self_attn.q_proj.weight'
     """
     source = open_checkpoint(Path(path))
-    tensors = None if base is None else open_checkpoint(Path(base)).tensors
+    tensors = None if base is None else logical(open_checkpoint(Path(base))).tensors
     given = choices(alpha, scaling, config, adapter, layout, component, enable_lora, already_merged)
     return conventions.choose(source, convention).read(source, given, tensors)
 

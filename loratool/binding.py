@@ -16,7 +16,8 @@ from loratool.errors import LoratoolError, Problem
 from loratool.format import check_index, unknown_alpha
 from loratool.layout import Weighted
 from loratool.names import missing
-from loratool.tensors import FLOATS, TensorRef, extremes
+from loratool.quantised import Foreign, stored_part
+from loratool.tensors import FLOATS, MERGEABLE, TensorRef, extremes
 from loratool.updates import Replace, ReplaceRows
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
@@ -98,6 +99,9 @@ class Binding:
     def _unfit(self, name: str, items: list[Targeted], part: Part) -> Iterator[Problem]:
         """Why the updates of a tensor can not be applied to the base."""
         stored = self.base.tensors.get(name)
+        if stored is not None and isinstance(stored.data, Foreign):
+            yield stored.data.problem(name, part.name)
+            return
         shape = items[0].target.shape
         whole = any(item.update.kind == Replace.kind and item.target.covers_all for item in items)
         if stored is None and not whole:
@@ -110,7 +114,7 @@ class Binding:
         elif stored.shape != shape:
             what = f"{name} is {list(stored.shape)} in the base, {list(shape)} for the adapter"
             yield Problem("E-SHAPE", what, part.name, "is this the adapter's base?")
-        if stored is not None and stored.dtype not in FLOATS:
+        if stored is not None and stored.dtype not in MERGEABLE:
             what = f"{name} is stored as {stored.dtype}: a quantised tensor can not be merged into"
             yield Problem("E-QUANTISED", what, part.name, "merge into the 16-bit base that it was made from")
 
@@ -134,6 +138,7 @@ class Binding:
             stored = self.base.tensors.get(self.base.ties.get(name, name))
             if stored is None:
                 continue  # a missing target is reported as such
+            stored = stored_part(stored)
             if (stored.dtype, stored.shape) != (known.dtype, known.shape):
                 found = f"{stored.dtype} {list(stored.shape)}, not {known.dtype} {list(known.shape)}"
             elif stored.digest() != known.digest:

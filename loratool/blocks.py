@@ -16,11 +16,12 @@ from blake3 import blake3
 
 from loratool.errors import InvalidFile, Mismatch, Problem
 from loratool.layout import NewTensor, Weighted
+from loratool.quantised import Dequantised
 from loratool.rounding import Exact, round_exactly, round_once, undecided
 from loratool.tensors import (
     CHUNK,
     DTYPE_BITS,
-    FLOATS,
+    MERGEABLE,
     FileSpan,
     TensorRef,
     all_finite,
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = CHUNK  # stored bytes of a row block: small enough for it and its wider copy to stay in the cache
 ROLE_ORDER = ("replace", "add", "renormalise")  # section "Merging" of the spec
-NARROW = [dtype for dtype in FLOATS if DTYPE_BITS[dtype] <= 16]
+NARROW = [dtype for dtype in MERGEABLE if DTYPE_BITS[dtype] <= 16]
+E4M3_LIMIT = 464  # what still rounds to the largest number, 448; there is no infinity beyond
 FACTORS_AT_ONCE = 1 << 16  # numbers of a factor that are gathered at a time, to compute single elements
 
 
@@ -49,6 +51,7 @@ class Written(NamedTuple):
     before: str | None  # digest of the source tensor; None for a new one
     after: str
     bound: float  # how far rounding can have moved an element
+    survived: float | None = None  # how much of the change is left in a weight that was quantised again
 
 
 def compute_dtype(tensor: NewTensor) -> str:
@@ -130,7 +133,8 @@ def compute(
         _record_whole(tensor.original, recorder)
     if not digests:
         return Written(None if tensor.original is None else "", "", 0.0)
-    digest = f"blake3:{before.hexdigest()}" if tensor.source else tensor.original.digest() if tensor.original else None
+    as_stored = tensor.source is not None and not isinstance(tensor.source.data, Dequantised)
+    digest = f"blake3:{before.hexdigest()}" if as_stored else tensor.original.digest() if tensor.original else None
     bound = _rounding_bound(tensor, largest, reach) if measure else 0.0
     return Written(digest, f"blake3:{after.hexdigest()}", bound)
 
@@ -409,7 +413,7 @@ class _Rows:
         if source is not None and isinstance(source.data, FileSpan) and not source.views:
             self.span = source.data
             self.file = self.stack.enter_context(open_to_read(source.data.path))
-        elif source is not None and source.numel:
+        elif source is not None and source.numel and not isinstance(source.data, Dequantised):
             self.held = source.read().reshape(-1, self.columns)
         return self
 
@@ -435,6 +439,8 @@ class _Rows:
             read_exactly(self.file, as_bytes(stored), self.span.path)
         elif self.held is not None:
             stored = self.held[start:stop].contiguous()
+        elif self.source is not None and isinstance(self.source.data, Dequantised):
+            stored = self.source.data.rows(start, stop, self.columns)
         else:
             stored = self.buffer("stored", dtype, 0, host=True)
         return stored if self.device == "cpu" else stored.to(self.device, non_blocking=True)
@@ -477,10 +483,10 @@ def _finite(largest: float, tensor: NewTensor) -> float:
     import torch
 
     dtype = torch_dtype(tensor.dtype)
-    if largest <= torch.finfo(dtype).max:
+    if largest <= torch.finfo(dtype).max or (tensor.dtype == "F8_E4M3" and largest <= E4M3_LIMIT):
         return largest
     end = torch.tensor([largest], dtype=torch_dtype(compute_dtype(tensor)))
-    if not all_finite(round_once(end, torch.empty(1, dtype=dtype))):
+    if tensor.dtype == "F8_E4M3" or not all_finite(round_once(end, torch.empty(1, dtype=dtype))):
         what = f"{tensor.name} would have NaN or infinity in {tensor.dtype}"
         raise Mismatch(
             Problem("E-NONFINITE", what, tensor.name, "is the scale right? a wider --dtype may hold it", "R-061")

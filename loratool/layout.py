@@ -32,7 +32,8 @@ class NewTensor:
     """What becomes of one tensor: computed from `source` (None: it is new, or its shape is) by `updates`.
 
     `original` is the base's tensor even where its shape is another one. `reversible` is whether the updates can be
-    subtracted again, as all are additive.
+    subtracted again, as all are additive. `part` says which part of a weight that is quantised again this is: "codes"
+    or "scales"; dtype and shape are then the part's, and `source` is the weight.
     """
 
     name: str
@@ -42,6 +43,7 @@ class NewTensor:
     updates: tuple[Weighted, ...] = ()
     reversible: bool = True
     original: TensorRef | None = None
+    part: str = ""
 
     @property
     def nbytes(self) -> int:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -22,12 +22,14 @@ from loratool.errors import InvalidFile, Mismatch, Problem
 from loratool.layout import Change, Copy, NewTensor, OutputFile
 from loratool.plan import Plan, changed_since
 from loratool.receipt import ChangedTensor, Receipt
+from loratool.requantise import Requantiser
 from loratool.resume import Journal, Kept, kept_files
 from loratool.staging import flush, staged
 from loratool.tensors import CHUNK, FileSpan, TensorRef, open_to_read, reading
 from loratool.undo import TensorRecorder, UndoWriter
 from loratool.version import TOOL
 
+SURVIVING = 0.9  # less of a change left after quantising again is worth a warning
 FLUSH_BYTES = 64 << 20  # written to a file before it is flushed on the way
 
 
@@ -49,9 +51,26 @@ class MergeReport:
     plan: Plan
     receipt: Receipt
     seconds: float
+    survived: Mapping[str, float] = field(default_factory=dict)  # of each weight that was quantised again, by its codes
+
+    @property
+    def notes(self) -> list[str]:
+        """What only a merge that is done can tell, beside the notes of its plan."""
+        weak = sorted((share, name) for name, share in self.survived.items() if share < SURVIVING)
+        if not weak:
+            return []
+        (worst, name), total = weak[0], len(self.survived)
+        what = f"{len(weak)} of {total} weights keep less than {SURVIVING:.0%} of their change after quantising again"
+        return [f"{what}, {name} {worst:.0%}: --dtype bf16 keeps all of it"]
 
     def to_json(self) -> dict[str, Any]:
-        return {**self.plan.to_json(), "seconds": round(self.seconds, 3), "receipt": self.receipt.to_json()}
+        return {
+            **self.plan.to_json(),
+            "notes": [*self.plan.notes, *self.notes],
+            "survived": {name: round(share, 4) for name, share in self.survived.items()},
+            "seconds": round(self.seconds, 3),
+            "receipt": self.receipt.to_json(),
+        }
 
 
 @dataclass(frozen=True)
@@ -89,30 +108,38 @@ def run_merge(plan: Plan, progress: ProgressCallback | None = None) -> MergeRepo
         placeholder = _receipt(plan, {tensor.name: blank for tensor in plan.changes})
         plan = replace(plan, files=(_with_receipt(plan.files[0], placeholder),))
     recorded = False
+    written: dict[str, Written] = {}
     try:
         with ExitStack() as stack:
             kept = stack.enter_context(kept_files(plan)) if plan.resume else {}
             folder = stack.enter_context(_output(plan))
             if plan.undo is None:
-                done = _fill(plan, folder, progress, kept, None)
+                done = _fill(plan, folder, progress, kept, None, written)
             else:
                 # The record appears first: there is never a merge that promised one and has none.
                 with undo.writing(plan.undo) as (writer, record):
-                    done = _fill(plan, folder, progress, kept, writer)
+                    done = _fill(plan, folder, progress, kept, writer, written)
                     writer.finish(record, done)
                 recorded = True
     except BaseException:
         if recorded and plan.undo is not None:
             plan.undo.unlink(missing_ok=True)
         raise
-    return MergeReport(plan, done, time.monotonic() - started)
+    survived = {name: found.survived for name, found in written.items() if found.survived is not None}
+    return MergeReport(plan, done, time.monotonic() - started, survived)
 
 
 def _fill(
-    plan: Plan, folder: Path, progress: ProgressCallback | None, kept: Mapping[str, Kept], writer: UndoWriter | None
+    plan: Plan,
+    folder: Path,
+    progress: ProgressCallback | None,
+    kept: Mapping[str, Kept],
+    writer: UndoWriter | None,
+    written: dict[str, Written],
 ) -> Receipt:
-    """Write the weights files of a merge and its receipt."""
-    done = _receipt(plan, _write(plan, folder, progress, writer, kept))
+    """Write the weights files of a merge and its receipt; note in `written` what is known of each tensor."""
+    written.update(_write(plan, folder, progress, writer, kept))
+    done = _receipt(plan, written)
     if plan.single:
         header = _with_receipt(plan.files[0], done).header
         assert len(header) == len(plan.files[0].header), "digests have one length"
@@ -174,7 +201,8 @@ def _receipt(plan: Plan, written: Mapping[str, Written]) -> Receipt:
             reversible=tensor.reversible,
             targets=tuple(dict.fromkeys(item.target.name for item, _ in tensor.updates)),
         )
-    return Receipt(TOOL, plan.dtype, plan.adapters, tensors)
+    dropped = {ref.name: ref.digest() if plan.digests else "" for ref in plan.dropped}
+    return Receipt(TOOL, plan.dtype, plan.adapters, tensors, dropped)
 
 
 def run_copy(plan: Plan, progress: ProgressCallback | None = None) -> None:
@@ -196,7 +224,10 @@ def _output(plan: Plan) -> Iterator[Path]:
             place.mkdir()
             for path in plan.companions:
                 (place / path).parent.mkdir(parents=True, exist_ok=True)
-                _copy_companion(plan.source / path, place / path)
+                if path in plan.rewritten:
+                    (place / path).write_bytes(plan.rewritten[path])
+                else:
+                    _copy_companion(plan.source / path, place / path)
             if plan.index is not None:
                 (place / plan.index[0]).write_bytes(plan.index[1])
             yield place
@@ -239,13 +270,13 @@ def _write(
             write_all(out, memoryview(file.header))
         meter.step(len(file.header), file.name)
         tasks += [(file.name, task) for task in file.tasks]
-    queue = _Queue(tasks)
+    queue, requantiser = _Queue(tasks), Requantiser()
     # torch on one thread per worker: blocks are too small to be worth its own threads, which wait for each other.
     with _Flusher() as flusher, ThreadPoolExecutor(plan.threads, initializer=_single_threaded) as pool:
 
         def work() -> None:
             for name, task in queue:
-                _run(folder / name, name, task, plan, meter, writer, journal)
+                _run(folder / name, name, task, plan, meter, writer, journal, requantiser)
                 flusher.wrote(folder / name, task.nbytes)
 
         running = [pool.submit(work) for _ in range(plan.threads)]
@@ -345,7 +376,14 @@ class _Meter:
 
 
 def _run(
-    path: Path, name: str, task: Copy | Change, plan: Plan, meter: _Meter, writer: UndoWriter | None, journal: Journal
+    path: Path,
+    name: str,
+    task: Copy | Change,
+    plan: Plan,
+    meter: _Meter,
+    writer: UndoWriter | None,
+    journal: Journal,
+    requantiser: Requantiser,
 ) -> None:
     """One task of a plan, in a worker: it knows its place in the output."""
     written = {}
@@ -357,6 +395,8 @@ def _run(
 
         if isinstance(task, Copy):
             _copy(task.source, out, step)
+        elif task.tensor.part:
+            written[task.tensor.name] = requantiser.write(task.tensor, out, step, plan.digests)
         else:
             written[task.tensor.name] = _computed(task.tensor, out, step, plan, writer)
     journal.task_done(name, written)

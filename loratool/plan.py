@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from loratool import conventions, receipt, staging
+from loratool import conventions, quantised, receipt, requantise, staging
 from loratool.adapter import Adapter
 from loratool.binding import Binding, Part
 from loratool.blocks import BLOCK_BYTES, compute_dtype
@@ -21,8 +21,9 @@ from loratool.conventions.choices import Choices
 from loratool.errors import AnswerIsNo, ChoiceNeeded, InvalidFile, Mismatch, OutputRefused, Problem
 from loratool.format import content_digest
 from loratool.layout import Change, NewTensor, OutputFile, Weighted, output_files, output_index, output_name
+from loratool.quantised import Dequantised
 from loratool.receipt import MergedAdapter, Receipt
-from loratool.tensors import CHUNK, DTYPE_BITS, FLOATS, FileState, TensorRef
+from loratool.tensors import CHUNK, DTYPE_BITS, MERGEABLE, FileState, TensorRef
 from loratool.undo import UndoRecord
 from loratool.undo import read as read_undo
 
@@ -53,6 +54,8 @@ class Plan:
     inputs: tuple[FileState, ...] = ()
     undo: Path | None = None  # the record to write
     record: UndoRecord | None = None  # the record to read
+    rewritten: Mapping[Path, bytes] = field(default_factory=dict)  # companions that are not copied as they are
+    dropped: tuple[TensorRef, ...] = ()  # stored tensors that only served a quantisation which is gone
 
     @property
     def changes(self) -> list[NewTensor]:
@@ -101,6 +104,7 @@ class Plan:
                 }
                 for tensor in changes
             ],
+            "dropped": [ref.name for ref in self.dropped],
             "notes": list(self.notes),
         }  # fmt: skip
 
@@ -109,7 +113,8 @@ def _memory(tensor: NewTensor) -> int:
     width = DTYPE_BITS[compute_dtype(tensor)] // 8
     factors = sum(ref.numel * width * 2 for item, _ in tensor.updates for ref in item.update.components().values())
     rows = max(BLOCK_BYTES, math.prod(tensor.shape[1:]) * 8)  # a block is at least one row
-    return factors + 8 * rows * width // 2
+    scaled = math.prod(tensor.source.shape[1:]) * 8 * width if tensor.source and tensor.part else 0
+    return factors + 8 * rows * width // 2 + scaled
 
 
 # --- merge -----------------------------------------------------------------------------------------------------------
@@ -135,6 +140,7 @@ def plan_merge(
         raise ChoiceNeeded(Problem("E-OPTION", f"dtype {dtype!r} is not one of {', '.join(DTYPES)}"))
     base = open_checkpoint(base_path)
     _refuse_base(base)
+    base = quantised.logical(base)
     binding = Binding(base, allow_new)
     binding.read(adapters, choices or Choices())
     binding.bind()
@@ -143,6 +149,7 @@ def plan_merge(
         *_output_problems(base, out, folders),
         *_undo_problems(undo, out, digests, resume),
         *binding.problems,
+        *requantise.problems(base, binding.wanted, DTYPES[dtype], undo is not None),
     ]:
         raise Mismatch(problems)
     merged = tuple(
@@ -152,8 +159,9 @@ def plan_merge(
     twice = [f"{a.name} is merged more than once" for n, a in enumerate(merged) if a.digest in seen[:n]]
     notes = [*base.notes, *binding.notes, *twice]
     changes, additions = _new_tensors(base, binding.wanted, DTYPES[dtype])
+    dropped = requantise.dropped(base) if DTYPES[dtype] else ()
     single = _single(base, out)
-    files = output_files(base, changes, additions)
+    files = output_files(base, changes, additions, frozenset(ref.name for ref in dropped))
     touched = [*changes, *(new.name for new in additions)]
     if stale := base.left_out(_components(base, touched)):
         names = ", ".join(map(str, stale[:3])) + (" ..." if stale[3:] else "")
@@ -177,6 +185,8 @@ def plan_merge(
         undo=undo,
         link=link,
         resume=resume,
+        rewritten=requantise.configs_without(base) if dropped else {},
+        dropped=dropped,
     )
     return settled(plan, threads, max_memory)
 
@@ -226,6 +236,7 @@ def _inputs(plan: Plan) -> set[FileState]:
             if isinstance(task, Change):
                 parts = [ref for item, _ in task.tensor.updates for ref in item.update.components().values()]
                 refs += parts + ([task.tensor.source] if task.tensor.source else [])
+                refs += quantised.parts(task.tensor.source)
             else:
                 refs.append(task.source)
     companions = {FileState.of(plan.source / path) for path in plan.companions}
@@ -287,10 +298,14 @@ def _new_tensors(
     base: Checkpoint, wanted: Mapping[str, list[Weighted]], dtype: str | None
 ) -> tuple[dict[str, NewTensor], list[NewTensor]]:
     """What becomes of each tensor: those with updates, and with a dtype given every floating-point one."""
-    changes, additions = {}, []
+    changes: dict[str, NewTensor] = {}
+    additions = []
     for name, stored in base.tensors.items():
         updates = tuple(wanted.get(name, ()))
-        new_dtype = dtype if dtype and stored.dtype in FLOATS else stored.dtype
+        if isinstance(stored.data, Dequantised):
+            changes |= requantise.new_tensors(stored, updates, dtype)
+            continue
+        new_dtype = dtype if dtype and stored.dtype in MERGEABLE else stored.dtype
         if updates or new_dtype != stored.dtype:
             shape = updates[0].item.target.shape if updates else stored.shape
             source = stored if shape == stored.shape else None
@@ -335,7 +350,7 @@ def plan_unmerge(
     folders = [Path(adapter) for adapter, _ in adapters if not isinstance(adapter, Adapter)]
     problems = list(_output_problems(merged, out, [*folders, *([base_path] if base_path else [])]))
     base = open_checkpoint(base_path) if base_path is not None else None
-    against = base or _unmerged_view(merged, found)
+    against = quantised.logical(base or _unmerged_view(merged, found))
     given = [(adapter, math.nan if weight is None else weight) for adapter, weight in adapters]
     binding = Binding(against)
     binding.read(given, choices or Choices())
@@ -357,7 +372,7 @@ def plan_unmerge(
         ]
         if lost or exact:
             what = (
-                f"{len(lost)} tensors were replaced or renormalised, such as {lost[0]}"
+                f"{len(lost)} tensors were replaced, renormalised or quantised anew, such as {lost[0]}"
                 if lost
                 else ("bits were rounded away")
             )
@@ -375,8 +390,10 @@ def plan_unmerge(
     if problems:
         raise Mismatch(problems)
     changes, dropped = _old_tensors(merged, found, base, parts, exact=record is not None)
-    files = output_files(merged, changes, dropped=frozenset(dropped))
     single = _single(merged, out)
+    if base is not None and found.dropped:
+        merged, dropped = base, []  # parts that a merge left out have their places in the base's files
+    files = output_files(merged, changes, dropped=frozenset(dropped))
     if single:
         bare = {key: value for key, value in files[0].metadata.items() if key != receipt.METADATA_KEY}
         files = (replace(files[0], name=out.name).with_metadata(bare),)
@@ -465,6 +482,10 @@ def _not_the_base(base: Checkpoint, merged: Checkpoint, found: Receipt) -> Itera
             what = f"{name} is missing in this base" if ref is None else f"{name} has other bytes in this base"
             hint = "give the base of this merge"
             yield Problem("E-BASE-MISMATCH", f"{what}: another one was merged", str(base.path), hint, "R-041")
+    for name, digest in found.dropped.items():
+        if name not in originals or (digest and originals[name][1].digest() != digest):
+            what = f"{name}, which only the base has, is another one"
+            yield Problem("E-BASE-MISMATCH", what, str(base.path), "give the base of this merge", "R-041")
     for name, (_, ref) in stored.items():
         if name not in found.tensors and (name not in originals or originals[name][1].digest() != ref.digest()):
             what = f"{name}, which the merge did not touch, is another one in the base"

@@ -57,6 +57,7 @@ class Receipt:
     dtype: str
     adapters: tuple[MergedAdapter, ...]
     tensors: Mapping[str, ChangedTensor] = field(default_factory=dict)
+    dropped: Mapping[str, str] = field(default_factory=dict)  # digests of what only the base has: scales, mostly
 
     def to_json(self) -> dict[str, Any]:
         document = self._content()
@@ -68,7 +69,9 @@ class Receipt:
         return _digest(self._content())
 
     def _content(self) -> dict[str, Any]:
+        dropped = {"dropped": dict(sorted(self.dropped.items()))} if self.dropped else {}
         return {
+            **dropped,
             "format": FORMAT_NAME,
             "version": VERSION,
             "tool": self.tool,
@@ -123,7 +126,8 @@ def _parse(document: Any, path: Path) -> Receipt:
             )
             for name, t in document["tensors"].items()
         }  # fmt: skip
-        return Receipt(str(document["tool"]), str(document["dtype"]), adapters, tensors)
+        dropped = {str(name): str(digest) for name, digest in document.get("dropped", {}).items()}
+        return Receipt(str(document["tool"]), str(document["dtype"]), adapters, tensors, dropped)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidFile(
             Problem(

@@ -90,7 +90,8 @@ def _entries(journal: Path, wanted: str) -> dict[str, dict[str, Written]]:
         whole = [json.loads(line) for line in lines if line.endswith("\n")]
         return {
             line["file"]: {
-                name: Written(before, after, float(bound)) for name, (before, after, bound) in line["tensors"].items()
+                name: Written(before, after, float(bound), survived)
+                for name, (before, after, bound, survived) in line["tensors"].items()
             }
             for line in whole
         }

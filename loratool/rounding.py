@@ -34,7 +34,18 @@ def round_once(values: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         toward = torch.where(error > 0, torch.inf, -torch.inf).to(torch.float32)
         inexact = (error != 0) & near.isfinite()
         values = torch.where(inexact & even, torch.nextafter(near, toward), near)
-    return out.copy_(values)
+    return out.copy_(_within(values, out.dtype))
+
+
+def _within(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The same for a dtype with infinity. E4M3 has none: what is too large gives its largest number, or NaN, by the
+    version of torch; here always its largest number."""
+    import torch
+
+    if dtype != torch.float8_e4m3fn:
+        return values
+    top = torch.finfo(dtype).max
+    return values.clamp(-top, top)
 
 
 def round_exactly(
@@ -47,8 +58,8 @@ def round_exactly(
     """
     import torch
 
-    out.copy_(W.add_(band))
-    low.copy_(W.sub_(band, alpha=2))
+    out.copy_(_within(W.add_(band), out.dtype))
+    low.copy_(_within(W.sub_(band, alpha=2), out.dtype))
     where = differing(out, low)
     if not math.isfinite(band.sum()):
         where = torch.arange(W.numel(), device=W.device)

@@ -15,6 +15,7 @@ from loratool.adapter import Adapter, Targeted
 from loratool.checkpoint import Checkpoint, open_checkpoint
 from loratool.conventions.choices import Choices
 from loratool.names import natural
+from loratool.quantised import logical
 from loratool.receipt import Receipt
 
 
@@ -103,7 +104,7 @@ def inspect_path(
     """Say what is at a path. Raises the errors of reading it; an adapter's unknown scale is shown, not refused."""
     choices = choices or Choices()
     source = open_checkpoint(path)
-    base = open_checkpoint(base_path) if base_path is not None else None
+    base = logical(open_checkpoint(base_path)) if base_path is not None else None
     chosen = conventions.find(source, convention)
     adapter = chosen.read(source, choices, base.tensors if base else None) if chosen else None
     wrapped = bool(chosen and chosen.unwrap(source, choices))

@@ -29,7 +29,8 @@ DTYPE_BITS = {
     "C64": 64, "F64": 64, "I64": 64, "U64": 64,
 }  # fmt: skip
 
-FLOATS = ("F64", "F32", "F16", "BF16")  # what a merge computes on
+FLOATS = ("F64", "F32", "F16", "BF16")  # what adapters are made of
+MERGEABLE = (*FLOATS, "F8_E4M3", "F8_E5M2")  # what a merge rounds to: fp8 without a scale is a float like any other
 
 _TORCH_NAMES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16", "I32": "int32", "U32": "uint32",
@@ -78,7 +79,8 @@ def extremes(values: torch.Tensor) -> tuple[float, float]:
     """The smallest and the largest element; NaN if there is any. One pass, where `isfinite().all()` takes several."""
     if not values.numel():
         return 0.0, 0.0
-    low, high = values.detach().aminmax()
+    values = values.detach()
+    low, high = (values.float() if values.element_size() == 1 else values).aminmax()  # torch has none for fp8
     return float(low), float(high)
 
 

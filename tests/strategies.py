@@ -185,7 +185,7 @@ def same_bits(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
 # --- numbers and the engine ----------------------------------------------------------------------------------------
 
 # dtype: bits of the significand, exponent of the smallest normal number
-LAYOUT = {"F32": (24, -126), "F16": (11, -14), "BF16": (8, -126)}
+LAYOUT = {"F32": (24, -126), "F16": (11, -14), "BF16": (8, -126), "F8_E4M3": (4, -6), "F8_E5M2": (3, -14)}
 
 
 def rounded(x: Array, dtype: str) -> Array:

@@ -844,7 +844,7 @@ def test_an_adapter_of_another_base_is_refused(base: Path, tmp_path: Path) -> No
         assert "g.weight" not in str(error)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fnuz])
 def test_a_quantised_target_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
     save_sharded({**state(), "b.weight": torch.zeros(5, 4).to(dtype)}, tmp_path / "base")
     error = refused(lambda: loratool.merge(tmp_path / "base", BOTH, tmp_path / "out"))

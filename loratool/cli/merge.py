@@ -86,7 +86,7 @@ def merge_command(
         output.print_json("merge", report.to_json())
     elif not quiet:
         plan = report.plan
-        output.notes(plan.notes)
+        output.notes([*plan.notes, *report.notes])
         changed = f"{len(plan.changes)} of {sum(len(file.tensors) for file in plan.files)} tensors changed"
         output.say(f"{out}: {changed}, {output.size(plan.nbytes)} written in {report.seconds:.2f} s")
         if undo is not None:
