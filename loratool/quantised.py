@@ -297,7 +297,7 @@ class _Look:
         if foreign is not None:
             clean, data, endings = foreign
             stem = name.removesuffix("_blocks") if name.endswith("_blocks") else name.rpartition(".")[0]
-            found[clean] = replace(ref, data=data, views=())
+            found[clean] = replace(ref, data=data, views=(), shape=_shape(stem, ref, self.tensors))
             parts.update({f"{stem}{ending}" for ending in endings} & self.tensors.keys())
 
     def weight(self, name: str, ref: TensorRef) -> TensorRef | None:
@@ -305,7 +305,9 @@ class _Look:
         tensors, stem = self.tensors, name.removesuffix(".weight")
         if ref.dtype in (*FP8, "I8") and f"{name}_zero_point" not in tensors:
             scale = next((tensors[name + suffix] for suffix in SCALES if name + suffix in tensors), None)
-            if scale is not None and scale.dtype in FLOATS:
+            if ref.dtype == "I8":
+                scale = tensors.get(f"{name}_scale")  # beside another one, its bytes are pairs of 4-bit numbers
+            if scale is not None and scale.dtype in (*FLOATS, "F8_E8M0"):
                 beside = [tensors[f"{stem}.{n}"] for n in OF_ACTIVATIONS if f"{stem}.{n}" in tensors]
                 return _float(_scaled(ref, scale, self.config(name)), ref.shape, tuple(beside))
         if ref.dtype == "U8":
@@ -318,7 +320,7 @@ class _Look:
     def foreign(self, name: str, ref: TensorRef) -> tuple[str, Foreign, tuple[str, ...]] | None:
         """A weight of a method that is not read, told by the names of its parts: its name, and what they end in."""
         if name.endswith("_blocks") and ref.dtype == "U8" and f"{name.removesuffix('_blocks')}_scales" in self.tensors:
-            return name.removesuffix("_blocks"), Foreign("mxfp4", ref, UNPACK_MXFP4), ("_blocks", "_scales")
+            return name.removesuffix("_blocks"), Foreign("mxfp4", ref, hint=UNPACK_MXFP4), ("_blocks", "_scales")
         stem, _, last = name.rpartition(".")
         if last in MAIN:
             for suffix, method in FOREIGN:
@@ -336,6 +338,24 @@ def _config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _shape(stem: str, main: TensorRef, tensors: Mapping[str, TensorRef]) -> Shape:
+    """The shape that a weight of a method that is not read has for adapters, as far as its parts tell."""
+    parts = {part: tensors.get(f"{stem}.{part}") for part in ("g_idx", "scales", "weight_shape")}
+    order, scales, shape = parts.values()
+    last = main.name.rpartition(".")[2]
+    if last.endswith("_blocks") and len(main.shape) == 4:  # [experts, out, in / 32, 16 bytes], transposed to be used
+        return main.shape[0], main.shape[2] * 32, main.shape[1]
+    if last == "qweight" and len(main.shape) == 2:  # packed along the inputs by GPTQ, along the outputs by AWQ
+        if order is not None:
+            return main.shape[1], order.numel
+        return (scales.shape[-1], main.shape[0]) if scales is not None and scales.shape else main.shape
+    if shape is not None and shape.numel <= 4:
+        return tuple(map(int, shape.read().flatten().tolist()))
+    if main.dtype == "U8" and len(main.shape) == 2 and last != "W_q":
+        return main.shape[0], main.shape[1] * 2
+    return main.shape
+
+
 def _float(scheme: Scheme, shape: Shape, beside: tuple[TensorRef, ...] = ()) -> TensorRef:
     return TensorRef(scheme.parts[0].name, "F32", shape, Dequantised(scheme, beside), shape)
 
@@ -350,7 +370,7 @@ def _scaled(codes: TensorRef, scales: TensorRef, config: Mapping[str, Any]) -> S
     if tile is None:
         raise _Unfit(f"its scales are {list(scales.shape)}, which fits no tiling of {list(codes.shape)}")
     grid = scales.reshape(-(-count // tile[0]), -(-columns // tile[1]))
-    powers = config.get("scale_fmt") == "ue8m0"
+    powers = config.get("scale_fmt") == "ue8m0" or scales.dtype == "F8_E8M0"
     return Scaled(codes.reshape(count, columns), grid, tile, (codes, scales), powers)
 
 

@@ -397,7 +397,7 @@ U8 = torch.zeros(16, 8, dtype=torch.uint8)
 I32 = torch.zeros(4, 8, dtype=torch.int32)
 STEM = NAME.removesuffix(".weight")
 FOREIGN: Mapping[str, tuple[State, str]] = {
-    "gptq": ({"qweight": I32, "qzeros": I32, "scales": values(4, 8), "g_idx": I32[0]}, "GPTQ"),
+    "gptq": ({"qweight": I32, "qzeros": I32, "scales": values(4, 8), "g_idx": I32.view(32)}, "GPTQ"),
     "awq": ({"qweight": I32, "qzeros": I32, "scales": values(4, 8)}, "AWQ"),
     "nvfp4": (
         {"weight_packed": U8, "weight_scale": values(16, 1).to(FP8["F8_E4M3"]), "weight_global_scale": values(1)},
