@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -260,6 +261,8 @@ def test_the_share_of_a_change_that_survives(layout: str, size: float, tmp_path:
 
 def test_tiles_that_no_update_reaches_keep_codes_and_scales(tmp_path: Path) -> None:
     state = fp8_base(tmp_path / "base", "deepseek")
+    state[NAME] = (state[NAME].float() / 2).to(FP8["F8_E4M3"])  # so that no scale is the one that quantising gives
+    save_sharded(state, tmp_path / "base", 2)
     update = make_update("lora", (30, 200), Maker(3))
     loratool.merge(tmp_path / "base", Adapter((Targeted(Target(NAME, SHAPE, (140, 170)), update),)), tmp_path / "out")
     found, scale = tensors_of(tmp_path / "out"), NAME.replace("weight", "weight_scale_inv")
@@ -326,13 +329,22 @@ def test_an_interrupted_merge_of_a_quantised_base_is_resumed(tmp_path: Path) -> 
     both = Adapter((*lora(SHAPE).updates, *lora(SHAPE, 2, OTHER).updates))
     whole = loratool.merge(tmp_path / "base", both, tmp_path / "whole", threads=1)
 
-    def stop(step: Any) -> None:
-        if step.done > 0.8 * step.total:
+    left: list[str] = []
+
+    def kill(step: loratool.Progress) -> None:
+        if step.done > 0.8 * step.total:  # what a kill would leave is set aside, because an exception clears up
+            (scratch,) = tmp_path.glob(".out.partial-*")
+            left.append(scratch.name)
+            shutil.copytree(scratch, tmp_path / "left")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        loratool.merge(tmp_path / "base", both, tmp_path / "out", threads=1, progress=stop, resume=True)
-    report = loratool.merge(tmp_path / "base", both, tmp_path / "out", threads=1, resume=True)
+        loratool.merge(tmp_path / "base", both, tmp_path / "out", threads=1, progress=kill)
+    (tmp_path / "left").rename(tmp_path / left[0])
+    steps: list[loratool.Progress] = []
+    report = loratool.merge(tmp_path / "base", both, tmp_path / "out", threads=1, resume=True, progress=steps.append)
+    done = [0, *(step.done for step in steps)]
+    assert max(now - last for last, now in zip(done, done[1:], strict=False)) > 60_000, "no file was kept"
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
     assert report.survived == whole.survived
 
@@ -410,6 +422,7 @@ FOREIGN: Mapping[str, tuple[State, str]] = {
     "packed": ({"weight_packed": I32, "weight_scale": values(4, 1), "weight_shape": I32[0, :2]}, "packed integers"),
     "hqq": ({"W_q": U8, "scale": values(4, 1), "zero": values(4, 1)}, "HQQ"),
     "mlx": ({"weight": I32.view(torch.uint32), "scales": values(4, 2), "biases": values(4, 2)}, "MLX"),
+    "packed-fp4": ({"weight": U8.view(torch.int8), "weight_scale_inv": values(16, 1)}, "I8"),
     "comfy": ({"weight": values(16, 8).to(FP8["F8_E4M3"]), "scale_weight": values(1)}, "ComfyUI"),
     "mxfp8": ({"weight": values(16, 32).to(FP8["F8_E4M3"]), "weight_scale": U8[:, :1]}, "weight_scale"),
     "unknown": ({"weight": values(16, 8).to(FP8["F8_E4M3"]), "wscale": values(1)}, "wscale"),
