@@ -17,6 +17,7 @@ from loratool.conventions.choices import Choices
 from loratool.conventions.writing import Misfit, Options
 from loratool.errors import ChoiceNeeded, LoratoolError, Mismatch, OutputRefused, Problem, Unsupported
 from loratool.format import unknown_alpha
+from loratool.quantised import logical
 from loratool.staging import refuse_existing, refuse_small_disk, staged
 from loratool.tensors import FileState
 from loratool.version import TOOL
@@ -85,7 +86,7 @@ def plan_convert(
         raise ChoiceNeeded(
             Problem("E-OPTION", "baking merges into the base's tensors", hint="give it with --base BASE")
         )
-    opened = None if base is None else open_checkpoint(base)
+    opened = None if base is None else logical(open_checkpoint(base))
     adapter, read_as, inputs = _read(source, choices, convention, opened)
     problems, notes = _unfit(adapter, choices, opened)
     if problems:

@@ -26,6 +26,7 @@ SCALES = ("_scale_inv", "_scale")  # after the weight's name: DeepSeek and trans
 # Scales of the activations of a layer, which mean nothing once its weight is no longer quantised.
 OF_ACTIVATIONS = ("input_scale", "activation_scale")
 BLOCK = (128, 128)  # of DeepSeek and of everybody since
+CONFIG_KEYS = ("quantization_config", "compression_config")  # the second: compressed-tensors before 0.6
 NF4 = "quant_state.bitsandbytes__"  # then nf4 or fp4
 
 SIXTEEN_BIT = "merge into the 16-bit checkpoint that it was made from, and quantise the result"
@@ -332,9 +333,9 @@ class _Look:
 
 
 def _config(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """The quantization_config of a checkpoint's config.json; empty if there is none."""
-    config = checkpoint.side_json("config.json") if checkpoint.path.is_dir() else None
-    found = (config or {}).get("quantization_config")
+    """What the config.json beside a checkpoint says of its quantisation; empty if there is none."""
+    config = checkpoint.side_json("config.json") or {}
+    found = next((config[key] for key in CONFIG_KEYS if key in config), None)
     return found if isinstance(found, dict) else {}
 
 

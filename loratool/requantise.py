@@ -22,7 +22,7 @@ from loratool.blocks import Written, compute, write_all
 from loratool.checkpoint import Checkpoint
 from loratool.errors import Mismatch, Problem
 from loratool.layout import NewTensor, Weighted
-from loratool.quantised import FP8, Dequantised, Foreign, Scaled
+from loratool.quantised import CONFIG_KEYS, FP8, Dequantised, Foreign, Scaled
 from loratool.tensors import TensorRef, as_bytes, torch_dtype
 
 if TYPE_CHECKING:
@@ -88,7 +88,8 @@ def configs_without(base: Checkpoint) -> dict[Path, bytes]:
     found = {}
     for part in [*base.components.values()] or [base]:
         config = part.side_json("config.json") if part.path.is_dir() else None
-        if config and config.pop("quantization_config", None) is not None:
+        if config and any(key in config for key in CONFIG_KEYS):
+            config = {key: value for key, value in config.items() if key not in CONFIG_KEYS}
             path = (part.path / "config.json").relative_to(base.path)
             found[path] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
     return found

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -344,7 +345,7 @@ def test_an_interrupted_merge_of_a_quantised_base_is_resumed(tmp_path: Path) -> 
     steps: list[loratool.Progress] = []
     report = loratool.merge(tmp_path / "base", both, tmp_path / "out", threads=1, resume=True, progress=steps.append)
     done = [0, *(step.done for step in steps)]
-    assert max(now - last for last, now in zip(done, done[1:], strict=False)) > 60_000, "no file was kept"
+    assert max(now - last for last, now in pairwise(done)) > 60_000, "no file was kept"
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
     assert report.survived == whole.survived
 
@@ -401,6 +402,16 @@ def test_int8_with_scales_is_read_and_not_written(tmp_path: Path) -> None:
     loratool.merge(tmp_path / "base", lora((6, 8)), tmp_path / "out", dtype="bf16")
     wanted = rounded(array(codes.float() * scale.float()) + delta(lora((6, 8))), "BF16")
     assert np.array_equal(array(tensors_of(tmp_path / "out")[NAME]), wanted)
+
+
+def test_what_is_baked_for_another_convention_is_the_dequantised_merge(tmp_path: Path) -> None:
+    fp8_base(tmp_path / "base", "deepseek")
+    adapter = one("loha", SHAPE, name=NAME)  # PEFT's LoRA can not hold it
+    report = loratool.convert(adapter, tmp_path / "peft", "peft", base=tmp_path / "base", bake=True)
+    assert report.baked == (NAME,)
+    loratool.merge(tmp_path / "base", adapter, tmp_path / "direct", dtype="fp32")
+    loratool.merge(tmp_path / "base", tmp_path / "peft", tmp_path / "baked", dtype="fp32")
+    assert same_bits(tensors_of(tmp_path / "baked"), tensors_of(tmp_path / "direct"))
 
 
 # --- what does not fit, and what is not read -------------------------------------------------------------------------
