@@ -8,13 +8,13 @@ by the names of their parts, and are refused when an adapter wants to change one
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from loratool.checkpoint import Checkpoint
+from loratool.container import strict_json
 from loratool.errors import InvalidFile, Problem
 from loratool.tensors import CHUNK, FLOATS, FileState, Shape, TensorRef, as_bytes, is_int
 
@@ -26,6 +26,7 @@ SCALES = ("_scale_inv", "_scale")  # after the weight's name: DeepSeek and trans
 # Scales of the activations of a layer, which mean nothing once its weight is no longer quantised.
 OF_ACTIVATIONS = ("input_scale", "activation_scale")
 BLOCK = (128, 128)  # of DeepSeek and of everybody since
+STATE_LIMIT = 1 << 16  # bytes of its JSON, which has about 300
 CONFIG_KEYS = ("quantization_config", "compression_config")  # the second: compressed-tensors before 0.6
 NF4 = "quant_state.bitsandbytes__"  # then nf4 or fp4
 
@@ -409,21 +410,22 @@ def _tile(shape: Shape, scales: Shape, block: tuple[int, int]) -> tuple[int, int
 def _four_bit(name: str, packed: TensorRef, state: TensorRef, tensors: Mapping[str, TensorRef]) -> TensorRef:
     """bitsandbytes' 4 bits: the shape and the block sizes are JSON in the bytes of a tensor."""
     try:
-        facts = json.loads(bytes(state.read().flatten().tolist()))
+        text = bytes(state.narrow(0, 0, min(state.numel, STATE_LIMIT)).read().tolist()).decode()
+        facts: Any = strict_json(text, name, "E-QUANTISED", "")
         shape, block = tuple(map(int, facts["shape"])), int(facts["blocksize"])
         nested = None
         if f"{name}.nested_absmax" in tensors:
             outer = (tensors[f"{name}.nested_absmax"], tensors[f"{name}.nested_quant_map"])
             nested = (*outer, int(facts["nested_blocksize"]), float(facts["nested_offset"]))
         absmax, table = tensors[f"{name}.absmax"], tensors[f"{name}.quant_map"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError, InvalidFile) as error:
         raise _Unfit(f"its quant_state is broken or incomplete: {error}") from None
     blocks = -(-math.prod(shape) // block) if block > 0 else -1
     fits = packed.numel == -(-math.prod(shape) // 2) and absmax.shape == (blocks,) and table.shape == (16,)
     if nested is not None:
         fits &= nested[2] > 0 and nested[0].shape == (-(-blocks // nested[2]),) and nested[1].shape == (256,)
         fits &= absmax.dtype == "U8"
-    if not fits or not shape or not all(shape):
+    if not fits or min(shape, default=0) < 1:
         raise _Unfit(f"its parts do not fit a weight {list(shape)} in blocks of {block}")
     return _float(FourBit(packed, absmax, table, shape[-1], block, state, nested), shape)
 

@@ -42,6 +42,7 @@ FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 TOP = {"F8_E4M3": 448.0, "F8_E5M2": 57344.0}
 NAME = "model.layers.0.q_proj.weight"
 OTHER = "model.layers.1.q_proj.weight"
+STEM = NAME.removesuffix(".weight")
 
 
 @pytest.fixture(scope="module")
@@ -414,11 +415,123 @@ def test_what_is_baked_for_another_convention_is_the_dequantised_merge(tmp_path:
     assert same_bits(tensors_of(tmp_path / "baked"), tensors_of(tmp_path / "direct"))
 
 
+# --- bitsandbytes, as it stores weights ------------------------------------------------------------------------------
+
+
+def four_bits(
+    shape: tuple[int, int], block: int, nested: bool, facts: Mapping[str, Any] | None = None
+) -> tuple[State, Tensor]:
+    """The parts of a 4-bit weight with random codes, and its numbers by the formula, one by one."""
+    generator = np.random.default_rng(0)
+    count = shape[0] * shape[1]
+    blocks = -(-count // block)
+    codes = generator.integers(0, 16, count + count % 2, dtype=np.uint8)
+    table = np.sort(generator.standard_normal(16)).astype(np.float32)
+    absmax = generator.random(blocks).astype(np.float32)
+    state: State = {
+        NAME: torch.from_numpy(codes[0::2] * 16 + codes[1::2]).reshape(-1, 1),
+        f"{NAME}.quant_map": torch.from_numpy(table),
+        f"{NAME}.absmax": torch.from_numpy(absmax),
+    }
+    known = {"quant_type": "nf4", "blocksize": block, "dtype": "bfloat16", "shape": [*shape]}
+    if nested:
+        inner = generator.integers(0, 256, blocks, dtype=np.uint8)
+        outer, levels = generator.random(-(-blocks // 3)), generator.standard_normal(256)
+        known |= {"nested_blocksize": 3, "nested_dtype": "float32", "nested_offset": 0.25}
+        state |= {
+            f"{NAME}.absmax": torch.from_numpy(inner),
+            f"{NAME}.nested_absmax": torch.from_numpy(outer).float(),
+            f"{NAME}.nested_quant_map": torch.from_numpy(levels).float(),
+        }
+        of = [levels.astype(np.float32)[i] * outer.astype(np.float32)[n // 3] for n, i in enumerate(inner)]
+        absmax = (np.array(of, np.float32) + np.float32(0.25)).astype(np.float32)
+    text = json.dumps({**known, **(facts or {})}).encode()
+    state[f"{NAME}.quant_state.bitsandbytes__nf4"] = torch.tensor([*text], dtype=torch.uint8)
+    numbers = np.array([table[codes[i]] * absmax[i // block] for i in range(count)], np.float32)
+    return state, torch.from_numpy(numbers).reshape(shape)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize(("shape", "block"), [((12, 10), 16), ((7, 9), 4), ((1, 5), 64)])
+def test_four_bits_are_dequantised(shape: tuple[int, int], block: int, nested: bool, tmp_path: Path) -> None:
+    state, W = four_bits(shape, block, nested)
+    save_sharded({**state, OTHER: values(4, 4)}, tmp_path / "base")
+    with small_blocks(128):  # rows that begin in the middle of a byte, and of a block
+        loratool.merge(tmp_path / "base", lora((4, 4), name=OTHER), tmp_path / "copied", dtype="fp32")
+        loratool.merge(tmp_path / "base", lora(shape), tmp_path / "merged", dtype="bf16")
+    assert raw(tensors_of(tmp_path / "copied")[NAME]) == raw(W)
+    assert np.array_equal(array(tensors_of(tmp_path / "merged")[NAME]), rounded(array(W) + delta(lora(shape)), "BF16"))
+    loratool.merge(tmp_path / "base", lora((4, 4), name=OTHER), tmp_path / "kept")  # untouched, it stays packed
+    assert same_bits({name: tensors_of(tmp_path / "kept")[name] for name in state}, state)
+    error = refused(lambda: loratool.merge(tmp_path / "base", lora(shape), tmp_path / "out"))
+    assert (error.code, "--dtype bf16" in str(error)) == ("E-QUANTISED", True)
+    report = loratool.unmerge(tmp_path / "merged", lora(shape), tmp_path / "back", base=tmp_path / "base")
+    assert report.exact
+    assert files_of(tmp_path / "back") == files_of(tmp_path / "base")
+
+
+DEEP: Any = []
+for _ in range(200):
+    DEEP = [DEEP]
+BROKEN: Mapping[str, Callable[[State], Any]] = {
+    "no table": lambda s: s.pop(f"{NAME}.quant_map"),
+    "a table of 8": lambda s: s.update({f"{NAME}.quant_map": torch.zeros(8)}),
+    "no absmax": lambda s: s.pop(f"{NAME}.absmax"),
+    "too few scales": lambda s: s.update({f"{NAME}.absmax": torch.zeros(2, dtype=torch.uint8)}),
+    "half the codes": lambda s: s.update({NAME: torch.zeros(30, 1, dtype=torch.uint8)}),
+    "no outer table": lambda s: s.pop(f"{NAME}.nested_quant_map"),
+    "no JSON": lambda s: s.update({f"{NAME}.quant_state.bitsandbytes__nf4": torch.zeros(9, dtype=torch.uint8)}),
+    "other dtype": lambda s: s.update({f"{NAME}.quant_state.bitsandbytes__nf4": torch.zeros(2)}),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_broken_four_bit_weights_are_refused(how: str, tmp_path: Path) -> None:
+    state, _ = four_bits((12, 10), 16, nested=True)
+    BROKEN[how](state)
+    save_sharded(state, tmp_path / "base")
+    error = refused(lambda: loratool.merge(tmp_path / "base", lora((12, 10)), tmp_path / "out", dtype="bf16"))
+    assert error.code == "E-QUANTISED"
+    assert NAME in str(error)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"blocksize": 0},
+        {"shape": [12]},
+        {"shape": []},
+        {"shape": "x"},
+        {"nested_blocksize": 0},
+        {"shape": [-12, -10]},
+        {"deep": DEEP},
+    ],
+)
+def test_a_quant_state_that_contradicts_its_parts_is_refused(facts: Any, tmp_path: Path) -> None:
+    save_sharded(four_bits((12, 10), 16, nested=True, facts=facts)[0], tmp_path / "base")
+    error = refused(lambda: loratool.merge(tmp_path / "base", lora((12, 10)), tmp_path / "out", dtype="bf16"))
+    assert error.code == "E-QUANTISED"
+
+
+def test_eight_bits_are_dequantised(tmp_path: Path) -> None:
+    codes, absmax = torch.randint(-127, 128, (6, 8), dtype=torch.int8), values(6).abs()
+    state = {NAME: codes, f"{STEM}.SCB": absmax, f"{STEM}.weight_format": torch.tensor(0, dtype=torch.uint8)}
+    save_sharded(state, tmp_path / "base")
+    loratool.merge(tmp_path / "base", lora((6, 8)), tmp_path / "out", dtype="bf16")
+    found = tensors_of(tmp_path / "out")
+    assert found.keys() == {NAME}
+    wanted = array(codes) * array(absmax)[:, None] / 127 + delta(lora((6, 8)))
+    assert np.array_equal(array(found[NAME]), rounded(wanted, "BF16"))
+    for name, wrong in (("SCB", values(5)), ("weight_format", torch.tensor(2, dtype=torch.uint8))):
+        save_sharded({**state, f"{STEM}.{name}": wrong}, tmp_path / "base")
+        error = refused(lambda: loratool.merge(tmp_path / "base", lora((6, 8)), tmp_path / "other", dtype="bf16"))
+        assert error.code == "E-QUANTISED"
+
+
 # --- what does not fit, and what is not read -------------------------------------------------------------------------
 
 U8 = torch.zeros(16, 8, dtype=torch.uint8)
 I32 = torch.zeros(4, 8, dtype=torch.int32)
-STEM = NAME.removesuffix(".weight")
 FOREIGN: Mapping[str, tuple[State, str]] = {
     "gptq": ({"qweight": I32, "qzeros": I32, "scales": values(4, 8), "g_idx": I32.view(32)}, "GPTQ"),
     "awq": ({"qweight": I32, "qzeros": I32, "scales": values(4, 8)}, "AWQ"),

@@ -74,6 +74,42 @@ def test_transformers_fp8(block: Any, scale_fmt: str, experts: tuple[int, ...], 
     assert (codes > 0).sum() <= 30  # a unit of float32 apart, and on the other side of a tie
 
 
+def test_transformers_loads_what_was_merged(tmp_path: Path) -> None:
+    """Both outputs give the logits of the model with the merged weight, to rounding of bf16 and of fp8."""
+    transformers = pytest.importorskip("transformers")
+    producer, _ = fine_grained([128, 128], "float")
+    sizes = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=64)).bfloat16()
+    model.save_pretrained(tmp_path / "base")
+    state = {}
+    for name, value in model.state_dict().items():
+        linear = name.endswith("proj.weight")
+        state |= producer._quantize_one(name, value) if linear else {name: value}
+    save_sharded({name: value.contiguous().clone() for name, value in state.items()}, tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    method = {"quant_method": "fp8", "weight_block_size": [128, 128], "dequantize": True}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": method}))
+    target = "model.layers.0.self_attn.q_proj.weight"
+    adapter = one("lora", (256, 256), name=target)
+    loratool.merge(tmp_path / "base", adapter, tmp_path / "fp8")
+    loratool.merge(tmp_path / "base", adapter, tmp_path / "bf16", dtype="bf16")
+    ids = torch.arange(10).unsqueeze(0)
+
+    def load(folder: str) -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder, dtype=torch.float32)
+
+    with torch.no_grad():
+        base = load("base")
+        before = base(ids).logits
+        weight = dict(base.named_parameters())[target]
+        weight.add_(torch.from_numpy(delta(adapter)).float())
+        truth = base(ids).logits
+        moved = (truth - before).abs().max()
+        for folder, share in (("fp8", 0.15), ("bf16", 0.02)):
+            assert (load(folder)(ids).logits - truth).abs().max() < share * moved
+
+
 # --- compressed-tensors ----------------------------------------------------------------------------------------------
 
 
