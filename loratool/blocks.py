@@ -16,7 +16,7 @@ from blake3 import blake3
 
 from loratool.errors import InvalidFile, Mismatch, Problem
 from loratool.layout import NewTensor, Weighted
-from loratool.rounding import Exact, round_exactly, round_once, undecided
+from loratool.rounding import Exact, gradual_underflow, round_exactly, round_once, undecided
 from loratool.tensors import (
     CHUNK,
     DTYPE_BITS,
@@ -73,6 +73,7 @@ class _Opened(NamedTuple):
 Part = tuple[_Opened, "torch.Tensor", int]  # an update, its rows of a block, the number of the first in its region
 
 
+@gradual_underflow()
 def compute(
     tensor: NewTensor,
     out: BinaryIO,
@@ -148,6 +149,7 @@ def _record_whole(original: TensorRef, recorder: TensorRecorder) -> None:
             recorder.blocks.append(encode_block(stored, torch.zeros_like(stored), _none()))
 
 
+@gradual_underflow()
 def restore(
     tensor: NewTensor, record: UndoTensor, out: BinaryIO, step: Callable[[int], None], device: str = "cpu"
 ) -> Written:
