@@ -197,15 +197,15 @@ def _merged(
     for update, part, offset in inside:
         update.block.apply(part, offset, update.weight)
     peaks = _peaks(W)
-    largest = _finite(float(peaks.max()), tensor)
+    largest = float(peaks.max())
     out = source.buffer("out", torch_dtype(tensor.dtype), stop - start)
     if not inside or compute_dtype(tensor) == "F64":
-        return round_once(W, out), largest
+        return _finite(round_once(W, out), largest, tensor), largest
     size = _size(inside, W, start)
     low = source.buffer("low", out.dtype, stop - start)
     exact = _exact(opened, stored, start)
     round_exactly(W, _single_band(inside, size, peaks), out, low, exact, _at_once(inside))
-    return out, largest
+    return _finite(out, largest, tensor), largest
 
 
 def _predicted(
@@ -471,23 +471,19 @@ def _reach(opened: list[_Opened], start: int, stop: int) -> float:
     )
 
 
-def _finite(largest: float, tensor: NewTensor) -> float:
-    """The largest magnitude of a computed block, which must be finite in the output's dtype as well.
+def _finite(out: torch.Tensor, largest: float, tensor: NewTensor) -> torch.Tensor:
+    """A rounded block, which must be finite; so it is where its largest magnitude was, before, in its dtype's range.
 
-    Rounding is monotonic: if the largest stays finite, so does everything else.
+    What is computed in float32 is not asked: at the very end of the range it can be on the other side.
     """
     import torch
 
-    dtype = torch_dtype(tensor.dtype)
-    if largest <= torch.finfo(dtype).max:
-        return largest
-    end = torch.tensor([largest], dtype=torch_dtype(compute_dtype(tensor)))
-    if not all_finite(round_once(end, torch.empty(1, dtype=dtype))):
+    if not largest < torch.finfo(out.dtype).max and not all_finite(out):
         what = f"{tensor.name} would have NaN or infinity in {tensor.dtype}"
         raise Mismatch(
             Problem("E-NONFINITE", what, tensor.name, "is the scale right? a wider --dtype may hold it", "R-061")
         )
-    return largest
+    return out
 
 
 def _rounding_bound(tensor: NewTensor, largest: float, reach: float) -> float:
