@@ -68,6 +68,7 @@ class _Opened(NamedTuple):
     weight: float
     first_pass: bool
     replaces: bool
+    terms: int  # k of section 5 of UNDO.md: how often, at most, an element is rounded by it
 
 
 Part = tuple[_Opened, "torch.Tensor", int]  # an update, its rows of a block, the number of the first in its region
@@ -231,7 +232,7 @@ def _predicted(
             place = offset + update.start - start
             update.block.revert(part, terms[place : place + len(part)], offset, update.weight)
         round_once(W, guess)
-        doubt = _double_band(tensor, len(opened), terms, W)
+        doubt = _double_band(opened, terms, W)
         return guess, lambda: undecided(W, doubt, dtype).view(-1).nonzero().view(-1)
     for update, part, offset in inside:
         if not update.replaces:  # what was replaced can not be predicted
@@ -243,7 +244,7 @@ def _predicted(
 
     def doubtful() -> torch.Tensor:
         sizes = size.view(-1)[where // W.shape[1]].double()
-        return where[undecided(values, _double_band(tensor, len(opened), sizes, values), dtype)]
+        return where[undecided(values, _double_band(opened, sizes, values), dtype)]
 
     return guess, doubtful
 
@@ -288,18 +289,12 @@ def _single_band(inside: Sequence[Part], size: torch.Tensor, peaks: torch.Tensor
     return band.add_(peaks, alpha=(steps + 4) * unit)
 
 
-def _double_band(tensor: NewTensor, count: int, size: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """How far `values`, computed in float64 by `count` updates, can be from the exact ones: section 5 of UNDO.md."""
+def _double_band(opened: Sequence[_Opened], size: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """How far `values`, computed in float64, can be from the exact ones: section 5 of UNDO.md."""
     import torch
 
-    sums = [
-        (item.update.scaling.rank or 1) * sum(name.startswith(("B", "mid")) for name in item.update.components())
-        for item, _ in tensor.updates
-        if item.update.scaling
-    ]
     unit, tiny = 2.0**-53, torch.finfo(torch.float64).tiny
-    longest = max(sums, default=0) + 2 * count
-    return values.abs().mul_((count + 8) * unit).add_((size + tiny / unit) * ((longest + 8) * unit))
+    return (values.abs() + (size + tiny / unit)).mul_((sum(update.terms for update in opened) + 8) * unit)
 
 
 def _exact(opened: list[_Opened], stored: torch.Tensor, start: int, back: bool = False) -> Exact:
@@ -364,7 +359,9 @@ def _open(weighted: Weighted, tensor: NewTensor, matrix: int, rows: int, device:
     expert = matrix if target.experts is not None else None
     start, stop = target.rows or (0, rows)
     block = update.open(torch_dtype(compute_dtype(tensor)), expert, device)
-    return _Opened(block, start, stop, weighted.weight, update.first_pass, update.role == "replace")
+    products = sum(name.startswith(("B", "mid")) for name in update.components())
+    terms = 2 + products * ((update.scaling and update.scaling.rank) or 0)
+    return _Opened(block, start, stop, weighted.weight, update.first_pass, update.role == "replace", terms)
 
 
 def _inside(opened: list[_Opened], W: torch.Tensor, start: int, stop: int) -> Iterator[Part]:

@@ -618,6 +618,12 @@ def test_the_bands_grow_with_the_rank() -> None:
         B[:, 0], A[0] = 1e6, 1.0
         return lora_of(B, A), 1.0
 
+    nothing = lora_of(torch.zeros(32, 320), torch.zeros(320, 32))
+    computed, single, wide, double = bands((nothing, 1.0), (nothing, 1.0))
+    assert bool((double >= 2 * 320 * 2.0**-53 * wide.abs()).all()), (
+        "one term after the other can be added to the number"
+    )
+    assert bool((single >= 2 * 10 * 2.0**-24 * computed.abs()).all())
     (_, single2, _, double2), (_, single320, _, double320) = bands(padded(2)), bands(padded(320))
     assert bool((double320 > double2 * (320 + 8) / (2 + 2 + 8) * 0.99).all())
     assert bool((single320 > single2 * (32 + 2 + 10) / (2 + 2 + 1) * 0.9).all())
