@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import reference_undo
 import torch
 import zstandard
 from blake3 import blake3
@@ -48,6 +49,7 @@ import loratool
 from loratool import Adapter, Target, Targeted, TensorRef
 from loratool.errors import LoratoolError
 from loratool.layout import NewTensor, Weighted
+from loratool.rounding import bits
 from loratool.updates import Add, Dora, Lora, Replace, ReplaceRows, Scaling, Update
 from loratool.updates.lora import LoraBlock
 
@@ -1067,6 +1069,69 @@ def test_valid_blocks_of_the_spec(case: Any) -> None:
 def test_invalid_blocks_of_the_spec(case: Any) -> None:
     with pytest.raises(ValueError, match=r"."):  # what `restore` turns into E-UNDO
         undo.decode_block(bytes.fromhex(case["block"]), guess_of(case))
+
+
+@pytest.mark.parametrize("case", [*VECTORS["valid"], *VECTORS["invalid"]], ids=lambda case: case["name"])
+def test_the_reference_decoder_agrees_about_blocks(case: Any) -> None:
+    guess = bits(guess_of(case)).numpy()
+    if "rule" in case:
+        with pytest.raises((ValueError, zstandard.ZstdError)):
+            reference_undo.block(bytes.fromhex(case["block"]), guess)
+    else:
+        found = reference_undo.block(bytes.fromhex(case["block"]), guess)
+        assert found.tobytes() == bytes_of(case, "restored")
+
+
+PLAIN = ("lora", "add", "dora0-lora", "dora1-lora")
+
+
+@settings(max_examples=80)
+@given(first=cases(PLAIN), second=cases(PLAIN), seed=seeds, data=st.data())
+def test_the_reference_decoder_restores_the_base(
+    first: Case, second: Case, seed: int, data: st.DataObject, fresh: Fresh
+) -> None:
+    """It is written from UNDO.md alone."""
+    folder = fresh()
+    base = save_sharded(first.base, folder / "base")
+    weights = st.sampled_from((1.0, 0.5, -1.0, 0.0, 0.3, 2.0))
+    parts = [(first.adapter, data.draw(weights))]
+    fits = {(i.target.name, i.target.shape) for i in first.adapter.updates}
+    if all((i.target.name, i.target.shape) in fits and i.update.role == "add" for i in second.adapter.updates):
+        parts.append((second.adapter, data.draw(weights)))
+    dtype = data.draw(st.sampled_from(("keep", "keep", "bf16", "fp16", "fp32")))
+    try:
+        with small_blocks(data.draw(st.sampled_from((8, 32, 1 << 20)))):
+            loratool.merge(base, parts, folder / "out", undo=folder / "undo", dtype=dtype)
+    except loratool.Mismatch:  # the two adapters do not go together
+        return
+    given_ = []
+    for n, (adapter, weight) in enumerate(parts):
+        given_.append((folder / f"{n}.lora.safetensors", weight))
+        loratool.save(adapter, given_[-1][0])
+    found = reference_undo.restore(folder / "out" / "model.safetensors", given_, folder / "undo")
+    assert found == {name: raw(first.base[name]) for name in found}
+    changed = {i.target.name for adapter, weight in parts for i in adapter.updates if weight}
+    assert changed <= found.keys()
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+def test_the_reference_decoder_restores_many_numbers(dtype: str, tmp_path: Path) -> None:
+    state = {"l.weight": values(200, 160, dtype=dtype, std=0.02)}
+    base = save_sharded(state, tmp_path / "base")
+    parts = [(one("lora", (200, 160), name="l.weight", seed=n, rank=8), w) for n, w in ((1, 0.01), (2, -0.3))]
+    loratool.merge(base, parts, tmp_path / "out", undo=tmp_path / "undo")
+    given_ = []
+    for n, (adapter, weight) in enumerate(parts):
+        given_.append((tmp_path / f"{n}.lora.safetensors", weight))
+        loratool.save(adapter, given_[-1][0])
+    found = reference_undo.restore(tmp_path / "out" / "model.safetensors", given_, tmp_path / "undo")
+    assert found == {"l.weight": raw(state["l.weight"])}
+
+
+def test_the_reference_decoder_is_independent() -> None:
+    text = Path(reference_undo.__file__).read_text()
+    assert not re.findall(r"import loratool|from loratool|torch", text)
+    assert len(text.splitlines()) <= 120
 
 
 def test_the_vectors_are_those_of_their_generator() -> None:
