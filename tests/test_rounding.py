@@ -47,7 +47,7 @@ def nearest(x: Fraction, dtype: str) -> Fraction | float:
 def merged(W: Tensor, updates: Sequence[Weighted], dtype: str = "") -> Tensor:
     ref, out = TensorRef.of(W, "l.weight"), io.BytesIO()
     tensor = NewTensor("l.weight", ref, dtype or ref.dtype, ref.shape, tuple(updates))
-    blocks.compute(tensor, out, lambda _: None)
+    blocks.compute(tensor, out, lambda _: None, reproducible=True)
     return torch.frombuffer(bytearray(out.getvalue()), dtype=DTYPES[tensor.dtype]).reshape(W.shape)
 
 

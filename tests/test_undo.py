@@ -89,12 +89,14 @@ def weighted(target: Target, *updates: tuple[Update, float]) -> tuple[Weighted, 
     return tuple(Weighted(Targeted(target, update), weight) for update, weight in updates)
 
 
-def merge_tensor(W: Tensor, updates: tuple[Weighted, ...], dtype: str = "") -> tuple[Tensor, Held]:
+def merge_tensor(
+    W: Tensor, updates: tuple[Weighted, ...], dtype: str = "", reproducible: bool = False
+) -> tuple[Tensor, Held]:
     """Merge one tensor; return it with its record."""
     stored = TensorRef.of(W, "l.weight")
     recorder, out = undo.TensorRecorder(), io.BytesIO()
     tensor = NewTensor("l.weight", stored, dtype or stored.dtype, stored.shape, updates, True, stored)
-    blocks.compute(tensor, out, lambda _: None, recorder=recorder)
+    blocks.compute(tensor, out, lambda _: None, recorder=recorder, reproducible=reproducible)
     return of_bytes(out.getvalue(), DTYPES[tensor.dtype], W.shape), Held(recorder)
 
 
@@ -475,12 +477,12 @@ class Seen:
 
         seen = [(blocks, "round_exactly", exactly), (blocks, "undecided", open_ones), (blocks, "encode_block", encode)]
         with patched(seen):
-            self.merged, self.record = merge_tensor(W, updates, dtype)
+            self.merged, self.record = merge_tensor(W, updates, dtype, reproducible=True)
 
 
 def guesses(W: Tensor, updates: tuple[Weighted, ...], wrong: Sequence[Patch]) -> Tensor:
     """The decoder's prediction of a tensor in one block."""
-    merged, record = merge_tensor(W, updates)
+    merged, record = merge_tensor(W, updates, reproducible=True)
     found = []
     decode = blocks.decode_block
 
