@@ -16,7 +16,7 @@ A new convention is one file here, one entry in CONVENTIONS, and its fixtures.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from loratool.adapter import Adapter
@@ -46,8 +46,10 @@ from loratool.tensors import TensorRef
 class Convention(Protocol):
     NAME: str
     TITLE: str
-    KINDS: tuple[str, ...]
     TESTED: str
+
+    @property
+    def KINDS(self) -> Sequence[str]: ...
 
     def detect(self, source: Checkpoint) -> bool: ...
 
