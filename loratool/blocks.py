@@ -17,7 +17,7 @@ from blake3 import blake3
 from loratool.errors import InvalidFile, Mismatch, Problem
 from loratool.layout import NewTensor, Weighted
 from loratool.quantised import Dequantised
-from loratool.rounding import Exact, round_exactly, round_once, undecided
+from loratool.rounding import Exact, gradual_underflow, round_exactly, round_once, undecided
 from loratool.tensors import (
     CHUNK,
     DTYPE_BITS,
@@ -71,11 +71,13 @@ class _Opened(NamedTuple):
     weight: float
     first_pass: bool
     replaces: bool
+    terms: int  # k of section 5 of UNDO.md: how often, at most, an element is rounded by it
 
 
 Part = tuple[_Opened, "torch.Tensor", int]  # an update, its rows of a block, the number of the first in its region
 
 
+@gradual_underflow()
 def compute(
     tensor: NewTensor,
     out: BinaryIO,
@@ -83,12 +85,14 @@ def compute(
     measure: bool = False,
     recorder: TensorRecorder | None = None,
     digests: bool = True,
+    reproducible: bool = False,
     device: str = "cpu",
 ) -> Written:
     """Compute one tensor and write it at the current position of `out`.
 
     `step` is told the bytes of every block. With `measure`, the error that rounding may leave is bounded on the way;
-    with a `recorder`, what undoes every block is recorded.
+    with a `recorder`, what undoes every block is recorded. `reproducible` rounds as if computed exactly, to the same
+    bits on every machine; without it, about 20 in a million elements of 16 bits are the other neighbour.
     """
     tensor = replace(tensor, updates=tuple(map(_held, tensor.updates)))
     before, after = blake3(), blake3()
@@ -114,7 +118,7 @@ def compute(
                     if measure:
                         largest = max(largest, *map(abs, extremes(stored)))
                         reach = max(reach, _reach(opened, start, stop))
-                    result, high = _merged(tensor, source, opened, stored, start, stop)
+                    result, high = _merged(tensor, source, opened, stored, start, stop, reproducible)
                     largest = max(largest, high)
                 if digests:
                     before.update(source.host(stored))
@@ -152,6 +156,7 @@ def _record_whole(original: TensorRef, recorder: TensorRecorder) -> None:
             recorder.blocks.append(encode_block(stored, torch.zeros_like(stored), _none()))
 
 
+@gradual_underflow()
 def restore(
     tensor: NewTensor, record: UndoTensor, out: BinaryIO, step: Callable[[int], None], device: str = "cpu"
 ) -> Written:
@@ -191,23 +196,28 @@ def restore(
 
 
 def _merged(
-    tensor: NewTensor, source: _Rows, opened: list[_Opened], stored: torch.Tensor, start: int, stop: int
+    tensor: NewTensor,
+    source: _Rows,
+    opened: list[_Opened],
+    stored: torch.Tensor,
+    start: int,
+    stop: int,
+    reproducible: bool,
 ) -> tuple[torch.Tensor, float]:
     """Rows start:stop of the result, in the output's dtype; and their largest magnitude, which is finite."""
     W = source.widened(stored, stop - start)
     inside = [*_inside(opened, W, start, stop)]
     for update, part, offset in inside:
         update.block.apply(part, offset, update.weight)
-    peaks = _peaks(W)
-    largest = _finite(float(peaks.max()), tensor)
+    largest = max(map(abs, extremes(W)))
     out = source.buffer("out", torch_dtype(tensor.dtype), stop - start)
-    if not inside or compute_dtype(tensor) == "F64":
-        return round_once(W, out), largest
+    if not reproducible or not inside or compute_dtype(tensor) == "F64":
+        return _finite(round_once(W, out), largest, tensor), largest
     size = _size(inside, W, start)
     low = source.buffer("low", out.dtype, stop - start)
     exact = _exact(opened, stored, start)
-    round_exactly(W, _single_band(inside, size, peaks), out, low, exact, _at_once(inside))
-    return out, largest
+    round_exactly(W, _single_band(inside, size, _peaks(W)), out, low, exact, _at_once(inside))
+    return _finite(out, largest, tensor), largest
 
 
 def _predicted(
@@ -233,7 +243,7 @@ def _predicted(
             place = offset + update.start - start
             update.block.revert(part, terms[place : place + len(part)], offset, update.weight)
         round_once(W, guess)
-        doubt = _double_band(tensor, len(opened), terms, W)
+        doubt = _double_band(opened, terms, W)
         return guess, lambda: undecided(W, doubt, dtype).view(-1).nonzero().view(-1)
     for update, part, offset in inside:
         if not update.replaces:  # what was replaced can not be predicted
@@ -245,7 +255,7 @@ def _predicted(
 
     def doubtful() -> torch.Tensor:
         sizes = size.view(-1)[where // W.shape[1]].double()
-        return where[undecided(values, _double_band(tensor, len(opened), sizes, values), dtype)]
+        return where[undecided(values, _double_band(opened, sizes, values), dtype)]
 
     return guess, doubtful
 
@@ -290,18 +300,12 @@ def _single_band(inside: Sequence[Part], size: torch.Tensor, peaks: torch.Tensor
     return band.add_(peaks, alpha=(steps + 4) * unit)
 
 
-def _double_band(tensor: NewTensor, count: int, size: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """How far `values`, computed in float64 by `count` updates, can be from the exact ones: section 5 of UNDO.md."""
+def _double_band(opened: Sequence[_Opened], size: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """How far `values`, computed in float64, can be from the exact ones: section 5 of UNDO.md."""
     import torch
 
-    sums = [
-        (item.update.scaling.rank or 1) * sum(name.startswith(("B", "mid")) for name in item.update.components())
-        for item, _ in tensor.updates
-        if item.update.scaling
-    ]
     unit, tiny = 2.0**-53, torch.finfo(torch.float64).tiny
-    longest = max(sums, default=0) + 2 * count
-    return values.abs().mul_((count + 8) * unit).add_((size + tiny / unit) * ((longest + 8) * unit))
+    return (values.abs() + (size + tiny / unit)).mul_((sum(update.terms for update in opened) + 8) * unit)
 
 
 def _exact(opened: list[_Opened], stored: torch.Tensor, start: int, back: bool = False) -> Exact:
@@ -366,7 +370,9 @@ def _open(weighted: Weighted, tensor: NewTensor, matrix: int, rows: int, device:
     expert = matrix if target.experts is not None else None
     start, stop = target.rows or (0, rows)
     block = update.open(torch_dtype(compute_dtype(tensor)), expert, device)
-    return _Opened(block, start, stop, weighted.weight, update.first_pass, update.role == "replace")
+    products = sum(name.startswith(("B", "mid")) for name in update.components())
+    terms = 2 + products * ((update.scaling and update.scaling.rank) or 0)
+    return _Opened(block, start, stop, weighted.weight, update.first_pass, update.role == "replace", terms)
 
 
 def _inside(opened: list[_Opened], W: torch.Tensor, start: int, stop: int) -> Iterator[Part]:
@@ -475,23 +481,23 @@ def _reach(opened: list[_Opened], start: int, stop: int) -> float:
     )
 
 
-def _finite(largest: float, tensor: NewTensor) -> float:
-    """The largest magnitude of a computed block, which must be finite in the output's dtype as well.
+def _finite(out: torch.Tensor, largest: float, tensor: NewTensor) -> torch.Tensor:
+    """A rounded block, which must be finite; so it is where its largest magnitude was, before, in its dtype's range.
 
-    Rounding is monotonic: if the largest stays finite, so does everything else.
+    What is computed in float32 is not asked: at the very end of the range it can be on the other side.
     """
     import torch
 
-    dtype = torch_dtype(tensor.dtype)
-    if largest <= torch.finfo(dtype).max or (tensor.dtype == "F8_E4M3" and largest <= E4M3_LIMIT):
-        return largest
-    end = torch.tensor([largest], dtype=torch_dtype(compute_dtype(tensor)))
-    if tensor.dtype == "F8_E4M3" or not all_finite(round_once(end, torch.empty(1, dtype=dtype))):
+    if tensor.dtype == "F8_E4M3":  # it has no infinity that would show in `out`
+        fits = largest <= E4M3_LIMIT
+    else:
+        fits = largest < torch.finfo(out.dtype).max or all_finite(out)
+    if not fits:
         what = f"{tensor.name} would have NaN or infinity in {tensor.dtype}"
         raise Mismatch(
             Problem("E-NONFINITE", what, tensor.name, "is the scale right? a wider --dtype may hold it", "R-061")
         )
-    return largest
+    return out
 
 
 def _rounding_bound(tensor: NewTensor, largest: float, reach: float) -> float:

@@ -406,9 +406,9 @@ def _computed(
     tensor: NewTensor, out: BinaryIO, step: Callable[[int], None], plan: Plan, writer: UndoWriter | None
 ) -> Written:
     if plan.record is not None:
-        return restore(tensor, plan.record.tensors[tensor.name], out, step)
+        return restore(tensor, plan.record.tensors[tensor.name], out, step, plan.device)
     recorder = TensorRecorder() if writer is not None and tensor.original is not None else None
-    written = compute(tensor, out, step, not plan.exact, recorder, plan.digests)
+    written = compute(tensor, out, step, not plan.exact, recorder, plan.digests, plan.reproducible, plan.device)
     if writer is not None and recorder is not None:
         writer.add(tensor.name, recorder)
     return written

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -49,6 +50,8 @@ class Plan:
     receipt: Receipt | None = None  # of the checkpoint that is unmerged
     digests: bool = True  # of the changed tensors, for the receipt
     threads: int = WORKERS
+    reproducible: bool = False  # the same bits on every machine
+    device: str = "cpu"  # what computes the blocks
     link: bool = False  # untouched files become hard links
     resume: bool = False  # keep the verified files of an interrupted run
     inputs: tuple[FileState, ...] = ()
@@ -85,7 +88,9 @@ class Plan:
             "bytes_to_write": self.nbytes,
             "memory_bound": self.memory,
             "threads": self.threads,
+            "device": self.device,
             "digests": self.digests,
+            "reproducible": self.reproducible,
             "undo": None if self.undo is None else str(self.undo),
             "files": [{"name": file.name, "bytes": file.size} for file in self.files],
             "companions": [path.as_posix() for path in self.companions],
@@ -129,11 +134,13 @@ def plan_merge(
     allow_new: bool = False,
     choices: Choices | None = None,
     digests: bool = True,
+    reproducible: bool = False,
     undo: Path | None = None,
     link: bool = False,
     resume: bool = False,
     threads: int | None = None,
     max_memory: int | None = None,
+    device: str = "cpu",
 ) -> Plan:
     """Check everything about a merge and lay out its files. Raises the errors of `loratool.errors`, all at once."""
     if dtype not in DTYPES:
@@ -182,13 +189,14 @@ def plan_merge(
         dtype,
         tuple(notes),
         digests=digests,
+        reproducible=reproducible,
         undo=undo,
         link=link,
         resume=resume,
         rewritten=requantise.configs_without(base) if dropped else {},
         dropped=dropped,
     )
-    return settled(plan, threads, max_memory)
+    return settled(plan, threads, max_memory, device)
 
 
 def _undo_problems(undo: Path | None, out: Path, digests: bool, resume: bool) -> Iterator[Problem]:
@@ -208,11 +216,15 @@ def _undo_problems(undo: Path | None, out: Path, digests: bool, resume: bool) ->
         yield Problem("E-OPTION", "an undo record needs the digests that prove it", str(undo), "leave out --no-digests")
 
 
-def settled(plan: Plan, threads: int | None = None, max_memory: int | None = None) -> Plan:
+def settled(plan: Plan, threads: int | None = None, max_memory: int | None = None, device: str = "cpu") -> Plan:
     """The plan with as many workers as asked for and as fit into the memory allowed, its inputs noted.
 
-    Raises OutputRefused for a disk that is too small, Mismatch for memory that is.
+    Raises OutputRefused for a disk that is too small, Mismatch for memory that is, ChoiceNeeded for a device that is
+    not there.
     """
+    if device != "cpu":
+        _refuse_device(device)
+    plan = replace(plan, device=device)
     if threads is not None and threads < 1:
         raise ChoiceNeeded(Problem("E-OPTION", f"{threads} threads can do nothing"))
     plan = replace(plan, threads=threads or WORKERS)
@@ -226,6 +238,16 @@ def settled(plan: Plan, threads: int | None = None, max_memory: int | None = Non
     if (problem := staging.refuse_small_disk(plan.out, sum(copied) + sum(beside))) is not None:
         raise OutputRefused(problem)
     return replace(plan, inputs=tuple(sorted(_inputs(plan))))
+
+
+def _refuse_device(device: str) -> None:
+    import torch
+
+    hint = "leave --device out: the CPU is as fast as the disk for most merges"
+    if not re.fullmatch(r"cuda(:\d+)?", device):
+        raise ChoiceNeeded(Problem("E-OPTION", f"device {device!r} is not cpu, cuda or cuda:N", hint=hint))
+    if int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise ChoiceNeeded(Problem("E-OPTION", f"there is no GPU {device!r} that torch could use here", hint=hint))
 
 
 def _inputs(plan: Plan) -> set[FileState]:
@@ -334,6 +356,7 @@ def plan_unmerge(
     choices: Choices | None = None,
     threads: int | None = None,
     max_memory: int | None = None,
+    device: str = "cpu",
 ) -> Plan:
     """Check everything about an unmerge. With a base it is exact; without one, additive updates are subtracted."""
     merged = open_checkpoint(merged_path)
@@ -412,7 +435,7 @@ def plan_unmerge(
         found,
         record=record,
     )
-    return settled(plan, threads, max_memory)
+    return settled(plan, threads, max_memory, device)
 
 
 def _unmerged_view(merged: Checkpoint, found: Receipt) -> Checkpoint:

@@ -32,7 +32,9 @@ class Kept:
 
 def fingerprint(plan: Plan) -> str:
     """What must be equal for two runs to write the same bytes: adapters, weights, inputs, layout, version."""
-    document = {key: value for key, value in plan.to_json().items() if key not in ("memory_bound", "threads", "notes")}
+    document = {
+        key: value for key, value in plan.to_json().items() if key not in ("memory_bound", "threads", "device", "notes")
+    }
     inputs = [[str(state.path), state.size, state.mtime] for state in plan.inputs]
     return blake3(json.dumps([TOOL, document, inputs], sort_keys=True).encode()).hexdigest()
 

@@ -8,7 +8,8 @@ its proven error can not matter; the few numbers it leaves open are computed aga
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -69,6 +70,21 @@ def round_exactly(
         values[part] = exact(where[part])
         out.view(-1)[where[part]] = round_once(values[part], out.new_empty(len(where[part])))
     return where, values
+
+
+@contextmanager
+def gradual_underflow() -> Iterator[None]:
+    """This thread's arithmetic keeps subnormal numbers meanwhile: users, and libraries, have it flush them to zero."""
+    import torch
+
+    flushing = not (torch.full((1,), 2.0**-140) * 1.0).item()
+    if flushing:
+        torch.set_flush_denormal(False)
+    try:
+        yield
+    finally:
+        if flushing:
+            torch.set_flush_denormal(True)
 
 
 def undecided(values: torch.Tensor, doubt: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -53,8 +53,9 @@ def encode_block(true: torch.Tensor, guess: torch.Tensor, literal: torch.Tensor)
         marked[literal.cpu().numpy()] = True
     where = positions(marked)  # [marks]
     values = own[where]
-    difference = _code(values).astype(np.int64) - _code(predicted[where])
-    escaped = (difference > 127) | (difference < -127)
+    true_code, code = _code(values).astype(np.int64), _code(predicted[where]).astype(np.int64)
+    difference = true_code - code
+    escaped = (difference > 127) | (difference < -127) | ((difference < 0) != (true_code < code))  # 64 bits may wrap
     if len(literal):
         escaped |= np.isin(where, literal.cpu().numpy(), assume_unique=True)
     literals = values[escaped]
@@ -91,11 +92,11 @@ def decode_block(content: bytes, guess: torch.Tensor) -> torch.Tensor:
         raise ValueError("a block has other marks than its counts say")
     if marks and where[-1] >= own.size:
         raise ValueError("a block marks an element that is not there")
-    codes = _code(own[where]).astype(np.int64) + difference
-    kept = torch.iinfo(bits(guess).dtype)
-    if not ((codes >= kept.min) & (codes <= kept.max) | escaped).all():
+    codes, step, kept = _code(own[where]).astype(np.int64), difference.astype(np.int64), torch.iinfo(bits(guess).dtype)
+    low, high = kept.min - np.minimum(step, 0), kept.max - np.maximum(step, 0)  # of 64 bits, a sum would wrap
+    if not ((codes >= low) & (codes <= high) | escaped).all():
         raise ValueError("a difference leads out of the dtype")
-    restored = _code(codes.clip(kept.min, kept.max).astype(own.dtype))  # the code is its own inverse
+    restored = _code((codes + step).astype(own.dtype))  # the code is its own inverse
     restored[escaped] = raw.view(own.dtype.newbyteorder("<"))
     own[where] = restored
     return guess
@@ -128,14 +129,29 @@ def _unpacked(frame: bytes, limit: int) -> bytes:
     """The content of one zstd frame, of at most `limit` bytes."""
     import zstandard
 
+    codec = zstandard.ZstdDecompressor(max_window_size=1 << 27)
     try:
-        if zstandard.frame_content_size(frame) > limit:
-            raise ValueError("a block is larger than its tensor's")
-        return zstandard.ZstdDecompressor(max_window_size=1 << 27).decompress(
-            frame, max_output_size=max(1, limit), allow_extra_data=False
-        )
+        claimed = zstandard.frame_content_size(frame)  # -1 for no claim
+        if claimed == 0:
+            return _empty(frame, codec.decompressobj())
+        content = b""
+        if claimed <= limit:
+            content = codec.decompress(frame, max_output_size=max(1, limit), allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise ValueError(str(error)) from None
+    if max(claimed, len(content)) > limit:
+        raise ValueError("a block is larger than its tensor's")
+    return content
+
+
+def _empty(frame: bytes, stream: Any) -> bytes:
+    """The content of one whole frame that claims to have none: zstandard itself looks no further than the claim."""
+    for start in range(0, len(frame), 64):  # little can come out of so few bytes
+        if stream.eof or stream.decompress(frame[start : start + 64]):
+            raise ValueError("a frame claims to be empty")
+    if not stream.eof or stream.unused_data:
+        raise ValueError("a frame claims to be empty")
+    return b""
 
 
 # --- the record ------------------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ step() {
 step ruff check .
 step ruff format --check .
 step mypy --strict loratool
-step pytest -n 2 "$@"
+step pytest -n 2 -m "not peers" "$@" # those have their own command, tests/peers.sh
 
 if [ -n "$failed" ]; then
     echo "== failed:$failed" >&2

@@ -34,6 +34,9 @@ Examples:
 @click.option("--allow-new", is_flag=True, help="Let adapters add tensors the base lacks, or resize them.")
 @click.option("--undo", type=click.Path(path_type=Path), help="Also write the record that makes unmerge exact.")
 @click.option("--no-digests", is_flag=True, help="Leave digests of the changed tensors out of the receipt.")
+@click.option(
+    "--reproducible", is_flag=True, help="Round to the same bits on every machine; takes about twice as long."
+)
 @click.option("--link", is_flag=True, help="Hard-link files that no adapter touches, instead of copying them.")
 @click.option("--resume", is_flag=True, help="Keep the finished files of an interrupted run, once verified.")
 @options.layout
@@ -50,12 +53,14 @@ def merge_command(
     allow_new: bool,
     undo: Path | None,
     no_digests: bool,
+    reproducible: bool,
     link: bool,
     resume: bool,
     layout: dict[str, str],
     component: tuple[str, ...],
     threads: int | None,
     max_memory: int | None,
+    device: str,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -70,12 +75,14 @@ def merge_command(
         "allow_new": allow_new,
         "undo": undo,
         "digests": not no_digests,
+        "reproducible": reproducible,
         "link": link,
         "resume": resume,
         "layout": layout,
         "component": component,
         "threads": threads,
         "max_memory": max_memory,
+        "device": device,
     }
     if dry_run:
         print_plan(loratool.plan(base, adapters, out, **choices), as_json, quiet)

@@ -130,7 +130,8 @@ def resources(function: F) -> F:
         metavar="SIZE",
         help="Memory for the work, beside the interpreter and torch, like 300MB.",
     )
-    return threads(memory(function))
+    device = click.option("--device", default="cpu", show_default=True, help="What computes: cpu, cuda or cuda:N.")
+    return threads(memory(device(function)))
 
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")

@@ -45,6 +45,7 @@ def unmerge_command(
     component: tuple[str, ...],
     threads: int | None,
     max_memory: int | None,
+    device: str,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -62,6 +63,7 @@ def unmerge_command(
         "component": component,
         "threads": threads,
         "max_memory": max_memory,
+        "device": device,
     }
     if dry_run:
         print_plan(plan_of_unmerge(merged, adapters, out, **choices), as_json, quiet)

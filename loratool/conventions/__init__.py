@@ -1,6 +1,7 @@
 """Every layout in which adapters are found on disk: one module each, with the same verbs.
 
 NAME, TITLE         what `--from` calls it, and a few words for people
+KINDS, TESTED       the kinds of update it can hold, and what the tests compare it with
 detect(source)      whether a checkpoint looks like it; names and side files only
 read(source, ...)   the adapter in it, orientation and scale resolved
 unwrap(source, ...) the base checkpoint inside it, by the base's own names; empty for an adapter alone
@@ -15,7 +16,7 @@ A new convention is one file here, one entry in CONVENTIONS, and its fixtures.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from loratool.adapter import Adapter
@@ -45,6 +46,10 @@ from loratool.tensors import TensorRef
 class Convention(Protocol):
     NAME: str
     TITLE: str
+    TESTED: str
+
+    @property
+    def KINDS(self) -> Sequence[str]: ...
 
     def detect(self, source: Checkpoint) -> bool: ...
 

@@ -33,6 +33,8 @@ from loratool.updates import Add, Dora, Lora, Replace, Scaling
 
 NAME = "diffusers"
 TITLE = "diffusers adapter"
+KINDS = ("lora", "dora", "replace", "add")
+TESTED = "diffusers 0.42.1"
 FILE_STEM = "pytorch_lora_weights"
 METADATA_KEY = "lora_adapter_metadata"
 

@@ -28,6 +28,8 @@ from loratool.updates import Lora, Scaling
 
 NAME = "gguf"
 TITLE = "llama.cpp adapter (GGUF)"
+KINDS = ("lora",)
+TESTED = "gguf 0.19.0; llama.cpp's converter from its description"
 
 _PART = re.compile(r"^(?P<tensor>.+)\.(?P<part>lora_[ab])$")
 _TENSOR = re.compile(r"^(?:blk\.(?P<layer>\d+)\.)?(?P<part>\w+)\.weight$")

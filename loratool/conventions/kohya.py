@@ -30,6 +30,8 @@ from loratool.updates import Lora
 
 NAME = "kohya"
 TITLE = "kohya sd-scripts LoRA"
+KINDS = ("lora",)
+TESTED = "diffusers 0.42.1 as consumer"
 
 FACTORS = {"lora_down.weight": "down", "lora_up.weight": "up", "lora_A.weight": "down", "lora_B.weight": "up"}
 PARTS = {**FACTORS, "alpha": "alpha"}

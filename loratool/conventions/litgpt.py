@@ -27,6 +27,8 @@ from loratool.updates import Lora
 
 NAME = "litgpt"
 TITLE = "litgpt LoRA checkpoint"
+KINDS = ("lora",)
+TESTED = "litgpt 0.5.13"
 
 HYPERPARAMETERS, MODEL_CONFIG = "hyperparameters.yaml", "model_config.yaml"
 PARTS = ("query", "key", "value")

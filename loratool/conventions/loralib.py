@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 NAME = "loralib"
 TITLE = "loralib state dict"
+KINDS = ("lora", "replace", "add")
+TESTED = "loralib 0.1.2"
 
 # Tables by their usual names: the delta is the same as that of a matrix stored [in, out], it is only called otherwise.
 _TABLE = re.compile(r"(^|[._])(emb|embed|embedding|embeddings|wte|wpe)([._]|$)", re.IGNORECASE)

@@ -35,6 +35,8 @@ from loratool.updates import Add, Dora, Loha, Lokr, Scaling
 
 NAME = "lycoris"
 TITLE = "LyCORIS adapter"
+KINDS = ("lora", "dora", "loha", "lokr", "add")
+TESTED = "lycoris-lora 4.1.3"
 
 _HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 _LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")

@@ -30,6 +30,8 @@ from loratool.updates import Lora
 
 NAME = "megatron"
 TITLE = "Megatron-Bridge / NeMo adapter"
+KINDS = ("lora",)
+TESTED = "code reading only: no producer was run"
 
 _PART = re.compile(r"^(?P<module>.+?)\.adapter(?:\.adapter_(?P<key>q|k|v|gate|up))?\.linear_(?P<part>in|out)\.weight$")
 _LAYER = re.compile(r"^(?:.*\.)?decoder\.layers\.(?P<layer>\d+)\.(?P<module>.+)$")

@@ -28,6 +28,8 @@ from loratool.updates import Dora, Lora, Replace, Scaling, Update
 
 NAME = "mlx"
 TITLE = "mlx-lm adapter"
+KINDS = ("lora", "dora", "replace")
+TESTED = "mlx-lm 0.32.2"
 
 _PART = re.compile(r"^(?P<module>.+)\.(?P<part>lora_a|lora_b|m)$")
 # What a wrapper calls the layer that it wraps.

@@ -16,6 +16,8 @@ from loratool.tensors import TensorRef
 
 NAME = "native"
 TITLE = "loratool adapter"
+KINDS = ("lora", "dora", "loha", "lokr", "replace", "add", "replace_rows")
+TESTED = "its own conformance vectors"
 
 
 def detect(source: Checkpoint) -> bool:

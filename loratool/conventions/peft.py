@@ -31,6 +31,8 @@ from loratool.updates import Add, Dora, Lora, Replace, ReplaceRows, Scaling
 
 NAME = "peft"
 TITLE = "PEFT adapter"
+KINDS = ("lora", "dora", "loha", "lokr", "replace", "add", "replace_rows")
+TESTED = "peft 0.21.2"
 FILE_STEM = peft_write.FILE_STEM
 misfits, write = peft_write.misfits, peft_write.write
 

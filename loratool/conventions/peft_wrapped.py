@@ -23,6 +23,8 @@ from loratool.tensors import TensorRef
 
 NAME = "peft-wrapped"
 TITLE = "PEFT-wrapped checkpoint"
+KINDS = ("lora", "dora", "loha", "lokr", "replace", "add", "replace_rows")
+TESTED = "peft 0.21.2"
 
 
 def detect(source: Checkpoint) -> bool:

@@ -20,6 +20,8 @@ from loratool.updates import Lora
 
 NAME = "plain"
 TITLE = "plain LinearWithLoRA wrapper"
+KINDS = ("lora",)
+TESTED = "the book's class, written again"
 
 
 def detect(source: Checkpoint) -> bool:

@@ -29,6 +29,8 @@ from loratool.updates import Dora, Lora, Scaling
 
 NAME = "torchtune"
 TITLE = "torchtune checkpoint"
+KINDS = ("lora", "dora")
+TESTED = "torchtune 0.6.1"
 FILE_STEM = "adapter_model"
 
 _PART = re.compile(r"^(?:(?P<module>.+)\.)?(?P<part>lora_a\.weight|lora_b\.weight|magnitude)$")

@@ -119,11 +119,12 @@ def safe_norm(matrix: torch.Tensor, dim: int) -> torch.Tensor:
     """Euclidean norms along `dim`: in float64, since squares of ordinary factors leave float32; or scaled before."""
     import torch
 
+    norms: torch.Tensor
     if matrix.dtype == torch.float32:
-        found: torch.Tensor = torch.linalg.vector_norm(matrix, dim=dim, dtype=torch.float64)
-        return found.float()
+        norms = torch.linalg.vector_norm(matrix, dim=dim, dtype=torch.float64).float()
+        return norms
     largest = matrix.abs().amax(dim=dim, keepdim=True).clamp_(min=torch.finfo(matrix.dtype).tiny)
-    norms: torch.Tensor = (matrix / largest).norm(dim=dim) * largest.squeeze(dim)
+    norms = (matrix / largest).norm(dim=dim) * largest.squeeze(dim)
     return norms
 
 

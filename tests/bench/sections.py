@@ -133,6 +133,8 @@ def speed(bench: Bench) -> None:
             for suffix, flush in (("", True), (", unflushed", False)) if off or not options else ():
                 cases[name + suffix] = bench.loratool(base, *arguments, flush=flush)
     ours, theirs, rounding = "merge, all 7, r=16", "PEFT, all 7, r=16", dict[str, tuple[int, int]]()
+    exactly = f"{ours}, --reproducible"
+    cases[exactly] = bench.loratool(base, "merge", base, adapter, "--reproducible")
 
     def checked(what: str, case: Case) -> Case:
         def run(out: Path) -> Run:
@@ -145,7 +147,7 @@ def speed(bench: Bench) -> None:
 
     if importlib.util.find_spec("peft") and importlib.util.find_spec("transformers"):
         cases[theirs] = lambda out: measure.peft(base, adapter, out, bench.backed(base))
-    for what in {ours, theirs} & cases.keys():
+    for what in {ours, exactly, theirs} & cases.keys():
         cases[what] = checked(what, cases[what])
     rows = bench.measure("speed", base, cases)
     for what, most in limits.items():
@@ -154,7 +156,9 @@ def speed(bench: Bench) -> None:
         pairs = zip(rows[what].runs, rows[theirs].runs if theirs in rows else (), strict=False)
         bench.claim(f"{what}: PEFT's process to ours", [b.wall / a.wall for a, b in pairs], " times", least=8)
     for what, (wrong, total) in rounding.items():
-        bench.claim(f"{what}: wrongly rounded numbers", [wrong / total * 1e6], " per million")
+        most = 0 if what == exactly else None
+        bench.claim(f"{what}: wrongly rounded numbers", [wrong / total * 1e6], " per million", most)
+    bench.claim(f"{exactly}: to `cp -r` + `sync`", rows[exactly].ratios("synced"), " x")
     for shards, dtype, kind in ((1, "BF16", "one file"), (3, "F32", "float32")):
         other, what = bench.base(bench.size, shards, dtype), f"{ours}, {kind}"
         both = {what: True, f"{what}, unflushed": False}
