@@ -89,7 +89,7 @@ class Binding:
     def _incomplete(self, part: Part) -> Iterator[Problem]:
         """What an adapter leaves open, or contradicts itself in."""
         if unknown := part.adapter.unknown_scales():
-            hint = "extract it first: `loratool extract` with --alpha and --scaling"
+            hint = "write it with its scale first: `loratool convert` (or extract) with --alpha and --scaling"
             yield replace(unknown_alpha(unknown), where=part.name, hint=hint)
         for doubt in part.adapter.doubts:
             yield Problem("E-LAYOUT", doubt, part.name, "read it with its base")

@@ -11,6 +11,7 @@ import types
 from pathlib import Path
 
 import pytest
+from convention_table import table
 
 import loratool
 
@@ -81,3 +82,7 @@ def test_a_typed_client_is_checked(tmp_path: Path) -> None:
 
 def test_the_package_is_marked_as_typed() -> None:
     assert (ROOT / "loratool" / "py.typed").exists()
+
+
+def test_the_table_of_conventions_in_the_readme_is_the_code_s() -> None:
+    assert table() in (ROOT / "README.md").read_text(encoding="utf-8")
