@@ -669,7 +669,7 @@ def test_messages_say_what_where_and_what_helps(kit: Kit, cli: Cli, monkeypatch:
         (["merge", "base", "adapter", "-o", "new.safetensors"], "E-OUTPUT", ["folder", "help: "]),
         (["merge", "merged", "adapter", *out], "E-MERGED", ["receipt", "unmerge", "in: merged"]),
         (["merge", "plain.pth", "adapter", *out], "E-WRAPPED", ["extract", "--base-out", "in: plain.pth"]),
-        (["merge", "base", "plain.pth", *out], "E-ALPHA", ["l.0.q.weight", "loratool extract", "--alpha"]),
+        (["merge", "base", "plain.pth", *out], "E-ALPHA", ["l.0.q.weight", "loratool convert", "--alpha"]),
         (["merge", "base", "base", *out], "E-CONVENTION", ["in: base", "l.0.q.weight", "help: "]),
         (["extract", "plain.pth", *out], "E-ALPHA", ["--alpha", "--scaling", "in: plain.pth"]),
         (["extract", "adapter", *out], "E-NO-BASE", ["in: adapter", "help: "]),
