@@ -27,6 +27,7 @@ ROOMS = (
     ("container", "gguf", "npz", "pickles", "staging", "names"),
     ("updates", "checkpoint"),
     ("adapter",),
+    ("maps",),
     ("format",),
     ("conventions",),
     ("receipt", "layout"),

@@ -38,6 +38,7 @@ Examples:
 @click.option("--resume", is_flag=True, help="Keep the finished files of an interrupted run, once verified.")
 @options.layout
 @options.component
+@options.map
 @options.resources
 @options.dry_run
 @options.as_json
@@ -54,6 +55,7 @@ def merge_command(
     resume: bool,
     layout: dict[str, str],
     component: tuple[str, ...],
+    map: tuple[Path, ...],
     threads: int | None,
     max_memory: int | None,
     dry_run: bool,
@@ -74,6 +76,7 @@ def merge_command(
         "resume": resume,
         "layout": layout,
         "component": component,
+        "map": map,
         "threads": threads,
         "max_memory": max_memory,
     }
