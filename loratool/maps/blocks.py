@@ -155,8 +155,10 @@ def _dims(layout: Layout, path: str, tensors: Found) -> dict[str, int] | str:
     gone = [stored.name(path, n) for n in counted for stored in single if (stored, n) not in tensors]
     if gone:
         return f"the base lacks {len(gone)} tensors of its experts, such as {gone[0]}"
-    if odd := [ref for (stored, n), ref in tensors.items() if n and ref.shape != tensors[stored, 0].shape]:
-        return f"{odd[0].name} is {list(odd[0].shape)}, other experts have another shape"
+    pairs = [(ref, tensors[stored, 0]) for (stored, number), ref in tensors.items() if number]
+    for ref, first in pairs:
+        if ref.shape != first.shape:
+            return f"{ref.name} is {list(ref.shape)}, and {first.name} is {list(first.shape)}"
     if len({ref.dtype for (stored, _), ref in tensors.items() if stored.stacked or stored.of_one_expert}) > 1:
         return "its experts are of different dtypes"
     shapes = {stored: ref.shape for (stored, n), ref in tensors.items() if not n}
