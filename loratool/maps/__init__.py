@@ -130,19 +130,32 @@ class Mover:
         home = block.layout.home(stored.weights[0])
         if _same_packing(stored, home):  # only the name differs
             return [replace(item, target=replace(item.target, name=home.name(block.path, None)))]
-        return [moved for piece in self._pieces(item, place) for moved in self._placed(piece, block)]
+        return [self._placed(piece, block) for piece in self._pieces(item, place)]
 
     # -- out of the layout of the adapter ---------------------------------------------------------------------------
 
     def _pieces(self, item: Targeted, place: Place) -> Iterator[_Piece]:
-        """The update of each weight that a tensor holds."""
-        stored, dims, target, update = place.stored, place.block.dims, item.target, item.update
+        """The update of each weight that a tensor holds, of each expert where the base has them apart."""
+        stored, block, target = place.stored, place.block, item.target
         lead = _lead(item, stored)
-        expert = target.expert if stored.stacked else place.expert
         if target.rows is not None and (stored.flipped or stored.in_turn):
             raise Uncuttable("it changes some rows of it, which are not rows of one weight")
+        rows = target.rows or (0, stored.size(block.dims))
+        if lead and any(block.layout.home(weight).of_one_expert for weight in stored.weights):
+            # Experts first: one's rows lie in one piece of the file, the rows of all do not.
+            for number in range(block.dims[EXPERTS]):
+                part = cutting.of_expert(item.update, number, self.keeper)
+                yield from self._weights(part, place, rows, 0, number)
+        else:
+            yield from self._weights(item.update, place, rows, lead, target.expert if stored.stacked else place.expert)
+
+    def _weights(
+        self, update: Update, place: Place, rows: tuple[int, int], lead: int, expert: int | None
+    ) -> Iterator[_Piece]:
+        """Each weight's part of an update of some rows of the tensor that holds them."""
+        stored, dims = place.stored, place.block.dims
         update = cutting.turned(update, lead) if stored.flipped else update
-        first, last = target.rows or (0, stored.size(dims))
+        first, last = rows
         for number, weight in enumerate(stored.weights):
             size = dims[weight.dims[0]]
             if stored.in_turn:
@@ -158,20 +171,17 @@ class Mover:
 
     # -- into the layout of the base ---------------------------------------------------------------------------------
 
-    def _placed(self, piece: _Piece, block: Block) -> Iterator[Targeted]:
-        """The updates of the base's tensors that a weight's update comes to."""
+    def _placed(self, piece: _Piece, block: Block) -> Targeted:
+        """The update of the base's tensor that a weight's update comes to."""
         home = block.layout.home(piece.weight)
         update, rows = self._packed(piece, home, block)
         shape = home.shape(block.dims)
         layout = "in_out" if home.flipped else ""
-        if not home.of_one_expert:
-            experts = block.dims[EXPERTS] if piece.lead else None
-            name = home.name(block.path, None)
-            yield Targeted(Target(name, shape, rows, piece.expert, experts, layout), update)
-            return
-        for number in range(block.dims[EXPERTS]) if piece.lead else [piece.expert]:
-            part = cutting.of_expert(update, number, self.keeper) if piece.lead and number is not None else update
-            yield Targeted(Target(home.name(block.path, number), shape, rows, layout=layout), part)
+        name = home.name(block.path, piece.expert)
+        if home.of_one_expert:
+            return Targeted(Target(name, shape, rows, layout=layout), update)
+        experts = block.dims[EXPERTS] if piece.lead else None
+        return Targeted(Target(name, shape, rows, piece.expert, experts, layout), update)
 
     def _packed(self, piece: _Piece, home: Stored, block: Block) -> tuple[Update, tuple[int, int] | None]:
         """The update as the tensor stores its weights, and the rows of it that change."""
