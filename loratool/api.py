@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ParamSpec, TypeAlias, TypeVar
 
-from loratool import conventions
+from loratool import conventions, maps
 from loratool import format as native_format
 from loratool.adapter import Adapter
+from loratool.binding import led
 from loratool.checkpoint import open_checkpoint, read_json
 from loratool.conventions.choices import Choices
 from loratool.conventions.writing import Options
@@ -54,14 +55,25 @@ def choices(
     component: str | Sequence[str] | None = None,
     enable_lora: str | Mapping[str, str] | None = None,
     already_merged: bool = False,
+    map: PathLike | Sequence[PathLike] | None = None,
 ) -> Choices:
     """What the files leave open, from a caller's arguments."""
     components = (component,) if isinstance(component, str) else tuple(component or ())
     patterns = dict(alpha) if isinstance(alpha, Mapping) else {} if alpha is None else {"*": float(alpha)}
     peft_config = None if config is None else read_json(Path(config))
     enabled = {"*": enable_lora} if isinstance(enable_lora, str) else dict(enable_lora or {})
+    files = [map] if isinstance(map, str | Path) else map or ()
+    families = [maps.read(Path(file)) for file in files]
     return Choices(
-        patterns, scaling, peft_config, adapter, dict(layout or {}), tuple(components), enabled, already_merged
+        patterns,
+        scaling,
+        peft_config,
+        adapter,
+        dict(layout or {}),
+        tuple(components),
+        enabled,
+        already_merged,
+        families,
     )
 
 
@@ -79,6 +91,7 @@ def load(
     component: str | Sequence[str] | None = None,
     enable_lora: str | Mapping[str, str] | None = None,
     already_merged: bool = False,
+    map: PathLike | Sequence[PathLike] | None = None,
 ) -> Adapter:
     """Read an adapter of any convention. Headers only: numbers are read when they are needed.
 
@@ -86,7 +99,8 @@ def load(
     one per name pattern), `scaling` ("alpha", "alpha/rank", "alpha/sqrt(rank)"), `config` (a PEFT adapter_config.json)
     and `adapter` (one of several in the file) say what the file does not; so do, for packed query, key and value,
     `enable_lora` ("101", or one per name pattern) and, for loralib's full state dicts, `already_merged`. `component`
-    takes only the updates of those parts of a pipeline ("unet", "te1") out of a kohya or LyCORIS file.
+    takes only the updates of those parts of a pipeline ("unet", "te1") out of a kohya or LyCORIS file. `map` is a file
+    of rules (or several) that lead its names to those of `base`, instead of those that come with the library.
 
     Raises InvalidFile, Unsupported, ChoiceNeeded or Mismatch.
 
@@ -94,9 +108,12 @@ def load(
     'model.layers.0.self_attn.q_proj.weight'
     """
     source = open_checkpoint(Path(path))
-    tensors = None if base is None else logical(open_checkpoint(Path(base))).tensors
-    given = choices(alpha, scaling, config, adapter, layout, component, enable_lora, already_merged)
-    return conventions.choose(source, convention).read(source, given, tensors)
+    given = choices(alpha, scaling, config, adapter, layout, component, enable_lora, already_merged, map)
+    if base is None:
+        return conventions.choose(source, convention).read(source, given, None)
+    opened = logical(open_checkpoint(Path(base)))
+    view = maps.View(opened.tensors, given.maps or maps.shipped())
+    return led(conventions.read_against(source, given, view, convention), opened, view, str(path))
 
 
 @_typed
@@ -200,6 +217,7 @@ def plan(
     allow_new: bool = False,
     layout: Mapping[str, str] | None = None,
     component: str | Sequence[str] | None = None,
+    map: PathLike | Sequence[PathLike] | None = None,
     digests: bool = True,
     reproducible: bool = False,
     undo: PathLike | None = None,
@@ -217,7 +235,7 @@ def plan(
         Path(out),
         dtype=dtype,
         allow_new=allow_new,
-        choices=choices(layout=layout, component=component),
+        choices=choices(layout=layout, component=component, map=map),
         digests=digests,
         reproducible=reproducible,
         undo=None if undo is None else Path(undo),
@@ -239,6 +257,7 @@ def merge(
     allow_new: bool = False,
     layout: Mapping[str, str] | None = None,
     component: str | Sequence[str] | None = None,
+    map: PathLike | Sequence[PathLike] | None = None,
     digests: bool = True,
     reproducible: bool = False,
     undo: PathLike | None = None,
@@ -253,7 +272,8 @@ def merge(
 
     `adapters` is a path or an `Adapter`, or a list of them, each alone or as (adapter, weight). `dtype` is "keep",
     "bf16", "fp16" or "fp32". `allow_new` permits adapters to add tensors or resize them. `component` takes only those
-    parts ("unet", "te1") of kohya and LyCORIS adapters that have several. `undo` names a record to
+    parts ("unet", "te1") of kohya and LyCORIS adapters that have several. `map` is a file of rules (or several) that
+    lead an adapter's names to the base's, instead of those that come with the library. `undo` names a record to
     write, with which `unmerge` gives the base back bit for bit. `digests=False` leaves the digests of changed tensors
     out of the receipt, which then proves less. `reproducible` rounds as if computed exactly, to the same bits on every
     machine, in about twice the time. `link` makes untouched files hard links instead of copies. `resume`
@@ -272,6 +292,7 @@ def merge(
         allow_new=allow_new,
         layout=layout,
         component=component,
+        map=map,
         digests=digests,
         reproducible=reproducible,
         undo=undo,
@@ -295,6 +316,7 @@ def plan_of_unmerge(
     exact: bool = False,
     layout: Mapping[str, str] | None = None,
     component: str | Sequence[str] | None = None,
+    map: PathLike | Sequence[PathLike] | None = None,
     threads: int | None = None,
     max_memory: int | None = None,
     device: str = "cpu",
@@ -309,7 +331,7 @@ def plan_of_unmerge(
         base_path=base_path,
         undo_path=undo_path,
         exact=exact,
-        choices=choices(layout=layout, component=component),
+        choices=choices(layout=layout, component=component, map=map),
         threads=threads,
         max_memory=max_memory,
         device=device,
@@ -327,6 +349,7 @@ def unmerge(
     exact: bool = False,
     layout: Mapping[str, str] | None = None,
     component: str | Sequence[str] | None = None,
+    map: PathLike | Sequence[PathLike] | None = None,
     threads: int | None = None,
     max_memory: int | None = None,
     device: str = "cpu",
@@ -346,6 +369,7 @@ def unmerge(
         exact=exact,
         layout=layout,
         component=component,
+        map=map,
         threads=threads,
         max_memory=max_memory,
         device=device,

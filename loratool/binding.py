@@ -8,13 +8,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from loratool import conventions
+from loratool import conventions, maps
 from loratool.adapter import Adapter, Targeted, overlaps
 from loratool.checkpoint import Checkpoint, open_checkpoint
 from loratool.conventions.choices import Choices
 from loratool.errors import LoratoolError, Problem
 from loratool.format import check_index, unknown_alpha
 from loratool.layout import Weighted
+from loratool.maps import View, shipped
 from loratool.names import missing
 from loratool.quantised import Foreign, stored_part
 from loratool.tensors import FLOATS, MERGEABLE, TensorRef, extremes
@@ -32,6 +33,11 @@ class Part(NamedTuple):
     weight: float
     name: str
     sound: bool = True  # whether its values are worth looking at
+    given: Adapter | None = None  # the adapter before a map led its targets to those of the base
+
+    @property
+    def original(self) -> Adapter:
+        return self.given or self.adapter
 
 
 @dataclass
@@ -45,9 +51,14 @@ class Binding:
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     paired: set[str] = field(default_factory=set)  # tensors whose tied copy the adapter holds as well
+    view: View = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.view = View(self.base.tensors, shipped())
 
     def read(self, adapters: Sequence[tuple[Path | Adapter, float]], choices: Choices) -> None:
         """Read every adapter against the base; what is wrong with one does not hide what is wrong with the next."""
+        self.view = View(self.base.tensors, choices.maps or shipped())
         for adapter, weight in adapters:
             try:
                 part = self._part(adapter, weight, choices)
@@ -58,6 +69,8 @@ class Binding:
             self.parts.append(part._replace(sound=not found))
             self.notes += [f"{part.name}: {note}" for note in part.adapter.notes]
             self.problems += found
+        if choices.maps:
+            self.problems += maps.unused(self.view)
 
     def bind(self) -> None:
         """Give every update of the adapters its tensor of the base, and check that it fits."""
@@ -82,9 +95,10 @@ class Binding:
 
     def _part(self, adapter: Path | Adapter, weight: float, choices: Choices) -> Part:
         if isinstance(adapter, Adapter):
-            return Part(adapter, weight, adapter.provenance.get("convention", "adapter in memory"))
-        source = open_checkpoint(adapter)
-        return Part(conventions.choose(source).read(source, choices, self.base.tensors), weight, adapter.name)
+            given, name = adapter, adapter.provenance.get("convention", "adapter in memory")
+        else:
+            given, name = conventions.read_against(open_checkpoint(adapter), choices, self.view), adapter.name
+        return Part(led(given, self.base, self.view, name), weight, name, given=given)
 
     def _incomplete(self, part: Part) -> Iterator[Problem]:
         """What an adapter leaves open, or contradicts itself in."""
@@ -93,7 +107,7 @@ class Binding:
             yield replace(unknown_alpha(unknown), where=part.name, hint=hint)
         for doubt in part.adapter.doubts:
             yield Problem("E-LAYOUT", doubt, part.name, "read it with its base")
-        for problem in part.adapter.check():
+        for problem in part.original.check():
             yield replace(problem, where=f"{part.name}: {problem.where}" if problem.where else part.name)
 
     def _unfit(self, name: str, items: list[Targeted], part: Part) -> Iterator[Problem]:
@@ -106,9 +120,11 @@ class Binding:
         whole = any(item.update.kind == Replace.kind and item.target.covers_all for item in items)
         if stored is None and not whole:
             problem = missing(name, self.base.tensors, part.name)
-            yield (
-                replace(problem, hint=f"the base's head is its embedding: {UNTIE}") if name.endswith(HEADS) else problem
-            )
+            if name.endswith(HEADS):
+                problem = replace(problem, hint=f"the base's head is its embedding: {UNTIE}")
+            elif why := self.view.why_not(name):
+                problem = replace(problem, message=f"{problem.message}; {why}")
+            yield problem
         elif stored is None or (whole and stored.shape != shape):
             yield from self._new(name, stored, items, part)
         elif stored.shape != shape:
@@ -136,6 +152,8 @@ class Binding:
         """Tensors that are not those the adapter was trained on (R-041)."""
         for name, known in part.adapter.base.tensors.items():
             stored = self.base.tensors.get(self.base.ties.get(name, name))
+            if stored is None and name in self.view.places:
+                stored = self.view.tensors.get(name)  # what a map puts together has the bytes that were digested
             if stored is None:
                 continue  # a missing target is reported as such
             stored = stored_part(stored)
@@ -151,7 +169,7 @@ class Binding:
     def _bad_values(self, part: Part) -> Iterator[Problem]:
         """Non-finite numbers and impossible row numbers; updates that change nothing are noted."""
         idle = []
-        for item in part.adapter.updates:
+        for item in part.original.updates:
             for name, ref in item.update.components().items():
                 if ref.dtype in FLOATS:
                     values = ref.read()
@@ -242,6 +260,13 @@ class Binding:
                 yield Problem("E-SHAPE", what, hint="merge only adapters of one size")
             if len({item.target.stacked for item in items}) > 1:
                 yield Problem("E-OVERLAP", "some updates see experts in it, others one tensor", name, rule="R-029")
+
+
+def led(adapter: Adapter, base: Checkpoint, view: View, where: str) -> Adapter:
+    """The adapter with the base's targets, where maps know them under the adapter's names."""
+    if adapter.check():
+        return adapter  # its contradictions are reported as they are
+    return maps.led(adapter, view, where, base.ties)
 
 
 def _disjoint(items: list[Targeted]) -> bool:

@@ -22,6 +22,7 @@ from loratool.conventions.choices import Choices
 from loratool.errors import AnswerIsNo, ChoiceNeeded, InvalidFile, Mismatch, OutputRefused, Problem
 from loratool.format import content_digest
 from loratool.layout import Change, NewTensor, OutputFile, Weighted, output_files, output_index, output_name
+from loratool.maps.cutting import Derived
 from loratool.quantised import Dequantised
 from loratool.receipt import MergedAdapter, Receipt
 from loratool.tensors import CHUNK, DTYPE_BITS, MERGEABLE, FileState, TensorRef
@@ -72,7 +73,7 @@ class Plan:
     def memory(self) -> int:
         """An upper bound of the bytes held at a time, beside the interpreter and torch."""
         largest = sorted((_memory(tensor) for tensor in self.changes), reverse=True)[: self.threads]
-        return sum(largest) + self.threads * CHUNK
+        return sum(largest) + self.threads * CHUNK + _kept(self.changes)
 
     def to_json(self) -> dict[str, Any]:
         changes = self.changes
@@ -122,6 +123,12 @@ def _memory(tensor: NewTensor) -> int:
     return factors + 8 * rows * width // 2 + scaled
 
 
+def _kept(changes: Iterable[NewTensor]) -> int:
+    """The bytes of all experts' factors that are held while each expert takes its own."""
+    refs = (ref for tensor in changes for item, _ in tensor.updates for ref in item.update.components().values())
+    return sum(keeper.bound for keeper in {ref.data.keeper for ref in refs if isinstance(ref.data, Derived)} if keeper)
+
+
 # --- merge -----------------------------------------------------------------------------------------------------------
 
 
@@ -160,7 +167,7 @@ def plan_merge(
     ]:
         raise Mismatch(problems)
     merged = tuple(
-        MergedAdapter(content_digest(p.adapter), p.weight, p.name, len(p.adapter.updates)) for p in binding.parts
+        MergedAdapter(content_digest(p.original), p.weight, p.name, len(p.original.updates)) for p in binding.parts
     )
     seen = [adapter.digest for adapter in merged]
     twice = [f"{a.name} is merged more than once" for n, a in enumerate(merged) if a.digest in seen[:n]]
@@ -449,7 +456,7 @@ def _matched(parts: list[Part], found: Receipt, problems: list[Problem]) -> list
 
     A part's weight is NaN where none was given: the receipt knows it.
     """
-    left = [(part, content_digest(part.adapter)) for part in parts if part.sound]
+    left = [(part, content_digest(part.original)) for part in parts if part.sound]
     ordered = []
     for known in found.adapters:
         hits = [entry for entry in left if entry[1] == known.digest]

@@ -12,8 +12,10 @@ from typing import Any
 from loratool import conventions, receipt
 from loratool import format as native_format
 from loratool.adapter import Adapter, Targeted
+from loratool.binding import led
 from loratool.checkpoint import Checkpoint, open_checkpoint
 from loratool.conventions.choices import Choices
+from loratool.maps import View, shipped
 from loratool.names import natural
 from loratool.quantised import logical
 from loratool.receipt import Receipt
@@ -106,7 +108,13 @@ def inspect_path(
     source = open_checkpoint(path)
     base = logical(open_checkpoint(base_path)) if base_path is not None else None
     chosen = conventions.find(source, convention)
-    adapter = chosen.read(source, choices, base.tensors if base else None) if chosen else None
+    adapter, fitting = None, None
+    if chosen and base:
+        view = View(base.tensors, choices.maps or shipped())
+        adapter = conventions.read_against(source, choices, view, convention)
+        fitting = led(adapter, base, view, str(path))
+    elif chosen:
+        adapter = chosen.read(source, choices, None)
     wrapped = bool(chosen and chosen.unwrap(source, choices))
     found = None if adapter else receipt.find(source)
     layers = tuple(_layer(item) for item in adapter.updates) if adapter else ()
@@ -116,7 +124,7 @@ def inspect_path(
         what = "merged checkpoint" if found else "checkpoint"
     headers = [shard.header.size if shard.header else None for shard in source.shards]
     known = [size for size in headers if size is not None]
-    notes = [*(adapter.notes if adapter else source.notes), *(adapter.doubts if adapter else ())]
+    notes = [*((fitting or adapter).notes if adapter else source.notes), *(adapter.doubts if adapter else ())]
     notes += [_component(name, part) for name, part in source.components.items()]
     if adapter and adapter.unknown_scales():
         config = " (or --config)" if chosen is conventions.peft_wrapped else ""
@@ -142,7 +150,7 @@ def inspect_path(
         layers=layers,
         adapter_parameters=sum(layer.parameters for layer in layers),
         adapter_bytes=sum(layer.bytes for layer in layers),
-        fit=_fit(adapter, base) if adapter and base else None,
+        fit=_fit(fitting, base) if fitting and base else None,
         receipt=found,
         notes=tuple(notes),
     )

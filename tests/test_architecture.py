@@ -27,6 +27,7 @@ ROOMS = (
     ("container", "gguf", "npz", "pickles", "staging", "names"),
     ("updates", "checkpoint"),
     ("adapter", "quantised"),
+    ("maps",),
     ("format",),
     ("receipt", "layout"),
     ("undo",),

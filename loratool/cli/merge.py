@@ -41,6 +41,7 @@ Examples:
 @click.option("--resume", is_flag=True, help="Keep the finished files of an interrupted run, once verified.")
 @options.layout
 @options.component
+@options.map
 @options.resources
 @options.dry_run
 @options.as_json
@@ -58,6 +59,7 @@ def merge_command(
     resume: bool,
     layout: dict[str, str],
     component: tuple[str, ...],
+    map: tuple[Path, ...],
     threads: int | None,
     max_memory: int | None,
     device: str,
@@ -80,6 +82,7 @@ def merge_command(
         "resume": resume,
         "layout": layout,
         "component": component,
+        "map": map,
         "threads": threads,
         "max_memory": max_memory,
         "device": device,

@@ -95,6 +95,16 @@ def component(function: F) -> F:
     )(function)
 
 
+def map(function: F) -> F:
+    return click.option(
+        "--map",
+        multiple=True,
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Rules that lead the adapters' names to the base's (JSON), instead of the built-in ones; may be repeated.",
+    )(function)
+
+
 def enable_lora(function: F) -> F:
     return click.option(
         "--enable-lora",

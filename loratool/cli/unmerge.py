@@ -30,6 +30,7 @@ Examples:
 @click.option("--exact", is_flag=True, help="Refuse (exit 1) unless the result is bit-exact.")
 @options.layout
 @options.component
+@options.map
 @options.resources
 @options.dry_run
 @options.as_json
@@ -43,6 +44,7 @@ def unmerge_command(
     exact: bool,
     layout: dict[str, str],
     component: tuple[str, ...],
+    map: tuple[Path, ...],
     threads: int | None,
     max_memory: int | None,
     device: str,
@@ -61,6 +63,7 @@ def unmerge_command(
         "exact": exact,
         "layout": layout,
         "component": component,
+        "map": map,
         "threads": threads,
         "max_memory": max_memory,
         "device": device,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from loratool.errors import ChoiceNeeded, Problem
+from loratool.maps import Family
 from loratool.updates import RULES, Scaling
 
 T = TypeVar("T")
@@ -23,7 +24,8 @@ class Choices:
     matrices whose orientation nothing shows; `config` is a PEFT adapter_config; `components` names the parts of a
     pipeline ("unet", "te1") that are wanted of an adapter for several, all if empty. `enable_lora` maps patterns to one
     digit per block of a packed matrix, 1 for those that were trained (``101``: query and value of query, key, value).
-    `already_merged` says that the weights in a wrapped checkpoint hold the delta as well.
+    `already_merged` says that the weights in a wrapped checkpoint hold the delta as well. `maps` are rules for names
+    that the base does not have, instead of those that come with the library.
     """
 
     alpha: Mapping[str, float] = field(default_factory=dict)
@@ -34,6 +36,7 @@ class Choices:
     components: Sequence[str] = ()
     enable_lora: Mapping[str, str] = field(default_factory=dict)
     already_merged: bool = False
+    maps: Sequence[Family] = ()
 
     def __post_init__(self) -> None:
         if wrong_alpha := [alpha for alpha in self.alpha.values() if not math.isfinite(alpha)]:
