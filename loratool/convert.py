@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loratool import conventions, folding
+from loratool import conventions, folding, maps
 from loratool.adapter import Adapter, Targeted
-from loratool.binding import Binding, Part
+from loratool.binding import Binding, Part, led
 from loratool.bundle import Bundle
 from loratool.checkpoint import Checkpoint, open_checkpoint
 from loratool.conventions import Writer
@@ -147,9 +147,13 @@ def _read(
             raise ChoiceNeeded(Problem("E-OPTION", what, hint="give them to loratool.load"))
         return source, source.provenance.get("convention", "memory"), ()
     checkpoint = open_checkpoint(source)
-    inputs = tuple(FileState.of(shard.path) for shard in checkpoint.shards)
+    inputs = tuple({ref.data.state for ref in checkpoint.tensors.values() if ref.data.state is not None})
     chosen = conventions.choose(checkpoint, convention)
-    return chosen.read(checkpoint, choices, None if base is None else base.tensors), chosen.NAME, inputs
+    if base is None:
+        return chosen.read(checkpoint, choices, None), chosen.NAME, inputs
+    view = maps.View(base.tensors, choices.maps or maps.shipped())
+    adapter = conventions.read_against(checkpoint, choices, view, convention)
+    return led(adapter, base, view, str(source)), chosen.NAME, inputs
 
 
 def _unfit(adapter: Adapter, choices: Choices, base: Checkpoint | None) -> tuple[list[Problem], tuple[str, ...]]:

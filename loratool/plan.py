@@ -120,7 +120,7 @@ def _memory(tensor: NewTensor) -> int:
     factors = sum(ref.numel * width * 2 for item, _ in tensor.updates for ref in item.update.components().values())
     rows = max(BLOCK_BYTES, math.prod(tensor.shape[1:]) * 8)  # a block is at least one row
     scaled = math.prod(tensor.source.shape[1:]) * 8 * width if tensor.source and tensor.part else 0
-    return factors + 8 * rows * width // 2 + scaled
+    return factors + 10 * rows * width // 2 + scaled
 
 
 def _kept(changes: Iterable[NewTensor]) -> int:
