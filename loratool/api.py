@@ -63,7 +63,7 @@ def choices(
     peft_config = None if config is None else read_json(Path(config))
     enabled = {"*": enable_lora} if isinstance(enable_lora, str) else dict(enable_lora or {})
     files = [map] if isinstance(map, str | Path) else map or ()
-    families = [maps.read(Path(file)) for file in files]
+    families = tuple(maps.read(Path(file)) for file in files)
     return Choices(
         patterns,
         scaling,
