@@ -212,22 +212,28 @@ def test_the_hugging_face_base_takes_the_same_adapter(tmp_path: Path) -> None:
     assert (got - want).abs().max() < 1e-4 * want.abs().max()
 
 
-def test_experts_are_stacked_only_in_mlx(tmp_path: Path) -> None:
+def test_stacked_experts_are_led_to_split_ones(tmp_path: Path) -> None:
+    """A base as transformers saves it gets, expert by expert, what the base of mlx-lm gets as a stack."""
     made = trained(tmp_path, "mixtral")
-    split = {}
-    for name, value in read(made.base).items():
-        if ".switch_mlp." in name:
-            part = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}[name.split(".")[-2]]
-            prefix = name.partition("switch_mlp")[0]
-            split.update({f"{prefix}experts.{e}.{part}.weight": matrix for e, matrix in enumerate(value)})
-        else:
-            split[name] = value
+    parts = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+    def split(folder: Path) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in read(folder).items():
+            prefix, stacked, rest = name.partition("switch_mlp.")
+            part = parts.get(rest.split(".")[0], "")
+            experts = {f"{prefix}experts.{e}.{part}.weight": matrix for e, matrix in enumerate(value)}
+            found.update(experts if stacked else {name: value})
+        return found
+
     (tmp_path / "hf").mkdir()
-    save_file(own(split), tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(loratool.LoratoolError, match=r"stacks the experts.*switch_mlp") as caught:
-        loratool.merge(tmp_path / "hf", made.adapter, tmp_path / "out")
-    assert len(caught.value.problems) == 6
-    assert "mlx_lm.convert" in caught.value.hint
+    save_file(own(split(made.base)), tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    loratool.merge(tmp_path / "hf", made.adapter, tmp_path / "out")
+    loratool.merge(made.base, made.adapter, tmp_path / "stacked")
+    found, wanted = read(tmp_path / "out"), split(tmp_path / "stacked")
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert (found[name] == value).all(), name
 
 
 def test_what_the_trainer_leaves(tmp_path: Path) -> None:
