@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
@@ -18,17 +17,15 @@ from loratool.errors import InvalidFile, Mismatch, Problem
 from loratool.layout import NewTensor, Weighted
 from loratool.quantised import Dequantised
 from loratool.rounding import Exact, gradual_underflow, round_exactly, round_once, undecided
+from loratool.rows import Rows
 from loratool.tensors import (
     CHUNK,
     DTYPE_BITS,
     MERGEABLE,
-    FileSpan,
     TensorRef,
     all_finite,
     as_bytes,
     extremes,
-    open_to_read,
-    read_exactly,
     torch_dtype,
 )
 from loratool.undo import TensorRecorder, UndoTensor, decode_block, encode_block
@@ -99,7 +96,7 @@ def compute(
     largest = 0.0
     reach = 0.0  # of the deltas: sums in between can be larger than both ends
     matrices, rows, columns = _matrices(tensor)
-    with _Rows(tensor, rows, columns, device) as source:
+    with _rows(tensor, rows, columns, device) as source:
         for matrix in range(matrices):
             opened = [_open(weighted, tensor, matrix, rows, device) for weighted in _ordered(tensor, matrix)]
             first = matrix * rows
@@ -121,7 +118,7 @@ def compute(
                     result, high = _merged(tensor, source, opened, stored, start, stop, reproducible)
                     largest = max(largest, high)
                 if digests:
-                    before.update(source.host(stored))
+                    before.update(as_bytes(source.last))
                 data = source.host(result)
                 if digests:
                     after.update(data)
@@ -150,7 +147,7 @@ def _record_whole(original: TensorRef, recorder: TensorRecorder) -> None:
     tensor = NewTensor(original.name, original, original.dtype, original.shape)
     _, rows, columns = _matrices(tensor)
     recorder.height = _height(rows, columns, tensor)
-    with _Rows(tensor, rows, columns) as source:
+    with _rows(tensor, rows, columns) as source:
         for start, stop in _blocks(rows, columns, tensor):
             stored = source.read(start, stop)
             recorder.blocks.append(encode_block(stored, torch.zeros_like(stored), _none()))
@@ -170,7 +167,7 @@ def restore(
     blocks, norms = record.read_blocks(), iter(record.norms)
     dtype = torch_dtype(tensor.dtype)
     try:
-        with _Rows(tensor, rows, columns, device, record.height) as source:
+        with _rows(tensor, rows, columns, device, record.height) as source:
             for matrix in range(matrices):
                 opened = [_open(weighted, tensor, matrix, rows, device) for weighted in _ordered(tensor, matrix)]
                 for update in opened:
@@ -197,7 +194,7 @@ def restore(
 
 def _merged(
     tensor: NewTensor,
-    source: _Rows,
+    source: Rows,
     opened: list[_Opened],
     stored: torch.Tensor,
     start: int,
@@ -222,7 +219,7 @@ def _merged(
 
 def _predicted(
     tensor: NewTensor,
-    source: _Rows,
+    source: Rows,
     opened: list[_Opened],
     merged: torch.Tensor,
     dtype: torch.dtype,
@@ -231,7 +228,6 @@ def _predicted(
 ) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
     """The base's rows start:stop as they follow from the merged ones, in the base's dtype; and what tells the flat
     indices, ascending, of the elements for which another machine may find a neighbour."""
-
     guess = source.buffer("guess", dtype, stop - start)
     if merged.dtype == dtype and not [*_inside(opened, merged, start, stop)]:
         return guess.copy_(merged), _none
@@ -388,88 +384,15 @@ def _height(rows: int, columns: int, tensor: NewTensor) -> int:
     return max(1, min(rows, BLOCK_BYTES * 8 // max(1, columns * DTYPE_BITS[tensor.dtype])))
 
 
+def _rows(tensor: NewTensor, rows: int, columns: int, device: str = "cpu", height: int = 0) -> Rows:
+    height = min(rows, height) or _height(rows, columns, tensor)
+    return Rows(tensor.source, columns, height, torch_dtype(compute_dtype(tensor)), device)
+
+
 def _blocks(rows: int, columns: int, tensor: NewTensor, height: int = 0) -> Iterator[tuple[int, int]]:
     height = height or _height(rows, columns, tensor)
     for start in range(0, rows if columns else 0, height):
         yield start, min(rows, start + height)
-
-
-class _Rows:
-    """Blocks of rows of a tensor, in buffers that are used again for every block.
-
-    On another device than the CPU, what is read and written passes through pinned memory; every worker has its own
-    stream, so that one worker's transfers overlap with another's arithmetic.
-    """
-
-    def __init__(self, tensor: NewTensor, rows: int, columns: int, device: str = "cpu", height: int = 0) -> None:
-        self.source = tensor.source
-        self.height = min(rows, height) or _height(rows, columns, tensor)
-        self.columns = columns
-        self.device = device
-        self.compute = torch_dtype(compute_dtype(tensor))
-        self.buffers: dict[str, torch.Tensor] = {}
-        self.stack = ExitStack()
-
-    def __enter__(self) -> _Rows:
-        self.file: BinaryIO | None = None
-        self.held: torch.Tensor | None = None
-        source = self.source
-        if self.device != "cpu":
-            self.stack.enter_context(_own_stream(self.device))
-        if source is not None and isinstance(source.data, FileSpan) and not source.views:
-            self.span = source.data
-            self.file = self.stack.enter_context(open_to_read(source.data.path))
-        elif source is not None and source.numel and not isinstance(source.data, Dequantised):
-            self.held = source.read().reshape(-1, self.columns)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stack.close()
-
-    def buffer(self, role: str, dtype: torch.dtype, rows: int, host: bool = False) -> torch.Tensor:
-        """[rows, columns] of memory, the same each time."""
-        import torch
-
-        if role not in self.buffers:
-            place = "cpu" if host else self.device
-            pinned = host and self.device != "cpu"
-            self.buffers[role] = torch.empty(self.height, self.columns, dtype=dtype, device=place, pin_memory=pinned)
-        return self.buffers[role][:rows]
-
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """Rows start:stop as stored, [rows, columns]; none for a new tensor."""
-        dtype = torch_dtype(self.source.dtype if self.source else "U8")
-        if self.file is not None:
-            stored = self.buffer("stored", dtype, stop - start, host=True)
-            self.file.seek(self.span.offset + start * self.columns * stored.element_size())
-            read_exactly(self.file, as_bytes(stored), self.span.path)
-        elif self.held is not None:
-            stored = self.held[start:stop].contiguous()
-        elif self.source is not None and isinstance(self.source.data, Dequantised):
-            stored = self.source.data.rows(start, stop, self.columns)
-        else:
-            stored = self.buffer("stored", dtype, 0, host=True)
-        return stored if self.device == "cpu" else stored.to(self.device, non_blocking=True)
-
-    def widened(self, stored: torch.Tensor, rows: int) -> torch.Tensor:
-        """A block in the compute dtype, [rows, columns]; zeros for a new tensor."""
-        W = self.buffer("W", self.compute, rows)
-        return W.copy_(stored) if self.source is not None else W.zero_()
-
-    def host(self, values: torch.Tensor) -> memoryview:
-        """The bytes of a block, in the memory of the CPU."""
-        if values.device.type == "cpu":
-            return as_bytes(values)
-        return as_bytes(self.buffer(f"host {values.dtype}", values.dtype, len(values), host=True).copy_(values))
-
-
-@contextmanager
-def _own_stream(device: str) -> Iterator[None]:
-    """What this thread computes on a GPU waits for nothing that other threads do."""
-    import torch
-
-    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
-        yield
 
 
 def _reach(opened: list[_Opened], start: int, stop: int) -> float:

@@ -108,17 +108,16 @@ def run_merge(plan: Plan, progress: ProgressCallback | None = None) -> MergeRepo
         placeholder = _receipt(plan, {tensor.name: blank for tensor in plan.changes})
         plan = replace(plan, files=(_with_receipt(plan.files[0], placeholder),))
     recorded = False
-    written: dict[str, Written] = {}
     try:
         with ExitStack() as stack:
             kept = stack.enter_context(kept_files(plan)) if plan.resume else {}
             folder = stack.enter_context(_output(plan))
             if plan.undo is None:
-                done = _fill(plan, folder, progress, kept, None, written)
+                done, written = _fill(plan, folder, progress, kept, None)
             else:
                 # The record appears first: there is never a merge that promised one and has none.
                 with undo.writing(plan.undo) as (writer, record):
-                    done = _fill(plan, folder, progress, kept, writer, written)
+                    done, written = _fill(plan, folder, progress, kept, writer)
                     writer.finish(record, done)
                 recorded = True
     except BaseException:
@@ -135,10 +134,9 @@ def _fill(
     progress: ProgressCallback | None,
     kept: Mapping[str, Kept],
     writer: UndoWriter | None,
-    written: dict[str, Written],
-) -> Receipt:
-    """Write the weights files of a merge and its receipt; note in `written` what is known of each tensor."""
-    written.update(_write(plan, folder, progress, writer, kept))
+) -> tuple[Receipt, dict[str, Written]]:
+    """Write the weights files of a merge and its receipt; also what is known of each computed tensor."""
+    written = _write(plan, folder, progress, writer, kept)
     done = _receipt(plan, written)
     if plan.single:
         header = _with_receipt(plan.files[0], done).header
@@ -147,7 +145,7 @@ def _fill(
             file.write(header)
     else:
         (folder / receipt.FILE_NAME).write_text(done.dumps(), encoding="utf-8")
-    return done
+    return done, written
 
 
 def run_unmerge(plan: Plan, progress: ProgressCallback | None = None) -> UnmergeReport:

@@ -30,7 +30,7 @@ ROOMS = (
     ("maps",),
     ("format",),
     ("receipt", "layout"),
-    ("undo",),
+    ("undo", "rows"),
     ("blocks",),
     ("folding", "bundle"),
     ("conventions",),
