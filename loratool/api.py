@@ -183,6 +183,7 @@ def convert(
     component: str | Sequence[str] | None = None,
     enable_lora: str | Mapping[str, str] | None = None,
     already_merged: bool = False,
+    map: PathLike | Sequence[PathLike] | None = None,
 ) -> ConvertReport:
     """Write an adapter in another convention, `to` ("peft", "native"), whole or not at all. Every delta is kept.
 
@@ -198,7 +199,7 @@ def convert(
         source if isinstance(source, Adapter) else Path(source),
         Path(out),
         to,
-        choices(alpha, scaling, config, adapter, layout, component, enable_lora, already_merged),
+        choices(alpha, scaling, config, adapter, layout, component, enable_lora, already_merged, map),
         base=None if base is None else Path(base),
         convention=convention,
         options=Options(uniform),

@@ -74,38 +74,6 @@ def document(content: Mapping[str, Any]) -> Plain:
 
 
 @dataclass(frozen=True)
-class Pickle:
-    """A tree of dicts for `torch.load`, with tensors at its leaves; `weights_only=True` reads it.
-
-    Written in one go, with all tensors in memory.
-    """
-
-    tree: Mapping[str, Any]
-    suffixes: tuple[str, ...] = (".pt", ".pth", ".bin", ".ckpt")
-
-    @property
-    def nbytes(self) -> int:
-        return 4096 + _bytes_of(self.tree)
-
-    def write(self, file: BinaryIO) -> None:
-        import torch
-
-        torch.save(_read(self.tree), file)
-
-
-def _bytes_of(tree: object) -> int:
-    if isinstance(tree, Mapping):
-        return sum(256 + _bytes_of(child) for child in tree.values())  # 256: an entry of the archive
-    return tree.nbytes if isinstance(tree, TensorRef) else 0
-
-
-def _read(tree: Any) -> Any:
-    if isinstance(tree, Mapping):
-        return {key: _read(child) for key, child in tree.items()}
-    return tree.read().contiguous() if isinstance(tree, TensorRef) else tree
-
-
-@dataclass(frozen=True)
 class Bundle:
     """All that an adapter is in one convention: a single file, or a folder of files by their relative paths.
 

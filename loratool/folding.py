@@ -182,18 +182,6 @@ def without_core(update: Lora) -> Lora:
 # -- parts and wholes -------------------------------------------------------------------------------------------------
 
 
-def of_rows(item: Targeted, start: int, stop: int) -> Targeted:
-    """The part of a LoRA that changes rows start:stop of its tensor (one projection of a fused one): rows of B.
-
-    `item` covers the whole tensor. Exact, without a copy.
-    """
-    update = item.update
-    assert isinstance(update, Lora), "only LoRA"
-    assert item.target.rows is None
-    B = update.B.narrow(len(update.B.shape) - 2, start, stop - start)  # [.., rows, rank]
-    return Targeted(replace(item.target, rows=(start, stop)), replace(update, B=B))
-
-
 def of_expert(item: Targeted, expert: int) -> Targeted:
     """The part of an update of all experts that changes one of them. Exact, without a copy."""
     assert item.target.experts is not None, "an update of all experts"

@@ -205,10 +205,10 @@ def _merge(tensor: NewTensor, receive: Receive) -> None:
     """Compute the merged weight in float32 and hand it on, some rows at a time."""
     assert tensor.source is not None
     whole = replace(tensor, dtype="F32", shape=tensor.source.shape, part="")
-    compute(whole, cast(BinaryIO, _Rows(tensor.source.shape[-1], receive)), lambda _: None, digests=False)
+    compute(whole, cast(BinaryIO, _Sink(tensor.source.shape[-1], receive)), lambda _: None, digests=False)
 
 
-class _Rows:
+class _Sink:
     """What a merge writes to, that takes its bytes as rows of float32."""
 
     def __init__(self, columns: int, receive: Receive) -> None:

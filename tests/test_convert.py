@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import loratool
 from loratool import Adapter, Target, Targeted, TensorRef, conventions
-from loratool.bundle import Pickle, Safetensors, document
+from loratool.bundle import Safetensors, document
 from loratool.updates import Add, Lora, Replace, Scaling, Update
 
 # -- tools ------------------------------------------------------------------------------------------------------------
@@ -486,17 +486,6 @@ def test_what_can_not_be_read_back_does_not_leave(kit: Kit, tmp_path: Path, monk
 
 
 # -- containers -------------------------------------------------------------------------------------------------------
-
-
-def test_a_pickle_is_read_with_weights_only(tmp_path: Path) -> None:
-    values = torch.randn(4, 3, dtype=torch.bfloat16)
-    content = Pickle({"model": {"a": TensorRef.of(values).T, "b": TensorRef.of(values)}, "rank": 3})
-    with (tmp_path / "x.pth").open("wb") as file:
-        content.write(file)
-    found = torch.load(tmp_path / "x.pth", weights_only=True)
-    assert found["rank"] == 3
-    assert torch.equal(found["model"]["a"], values.T)
-    assert (tmp_path / "x.pth").stat().st_size <= content.nbytes + 2048
 
 
 def test_the_size_of_safetensors_is_known_before(tmp_path: Path) -> None:

@@ -183,12 +183,19 @@ def test_a_core_goes_into_a(data: st.DataObject, region: tuple[int, ...], expert
 # -- parts and wholes -------------------------------------------------------------------------------------------------
 
 
+def of_rows(item: Targeted, start: int, stop: int) -> Targeted:
+    """The part of a LoRA that changes rows start:stop of its tensor: rows of B."""
+    assert isinstance(item.update, Lora)
+    B = item.update.B.narrow(len(item.update.B.shape) - 2, start, stop - start)  # [.., rows, rank]
+    return Targeted(replace(item.target, rows=(start, stop)), replace(item.update, B=B))
+
+
 @given(st.data(), regions, st.sampled_from((None, 2)))
 def test_rows_apart_are_the_whole(data: st.DataObject, region: tuple[int, ...], experts: int | None) -> None:
     shape = region if experts is None else (experts, *region)
     item = Targeted(Target("a.weight", shape, experts=experts), data.draw(updates("lora", region, experts)))
     cut = data.draw(st.integers(0, region[0]))
-    parts = [folding.of_rows(item, start, stop) for start, stop in ((0, cut), (cut, region[0])) if start < stop]
+    parts = [of_rows(item, start, stop) for start, stop in ((0, cut), (cut, region[0])) if start < stop]
     assert_sound(*parts)
     assert torch.equal(applied(parts), applied([item]))
     padded = [folding.of_all_rows(part) for part in parts]
@@ -276,7 +283,7 @@ def test_nothing_is_read_before_it_is_needed() -> None:
     scaling = make_update("lora", (6, 4), Maker(0)).scaling
     item = Targeted(target, Lora(absent(2, 4), absent(6, 2), scaling))
     other = Targeted(target, Lora(absent(3, 4), absent(6, 3), folding.by_rank(0.3, 3)))
-    made = [folding.summed([item, other]), *folding.uniform([item, other]), folding.of_rows(item, 1, 3)]
+    made = [folding.summed([item, other]), *folding.uniform([item, other]), of_rows(item, 1, 3)]
     made += [folding.of_all_rows(made[-1]), folding.bake([item], absent(6, 4))]
     assert_sound(made[0])
     for result in made:

@@ -783,6 +783,11 @@ def test_a_users_map_from_the_command_line(
         done = cli("unmerge", tmp_path / "out", adapter, *proof, "-o", out, *options)
         assert done.code == 0, done.err
         assert_same_bits(read(out), state)
+    led = tmp_path / "led.safetensors"
+    done = cli("convert", adapter, "--to", "native", "--base", made.base, "-o", led, *options)
+    assert done.code == 0, done.err
+    loratool.merge(made.base, led, tmp_path / "again")  # which needs no map any more
+    assert_same_bits(read(tmp_path / "again"), got)
 
 
 def test_a_map_that_matches_nothing(trained: Callable[..., Trained], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -25,15 +26,9 @@ Examples:
 @click.option("--base", type=click.Path(path_type=Path), help="The adapter's base, for what only it can tell.")
 @click.option("--uniform", is_flag=True, help="One rank and one scale for all LoRA updates, for consumers like vLLM.")
 @click.option("--bake", is_flag=True, help="Write what does not fit as whole merged tensors (with --base).")
-@options.alpha
-@click.option("--scaling", metavar="RULE", help="What alpha means: alpha/rank, alpha, or alpha/sqrt(rank).")
-@click.option("--config", type=click.Path(path_type=Path), help="A PEFT adapter_config.json with rank and alpha.")
-@click.option("--from", "convention", metavar="NAME", help="The convention to read, where several match.")
-@click.option("--adapter", metavar="NAME", help="Which adapter, where the file holds several.")
-@options.layout
+@options.reading
 @options.component
-@options.enable_lora
-@options.already_merged
+@options.map
 @options.as_json
 @options.quiet
 def convert_command(
@@ -43,15 +38,9 @@ def convert_command(
     base: Path | None,
     uniform: bool,
     bake: bool,
-    alpha: dict[str, float] | None,
-    scaling: str | None,
-    config: Path | None,
-    convention: str | None,
-    adapter: str | None,
-    layout: dict[str, str],
+    given: dict[str, Any],
     component: tuple[str, ...],
-    enable_lora: dict[str, str],
-    already_merged: bool,
+    map: tuple[Path, ...],
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -67,15 +56,9 @@ def convert_command(
         base=base,
         uniform=uniform,
         bake=bake,
-        alpha=alpha,
-        scaling=scaling,
-        config=config,
-        convention=convention,
-        adapter=adapter,
-        layout=layout,
+        **given,
         component=component,
-        enable_lora=enable_lora,
-        already_merged=already_merged,
+        map=map,
     )
     if as_json:
         output.print_json("convert", report.to_json())

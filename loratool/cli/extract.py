@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -19,28 +20,14 @@ Examples:
 )
 @click.argument("wrapped", type=click.Path(path_type=Path))
 @options.out("The adapter file to write, usually NAME.lora.safetensors.")
-@options.alpha
-@click.option("--scaling", metavar="RULE", help="What alpha means: alpha/rank, alpha, or alpha/sqrt(rank).")
-@click.option("--config", type=click.Path(path_type=Path), help="A PEFT adapter_config.json with rank and alpha.")
-@click.option("--from", "convention", metavar="NAME", help="The convention, where several match.")
-@click.option("--adapter", metavar="NAME", help="Which adapter, where the checkpoint holds several.")
-@options.layout
-@options.enable_lora
-@options.already_merged
+@options.reading
 @click.option("--base-out", type=click.Path(path_type=Path), help="Also write the clean base checkpoint, as a folder.")
 @options.as_json
 @options.quiet
 def extract_command(
     wrapped: Path,
     out: Path,
-    alpha: dict[str, float] | None,
-    scaling: str | None,
-    config: Path | None,
-    convention: str | None,
-    adapter: str | None,
-    layout: dict[str, str],
-    enable_lora: dict[str, str],
-    already_merged: bool,
+    given: dict[str, Any],
     base_out: Path | None,
     as_json: bool,
     quiet: bool,
@@ -53,14 +40,7 @@ def extract_command(
         report = loratool.extract(
             wrapped,
             out,
-            alpha=alpha,
-            scaling=scaling,
-            config=config,
-            convention=convention,
-            adapter=adapter,
-            layout=layout,
-            enable_lora=enable_lora,
-            already_merged=already_merged,
+            **given,
             base_out=base_out,
             progress=callback,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -120,6 +121,29 @@ already_merged = click.option(
     is_flag=True,
     help="loralib: the model was saved in eval mode, so its weights hold the delta; --base-out subtracts it again.",
 )
+
+
+READING = ("alpha", "scaling", "config", "convention", "adapter", "layout", "enable_lora", "already_merged")
+
+
+def reading(function: Callable[..., None]) -> Callable[..., None]:
+    """The options that say what a file leaves open; the command gets them as one mapping, `given`."""
+
+    @functools.wraps(function)
+    def command(**params: Any) -> None:
+        function(given={name: params.pop(name) for name in READING}, **params)
+
+    scaling = click.option(
+        "--scaling", metavar="RULE", help="What alpha means: alpha/rank, alpha, or alpha/sqrt(rank)."
+    )
+    config = click.option(
+        "--config", type=click.Path(path_type=Path), help="A PEFT adapter_config.json with rank and alpha."
+    )
+    convention = click.option(
+        "--from", "convention", metavar="NAME", help="The convention to read, where several match."
+    )
+    adapter = click.option("--adapter", metavar="NAME", help="Which adapter, where the file holds several.")
+    return alpha(scaling(config(convention(adapter(layout(enable_lora(already_merged(command))))))))
 
 
 def _bytes(ctx: Context, param: Parameter, value: str | None) -> int | None:
