@@ -8,8 +8,9 @@ reading; the views are replayed when `read` fetches the numbers.
 from __future__ import annotations
 
 import math
+import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from io import FileIO
@@ -75,6 +76,20 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
 
 
+def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Memory for a tensor on the CPU, not set to anything.
+
+    A large one gets pages of its own, which go back to the system with it. malloc would keep them: glibc takes blocks
+    of up to 32 MB for ordinary ones once a first of their size was freed, and holes between others stay resident.
+    """
+    import torch
+
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes <= CHUNK:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=dtype).reshape(shape)
+
+
 def extremes(values: torch.Tensor) -> tuple[float, float]:
     """The smallest and the largest element; NaN if there is any. Quick passes, where `isfinite().all()` is slow."""
     if not values.numel():
@@ -137,9 +152,7 @@ class FileSpan:
     state: FileState | None = field(default=None, compare=False, repr=False)
 
     def load(self, dtype: str, shape: Shape) -> torch.Tensor:
-        import torch
-
-        tensor = torch.empty(shape, dtype=torch_dtype(dtype))
+        tensor = empty(shape, torch_dtype(dtype))
         if tensor.numel():
             with open_to_read(self.path) as file:
                 file.seek(self.offset)
@@ -275,7 +288,7 @@ class TensorRef:
         tensor = self.data.load(self.dtype, self.stored_shape)
         for verb, arguments in self.views:
             tensor = tensor.narrow(*arguments) if verb == "narrow" else getattr(tensor, verb)(arguments)
-        return tensor if dtype is None else tensor.to(dtype)
+        return tensor if dtype in (None, tensor.dtype) else empty(tensor.shape, dtype).copy_(tensor)
 
     def chunks(self) -> Iterator[memoryview]:
         """The raw little-endian bytes in row-major order, a piece at a time. A piece is only valid until the next."""

@@ -101,7 +101,10 @@ class LoraBlock(Additive):
 
     @cached_property
     def longest_column(self) -> torch.Tensor:
-        return safe_norm(self.A_size, 0).amax()
+        import torch
+
+        # Some columns at a time: a norm in float64 takes a copy.
+        return torch.stack([safe_norm(part, 0).amax() for part in torch.split(self.A_size, 1024, dim=1)]).amax()
 
     def apply(self, W: torch.Tensor, start: int, weight: float) -> None:
         # W + scale * (B @ A), fused: no delta is ever materialised.
