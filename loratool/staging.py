@@ -90,18 +90,13 @@ def _scratch(parent: Path, prefix: str) -> Iterator[Path]:
         yield folder
     finally:
         if folder is not None:
-            _remove(folder)
+            try:
+                shutil.rmtree(folder, ignore_errors=True)
+            except BaseException:  # a signal, even at the first step: it is answered afterwards
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
         if lock is not None:
             os.close(lock)
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder, and go on after a signal, which is then answered."""
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _held(folder: Path, lock: int | None) -> bool:
