@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from collections import Counter
@@ -48,16 +49,29 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: 
 
     terminal = sys.stdout.isatty()
     console = Console(width=None if terminal else 100_000, highlight=False)
-    table = Table(box=None, pad_edge=False, padding=(0, 2 if console.width >= 100 else 1, 0, 0), header_style="bold")
+    gap = 2 if console.width >= 100 else 1
+    table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
     for number, column in enumerate(columns):
         right = number in numeric
         table.add_column(column, justify="right" if right else "left", overflow="fold", no_wrap=right)
-    for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
+    cells = [[printable(cell) for cell in row] for row in rows]
+    others = sum(gap + max(map(len, column)) for column in [*zip(columns, *cells, strict=True)][1:])
+    for name, *rest in cells:
+        table.add_row(*map(Text, (_folded(name, console.width - others), *rest)))
     with console.capture() as capture:
         console.print(table)
     lines = (line.rstrip() for line in capture.get().splitlines())
     click.echo("\n".join(lines))
+
+
+def _folded(name: str, width: int) -> str:
+    """A dotted name on as many lines as it needs, broken after dots."""
+    lines = [""]
+    for part in re.split(r"(?<=\.)", name):
+        if lines[-1].strip() and len(lines[-1]) + len(part) > width:
+            lines.append("  ")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def facts(pairs: Sequence[tuple[str, str]]) -> None:
