@@ -142,8 +142,9 @@ def uniform_note(before: Iterable[Targeted], after: Iterable[Targeted]) -> str:
         return "no LoRA update is in it to bring to one rank and scale"
     moved = [one / two for one, two in scales if one != two]
     rounded = sum(not is_exact(factor) for factor in moved)
-    how = f"; {rounded} of them by no power of two, rounded to float32" if rounded else ", exactly" if moved else ""
-    return f"one rank, {ranks[0]}, and one scale, {scales[0][1]:g}: B of {len(moved)} updates was scaled{how}"
+    how = f"; {rounded} of them by no power of two, rounded to float32" if rounded else ", exactly"
+    what = f"B of {len(moved)} updates was scaled{how}" if moved else "nothing had to be scaled"
+    return f"one rank, {ranks[0]}, and one scale, {scales[0][1]:g}: {what}"
 
 
 def low_rank(update: Update) -> Lora | None:

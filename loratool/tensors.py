@@ -40,6 +40,7 @@ _TORCH_NAMES = {
     "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }  # fmt: skip
 
+OWN_PAGES = 1 << 18  # bytes from which on memory is not left to malloc
 CHUNK = 1 << 20  # bytes moved at a time: large enough for sequential I/O, small enough for the cache
 
 Shape = tuple[int, ...]
@@ -85,7 +86,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     import torch
 
     nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes <= CHUNK:
+    if nbytes < OWN_PAGES:
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=dtype).reshape(shape)
 
