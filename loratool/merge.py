@@ -273,17 +273,19 @@ def _write(
     with _Flusher() as flusher, ThreadPoolExecutor(plan.threads, initializer=_single_threaded) as pool:
 
         def work() -> None:
-            for name, task in queue:
-                _run(folder / name, name, task, plan, meter, writer, journal, requantiser)
-                flusher.wrote(folder / name, task.nbytes)
+            while (taken := queue.take()) is not None:
+                name, task = taken
+                try:
+                    _run(folder / name, name, task, plan, meter, writer, journal, requantiser)
+                    flusher.wrote(folder / name, task.nbytes)
+                finally:
+                    queue.done(name)
 
-        running = [pool.submit(work) for _ in range(plan.threads)]
         try:
-            for done in as_completed(running):
+            for done in as_completed([pool.submit(work) for _ in range(plan.threads)]):
                 done.result()
-        except BaseException:
-            queue.clear()
-            raise
+        finally:
+            queue.drain()  # a pool does not know, and wait for, a worker that a signal interrupted it in starting
     for known in plan.inputs:
         known.check()
     found = {name: written for file in journal.found.values() for name, written in file.items()}
@@ -303,29 +305,34 @@ class _Queue:
     """Hands out tasks to workers: of the file that the fewest of them write to, since a file has one lock for all."""
 
     def __init__(self, tasks: Sequence[tuple[str, Copy | Change]]) -> None:
-        self.lock = threading.Lock()
+        self.changed = threading.Condition()
         self.left: dict[str, deque[Copy | Change]] = {}
         for name, task in tasks:
             self.left.setdefault(name, deque()).append(task)
         self.writers = dict.fromkeys(self.left, 0)
 
-    def clear(self) -> None:
-        with self.lock:
-            self.left.clear()
+    def take(self) -> tuple[str, Copy | Change] | None:
+        """The next task and its file, which `done` is told afterwards; None if nothing is left."""
+        with self.changed:
+            if not self.left:
+                return None
+            name = min(self.left, key=self.writers.__getitem__)  # the first of equals, to finish it for --resume
+            task = self.left[name].popleft()
+            if not self.left[name]:
+                del self.left[name]
+            self.writers[name] += 1
+            return name, task
 
-    def __iter__(self) -> Iterator[tuple[str, Copy | Change]]:
-        while True:
-            with self.lock:
-                if not self.left:
-                    return
-                name = min(self.left, key=self.writers.__getitem__)  # the first of equals, to finish it for --resume
-                task = self.left[name].popleft()
-                if not self.left[name]:
-                    del self.left[name]
-                self.writers[name] += 1
-            yield name, task
-            with self.lock:
-                self.writers[name] -= 1
+    def done(self, name: str) -> None:
+        with self.changed:
+            self.writers[name] -= 1
+            self.changed.notify_all()
+
+    def drain(self) -> None:
+        """Hand out nothing more, and wait until nobody writes any more."""
+        with self.changed:
+            self.left.clear()
+            self.changed.wait_for(lambda: not any(self.writers.values()))
 
 
 class _Flusher:

@@ -6,6 +6,8 @@ import errno
 import importlib
 import os
 import shutil
+import threading
+import time
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -182,3 +184,29 @@ def test_a_disk_that_fails_to_read_names_the_file(model: Path, monkeypatch: pyte
     assert code_of(caught) == "E-READ"
     assert caught.value.where.endswith(name)
     assert not (model / "out").exists()
+
+
+def test_a_worker_that_its_pool_does_not_know_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal can come when a thread runs already, and its pool has not noted it yet."""
+    save_sharded({f"{name}.weight": torch.randn(64, 64) for name in "abcd"}, tmp_path / "base", shards=2)
+    adapter = one("lora", (64, 64), name="a.weight")
+    start, begun, steps = threading.Thread.start, threading.Event(), list[int]()
+
+    def interrupted(self: threading.Thread) -> None:
+        start(self)
+        assert begun.wait(10)
+        raise KeyboardInterrupt
+
+    def slow(step: loratool.Progress) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            begun.set()
+            time.sleep(0.05)
+            steps.append(step.done)
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        loratool.merge(tmp_path / "base", adapter, tmp_path / "out", progress=slow, threads=1)
+    done = len(steps)
+    time.sleep(0.2)
+    assert done == len(steps) > 0, "it went on writing after its output had been given up"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
