@@ -173,6 +173,7 @@ def convert(
     *,
     base: PathLike | None = None,
     uniform: bool = False,
+    as_component: str = "",
     bake: bool = False,
     alpha: float | Mapping[str, float] | None = None,
     scaling: str | None = None,
@@ -188,7 +189,8 @@ def convert(
     """Write an adapter in another convention, `to` ("peft", "native"), whole or not at all. Every delta is kept.
 
     `base` binds it to a checkpoint, as in `load`. `uniform` brings all LoRA updates to one rank and one scale, for
-    consumers that read only one. What the convention can not hold is refused, all of it at once, or with `bake`
+    consumers that read only one. `as_component` says which part of a pipeline ("unet", "te1") an adapter of one model
+    is for. What the convention can not hold is refused, all of it at once, or with `bake`
     replaced by the whole tensors that a merge into `base` would give. What the source leaves open is said as in `load`.
 
     Raises Unsupported for what does not fit, ChoiceNeeded, Mismatch, and OutputRefused if `out` exists.
@@ -202,7 +204,7 @@ def convert(
         choices(alpha, scaling, config, adapter, layout, component, enable_lora, already_merged, map),
         base=None if base is None else Path(base),
         convention=convention,
-        options=Options(uniform),
+        options=Options(uniform, as_component),
         bake=bake,
     )
     return run_convert(planned)

@@ -68,6 +68,38 @@ class Plain:
         file.write(self.data)
 
 
+@dataclass(frozen=True)
+class Pickle:
+    """A tree of dicts for `torch.load`, with tensors at its leaves; `weights_only=True` reads it.
+
+    Written in one go, with all tensors in memory.
+    """
+
+    tree: Mapping[str, Any]
+    suffixes: tuple[str, ...] = (".pt", ".pth", ".bin", ".ckpt")
+
+    @property
+    def nbytes(self) -> int:
+        return 4096 + _bytes_of(self.tree)
+
+    def write(self, file: BinaryIO) -> None:
+        import torch
+
+        torch.save(_read(self.tree), file)
+
+
+def _bytes_of(tree: object) -> int:
+    if isinstance(tree, Mapping):
+        return sum(256 + _bytes_of(child) for child in tree.values())  # 256: an entry of the archive
+    return tree.nbytes if isinstance(tree, TensorRef) else 0
+
+
+def _read(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _read(child) for key, child in tree.items()}
+    return tree.read().contiguous() if isinstance(tree, TensorRef) else tree
+
+
 def document(content: Mapping[str, Any]) -> Plain:
     """A JSON file, indented, in the order given."""
     return Plain((json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(), (".json",))
@@ -77,11 +109,13 @@ def document(content: Mapping[str, Any]) -> Plain:
 class Bundle:
     """All that an adapter is in one convention: a single file, or a folder of files by their relative paths.
 
-    `notes` says what a user should know: what was folded, and which consumers will not take it.
+    `notes` says what a user should know: what was folded, and which consumers will not take it. `targets` are the
+    tensors that the convention's own reader finds in it without a base, where these are not called as in the adapter.
     """
 
     content: Content | Mapping[str, Content]
     notes: tuple[str, ...] = ()
+    targets: frozenset[str] | None = None
 
     @property
     def files(self) -> Mapping[str, Content]:

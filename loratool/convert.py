@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from loratool.tensors import FileState
 from loratool.version import TOOL
 
 SHOWN = 3  # names in a message
+_FLAGS = {"uniform": "--uniform", "component": "--as"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Conversion:
     baked: tuple[str, ...]
     notes: tuple[str, ...]
     inputs: tuple[FileState, ...]
+    view: maps.View | None  # of the base, where one is given
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def plan_convert(
     bake: bool = False,
 ) -> Conversion:
     """All checks of a conversion. Raises what is wrong with the inputs, the output, and the updates that do not fit."""
-    writer = _writer(to)
+    writer = _writer(to, options)
     if (problem := refuse_existing(out)) is not None:
         raise OutputRefused(problem)
     if bake and base is None:
@@ -87,7 +89,8 @@ def plan_convert(
             Problem("E-OPTION", "baking merges into the base's tensors", hint="give it with --base BASE")
         )
     opened = None if base is None else logical(open_checkpoint(base))
-    adapter, read_as, inputs = _read(source, choices, convention, opened)
+    view = None if opened is None else maps.View(opened.tensors, choices.maps or maps.shipped())
+    adapter, read_as, inputs = _read(source, choices, convention, opened, view)
     problems, notes = _unfit(adapter, choices, opened)
     if problems:
         raise Mismatch(problems)
@@ -100,7 +103,7 @@ def plan_convert(
         inputs = (*inputs, *(FileState.of(shard.path) for shard in opened.shards))
     if baked:
         notes = (*notes, f"{_named(baked)}: baked in, as whole tensors of this base: no other base fits them any more")
-    return Conversion(adapter, read_as, writer, bundle, out, baked, (*notes, *bundle.notes), inputs)
+    return Conversion(adapter, read_as, writer, bundle, out, baked, (*notes, *bundle.notes), inputs, view)
 
 
 def run_convert(conversion: Conversion) -> ConvertReport:
@@ -127,18 +130,24 @@ def run_convert(conversion: Conversion) -> ConvertReport:
     )
 
 
-def _writer(name: str) -> Writer:
+def _writer(name: str, options: Options) -> Writer:
     writers = conventions.writers()
     if name not in writers:
         known = ", ".join(writers)
         readable = any(name == convention.NAME for convention in conventions.CONVENTIONS)
         what = f"{name} can be read, not written" if readable else f"there is no convention {name!r}"
         raise ChoiceNeeded(Problem("E-OPTION", what, hint=f"--to takes {known}"))
-    return writers[name]
+    writer = writers[name]
+    for option in fields(options):
+        if getattr(options, option.name) != option.default and option.name not in writer.OPTIONS:
+            able = ", ".join(other.NAME for other in writers.values() if option.name in other.OPTIONS)
+            what = f"{_FLAGS[option.name]} means nothing to {name}"
+            raise ChoiceNeeded(Problem("E-OPTION", what, hint=f"leave it out; it is for {able}"))
+    return writer
 
 
 def _read(
-    source: Path | Adapter, choices: Choices, convention: str | None, base: Checkpoint | None
+    source: Path | Adapter, choices: Choices, convention: str | None, base: Checkpoint | None, view: maps.View | None
 ) -> tuple[Adapter, str, tuple[FileState, ...]]:
     """The adapter, bound to the base's names and orientation; what it was stored as; the files it lies in."""
     if isinstance(source, Adapter):
@@ -149,9 +158,8 @@ def _read(
     checkpoint = open_checkpoint(source)
     inputs = tuple({ref.data.state for ref in checkpoint.tensors.values() if ref.data.state is not None})
     chosen = conventions.choose(checkpoint, convention)
-    if base is None:
+    if base is None or view is None:
         return chosen.read(checkpoint, choices, None), chosen.NAME, inputs
-    view = maps.View(base.tensors, choices.maps or maps.shipped())
     adapter = conventions.read_against(checkpoint, choices, view, convention)
     return led(adapter, base, view, str(source)), chosen.NAME, inputs
 
@@ -222,13 +230,19 @@ def _bad_output(out: Path, bundle: Bundle, writer: Writer) -> Iterator[Problem]:
 
 def _check_readable(place: Path, conversion: Conversion) -> None:
     """Nothing leaves that its own convention's reader would refuse, or would find less in."""
-    writer = conversion.writer
+    writer, view, named = conversion.writer, conversion.view, conversion.bundle.targets
+    wanted = conversion.adapter.targets().keys() if view is not None or named is None else named
     try:
         written = open_checkpoint(place)
-        found = writer.read(written, Choices(), None).targets() if writer.detect(written) else {}
+        if not writer.detect(written):
+            found: Iterable[str] = ()
+        elif view is None:
+            found = writer.read(written, Choices(), None).targets()
+        else:
+            found = conventions.read_against(written, Choices(), view, writer.NAME).targets()
     except LoratoolError as error:
         raise AssertionError(f"the {writer.NAME} adapter that was written can not be read back: {error}") from error
-    if lost := sorted(conversion.adapter.targets().keys() - found.keys()):
+    if lost := sorted(wanted - {*found}):
         raise AssertionError(f"the {writer.NAME} adapter that was written lacks {_named(lost)}")
 
 

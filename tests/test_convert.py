@@ -412,6 +412,8 @@ def test_options_that_mean_nothing(kit: Kit, tmp_path: Path) -> None:
     error = refused(made, tmp_path, to="plain")
     assert error.message == "plain can be read, not written"
     assert "native, peft" in error.hint
+    component = refused(made, tmp_path, to="native", as_component="unet")
+    assert component.message == "--as means nothing to native"
     assert "no convention 'nonsense'" in refused(made, tmp_path, to="nonsense").message
     wrong = refused(made, tmp_path, to="native")
     assert wrong.code == "E-OUTPUT"

@@ -25,6 +25,7 @@ Examples:
 @options.out("The adapter to write: a file or a folder, as the convention has it.")
 @click.option("--base", type=click.Path(path_type=Path), help="The adapter's base, for what only it can tell.")
 @click.option("--uniform", is_flag=True, help="One rank and one scale for all LoRA updates, for consumers like vLLM.")
+@click.option("--as", "as_component", default="", metavar="NAME", help="The pipeline's part it is for: unet, te1 ...")
 @click.option("--bake", is_flag=True, help="Write what does not fit as whole merged tensors (with --base).")
 @options.reading
 @options.component
@@ -37,6 +38,7 @@ def convert_command(
     out: Path,
     base: Path | None,
     uniform: bool,
+    as_component: str,
     bake: bool,
     given: dict[str, Any],
     component: tuple[str, ...],
@@ -55,6 +57,7 @@ def convert_command(
         to,
         base=base,
         uniform=uniform,
+        as_component=as_component,
         bake=bake,
         **given,
         component=component,

@@ -8,6 +8,7 @@ unwrap(source, ...) the base checkpoint inside it, by the base's own names; empt
 
 and, in those that `convert --to` can write,
 
+OPTIONS             the fields of `writing.Options` that it knows
 misfits(adapter, ...) which updates the layout can not hold, and why
 write(adapter, ...)   the adapter in this layout, as files that are still to be written
 
@@ -74,6 +75,9 @@ class Writer(Convention, Protocol):
     Both verbs look at headers only: what has to be computed (`loratool.folding`) is a reference that is read when its
     file is written. Neither touches the disk.
     """
+
+    @property
+    def OPTIONS(self) -> Sequence[str]: ...
 
     def misfits(self, adapter: Adapter, base: Checkpoint | None, options: Options) -> list[Misfit]:
         """Every update that the layout can not hold, all of them, each with its reason; [] if `write` can go ahead.

@@ -33,6 +33,7 @@ NAME = "peft"
 TITLE = "PEFT adapter"
 KINDS = ("lora", "dora", "loha", "lokr", "replace", "add", "replace_rows")
 TESTED = "peft 0.21.2"
+OPTIONS = ("uniform",)
 FILE_STEM = peft_write.FILE_STEM
 misfits, write = peft_write.misfits, peft_write.write
 

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Options:
     """How to write, where a convention leaves a choice. A field here is one option of `convert`, with a default that
-    means "as the adapter has it"; a writer that has no use for one that was given answers with a `Misfit`.
+    means "as the adapter has it". A writer's OPTIONS names those that it knows; `convert` refuses the others.
 
     `uniform`: all LoRA updates at one rank and one scale (`folding.uniform`), for consumers that read only one.
+    `component`: which part of a pipeline ("unet", "te1") an adapter of one model alone belongs to.
     """
 
     uniform: bool = False
+    component: str = ""
 
 
 @dataclass(frozen=True)
