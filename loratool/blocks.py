@@ -25,6 +25,7 @@ from loratool.tensors import (
     TensorRef,
     all_finite,
     as_bytes,
+    empty,
     extremes,
     torch_dtype,
 )
@@ -74,7 +75,76 @@ class _Opened(NamedTuple):
 Part = tuple[_Opened, "torch.Tensor", int]  # an update, its rows of a block, the number of the first in its region
 
 
+class Merged(NamedTuple):
+    """A block of rows of a merged tensor. Its memory is used again for the next one.
+
+    Rows are counted through all of a tensor's matrices. `exact` are the numbers that were rounded; None where nothing
+    had to be computed, and `values` are `stored`.
+    """
+
+    start: int
+    stop: int
+    stored: torch.Tensor  # [rows, columns]; no rows for a new tensor
+    values: torch.Tensor  # [rows, columns], in the output's dtype
+    exact: torch.Tensor | None  # [rows, columns], in the compute dtype; with `reproducible` only to its last place
+    largest: float  # magnitude before rounding
+    source: Rows
+    opened: Sequence[_Opened]
+    first: int  # the number of the matrix's first row
+
+
 @gradual_underflow()
+def each_block(
+    tensor: NewTensor,
+    receive: Callable[[Merged], None],
+    *,
+    rows: tuple[int, int] | None = None,
+    reproducible: bool = False,
+    device: str = "cpu",
+) -> None:
+    """Merge a tensor block by block, or only the blocks that hold some of the rows start:stop.
+
+    Blocks are the same ones whatever rows are wanted, and so are their bits. `reproducible` rounds as if computed
+    exactly, to the same bits on every machine; without it, about 20 in a million elements of 16 bits are the other
+    neighbour.
+    """
+    tensor = replace(tensor, updates=tuple(map(_held, tensor.updates)))
+    matrices, height, columns = _matrices(tensor)
+    low, high = rows or (0, matrices * height)
+    with _rows(tensor, height, columns, device) as source:
+        for matrix in range(matrices):
+            first = matrix * height
+            wanted = [(a, b) for a, b in _blocks(height, columns, tensor) if first + a < high and low < first + b]
+            if not wanted:
+                continue
+            opened = [_open(weighted, tensor, matrix, height, device) for weighted in _ordered(tensor, matrix)]
+            if any(update.first_pass for update in opened):
+                for start, stop in _blocks(height, columns, tensor):
+                    W = source.widened(source.read(first + start, first + stop), stop - start)
+                    for update, part, offset in _inside(opened, W, start, stop):
+                        if update.first_pass:
+                            update.block.observe(part, offset)
+                        else:  # replacements come first: the norm is of what they leave
+                            update.block.apply(part, offset, update.weight)
+            for start, stop in wanted:
+                stored = source.read(first + start, first + stop)
+                values, exact, largest = stored, None, 0.0
+                if opened or tensor.source is None or tensor.source.dtype != tensor.dtype:
+                    values, exact, largest = _merged(tensor, source, opened, stored, start, stop, reproducible)
+                receive(Merged(first + start, first + stop, stored, values, exact, largest, source, opened, first))
+
+
+def whole(tensor: NewTensor, reproducible: bool = False) -> torch.Tensor:
+    """A merged tensor in memory, in its shape and dtype."""
+    merged = empty(tensor.shape, torch_dtype(tensor.dtype))
+
+    def receive(block: Merged) -> None:
+        merged.view(-1, block.values.shape[1])[block.start : block.stop] = block.values
+
+    each_block(tensor, receive, reproducible=reproducible)
+    return merged
+
+
 def compute(
     tensor: NewTensor,
     out: BinaryIO,
@@ -88,48 +158,38 @@ def compute(
     """Compute one tensor and write it at the current position of `out`.
 
     `step` is told the bytes of every block. With `measure`, the error that rounding may leave is bounded on the way;
-    with a `recorder`, what undoes every block is recorded. `reproducible` rounds as if computed exactly, to the same
-    bits on every machine; without it, about 20 in a million elements of 16 bits are the other neighbour.
+    with a `recorder`, what undoes every block is recorded. `reproducible` is as in `each_block`.
     """
-    tensor = replace(tensor, updates=tuple(map(_held, tensor.updates)))
     before, after = blake3(), blake3()
     largest = 0.0
     reach = 0.0  # of the deltas: sums in between can be larger than both ends
-    matrices, rows, columns = _matrices(tensor)
-    with _rows(tensor, rows, columns, device) as source:
-        for matrix in range(matrices):
-            opened = [_open(weighted, tensor, matrix, rows, device) for weighted in _ordered(tensor, matrix)]
-            first = matrix * rows
-            if any(update.first_pass for update in opened):
-                for start, stop in _blocks(rows, columns, tensor):
-                    W = source.widened(source.read(first + start, first + stop), stop - start)
-                    for update, part, offset in _inside(opened, W, start, stop):
-                        if update.first_pass:
-                            update.block.observe(part, offset)
-                        else:  # replacements come first: the norm is of what they leave
-                            update.block.apply(part, offset, update.weight)
-            for start, stop in _blocks(rows, columns, tensor):
-                stored = source.read(first + start, first + stop)
-                result = stored
-                if opened or tensor.source is None or tensor.source.dtype != tensor.dtype:
-                    if measure:
-                        largest = max(largest, *map(abs, extremes(stored)))
-                        reach = max(reach, _reach(opened, start, stop))
-                    result, high = _merged(tensor, source, opened, stored, start, stop, reproducible)
-                    largest = max(largest, high)
-                if digests:
-                    before.update(as_bytes(source.last))
-                data = source.host(result)
-                if digests:
-                    after.update(data)
-                write_all(out, data)
-                step(len(data))
-                if recorder is not None and tensor.source is not None:
-                    guess, doubtful = _predicted(tensor, source, opened, result, stored.dtype, start, stop)
-                    recorder.blocks.append(encode_block(stored, guess, doubtful()))
-            if recorder is not None:
-                recorder.height = _height(rows, columns, tensor)
-                recorder.norms += [update.block.norm.cpu() for update in opened if isinstance(update.block, DoraBlock)]
+    _, rows, columns = _matrices(tensor)
+
+    def receive(block: Merged) -> None:
+        nonlocal largest, reach
+        source, start, stop = block.source, block.start - block.first, block.stop - block.first
+        if measure and block.exact is not None:
+            largest = max(largest, block.largest, *map(abs, extremes(block.stored)))
+            reach = max(reach, _reach(block.opened, start, stop))
+        if digests:
+            before.update(as_bytes(source.last))
+        data = source.host(block.values)
+        if digests:
+            after.update(data)
+        write_all(out, data)
+        step(len(data))
+        if recorder is None:
+            return
+        if tensor.source is not None:
+            opened, dtype = block.opened, block.stored.dtype
+            guess, doubtful = _predicted(tensor, source, opened, block.values, dtype, start, stop)
+            recorder.blocks.append(encode_block(block.stored, guess, doubtful()))
+        if stop == rows:
+            recorder.norms += [u.block.norm.cpu() for u in block.opened if isinstance(u.block, DoraBlock)]
+
+    each_block(tensor, receive, reproducible=reproducible, device=device)
+    if recorder is not None:
+        recorder.height = _height(rows, columns, tensor)
     if recorder is not None and tensor.source is None and tensor.original is not None:
         _record_whole(tensor.original, recorder)
     if not digests:
@@ -195,13 +255,14 @@ def restore(
 def _merged(
     tensor: NewTensor,
     source: Rows,
-    opened: list[_Opened],
+    opened: Sequence[_Opened],
     stored: torch.Tensor,
     start: int,
     stop: int,
     reproducible: bool,
-) -> tuple[torch.Tensor, float]:
-    """Rows start:stop of the result, in the output's dtype; and their largest magnitude, which is finite."""
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Rows start:stop of the result, in the output's dtype; before they were rounded; and their largest magnitude,
+    which is finite."""
     W = source.widened(stored, stop - start)
     inside = [*_inside(opened, W, start, stop)]
     for update, part, offset in inside:
@@ -209,18 +270,18 @@ def _merged(
     largest = max(map(abs, extremes(W)))
     out = source.buffer("out", torch_dtype(tensor.dtype), stop - start)
     if not reproducible or not inside or compute_dtype(tensor) == "F64":
-        return _finite(round_once(W, out), largest, tensor), largest
+        return _finite(round_once(W, out), largest, tensor), W, largest
     size = _size(inside, W, start)
     low = source.buffer("low", out.dtype, stop - start)
     exact = _exact(opened, stored, start)
     round_exactly(W, _single_band(inside, size, _peaks(W)), out, low, exact, _at_once(inside))
-    return _finite(out, largest, tensor), largest
+    return _finite(out, largest, tensor), W, largest
 
 
 def _predicted(
     tensor: NewTensor,
     source: Rows,
-    opened: list[_Opened],
+    opened: Sequence[_Opened],
     merged: torch.Tensor,
     dtype: torch.dtype,
     start: int,
@@ -304,7 +365,7 @@ def _double_band(opened: Sequence[_Opened], size: torch.Tensor, values: torch.Te
     return (values.abs() + (size + tiny / unit)).mul_((sum(update.terms for update in opened) + 8) * unit)
 
 
-def _exact(opened: list[_Opened], stored: torch.Tensor, start: int, back: bool = False) -> Exact:
+def _exact(opened: Sequence[_Opened], stored: torch.Tensor, start: int, back: bool = False) -> Exact:
     """Computes single elements of a block, whose first row is `start`, in float64: there or back."""
 
     def exact(where: torch.Tensor) -> torch.Tensor:
@@ -371,7 +432,7 @@ def _open(weighted: Weighted, tensor: NewTensor, matrix: int, rows: int, device:
     return _Opened(block, start, stop, weighted.weight, update.first_pass, update.role == "replace", terms)
 
 
-def _inside(opened: list[_Opened], W: torch.Tensor, start: int, stop: int) -> Iterator[Part]:
+def _inside(opened: Sequence[_Opened], W: torch.Tensor, start: int, stop: int) -> Iterator[Part]:
     """Each update with its rows of a block, and the number of the first of them within the update's region."""
     for update in opened:
         low, high = max(start, update.start), min(stop, update.stop)
@@ -395,7 +456,7 @@ def _blocks(rows: int, columns: int, tensor: NewTensor, height: int = 0) -> Iter
         yield start, min(rows, start + height)
 
 
-def _reach(opened: list[_Opened], start: int, stop: int) -> float:
+def _reach(opened: Sequence[_Opened], start: int, stop: int) -> float:
     """No element of the deltas' sum, in rows start:stop, is larger."""
     return sum(
         abs(update.weight) * float(update.block.magnitude(low - update.start, high - update.start).max())

@@ -6,7 +6,6 @@ dtype where that loses nothing; where a product has to be rounded, it is rounded
 
 from __future__ import annotations
 
-import io
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from loratool.adapter import Target, Targeted
-from loratool.blocks import compute
+from loratool.blocks import whole
 from loratool.layout import NewTensor, Weighted
 from loratool.tensors import Computed, Shape, TensorRef, torch_dtype
 from loratool.updates import Add, Dora, Loha, Lokr, Lora, Replace, Scaling, Update
@@ -311,13 +310,6 @@ def bake(items: Sequence[Targeted], stored: TensorRef) -> Targeted:
     source = stored if stored.shape == target.shape else None  # a replacement may bring another shape
     tensor = NewTensor(target.name, source, stored.dtype, target.shape, tuple(Weighted(item, 1.0) for item in items))
 
-    def make() -> torch.Tensor:
-        import torch
-
-        merged = io.BytesIO()
-        compute(tensor, merged, lambda nbytes: None, digests=False)
-        return torch.frombuffer(merged.getbuffer(), dtype=torch_dtype(stored.dtype)).reshape(target.shape)
-
     layout = target.layout if len(target.shape) == 2 else ""
-    value = _computed(target.name, stored.dtype, target.shape, make)
+    value = _computed(target.name, stored.dtype, target.shape, lambda: whole(tensor))
     return Targeted(Target(target.name, target.shape, layout=layout), Replace(value))

@@ -14,11 +14,11 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO
 
 from blake3 import blake3
 
-from loratool.blocks import Written, compute, write_all
+from loratool.blocks import Written, each_block, write_all
 from loratool.checkpoint import Checkpoint
 from loratool.errors import Mismatch, Problem
 from loratool.layout import NewTensor, Weighted
@@ -205,22 +205,7 @@ def _merge(tensor: NewTensor, receive: Receive) -> None:
     """Compute the merged weight in float32 and hand it on, some rows at a time."""
     assert tensor.source is not None
     whole = replace(tensor, dtype="F32", shape=tensor.source.shape, part="")
-    compute(whole, cast(BinaryIO, _Sink(tensor.source.shape[-1], receive)), lambda _: None, digests=False)
-
-
-class _Sink:
-    """What a merge writes to, that takes its bytes as rows of float32."""
-
-    def __init__(self, columns: int, receive: Receive) -> None:
-        self.columns, self.receive, self.row = columns, receive, 0
-
-    def write(self, data: memoryview) -> int:
-        import torch
-
-        W = torch.frombuffer(data, dtype=torch.float32).view(-1, self.columns)  # [rows, columns]
-        self.receive(W, self.row)
-        self.row += len(W)
-        return len(data)
+    each_block(whole, lambda block: receive(block.values, block.start))
 
 
 def _scheme(tensor: NewTensor) -> Scaled:
