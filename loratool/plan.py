@@ -13,24 +13,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from loratool import conventions, quantised, receipt, requantise, staging
+from loratool import quantised, receipt, requantise, staging
 from loratool.adapter import Adapter
 from loratool.binding import Binding, Part
 from loratool.blocks import BLOCK_BYTES, compute_dtype
+from loratool.changes import fitted
 from loratool.checkpoint import Checkpoint, open_checkpoint
 from loratool.conventions.choices import Choices
 from loratool.errors import AnswerIsNo, ChoiceNeeded, InvalidFile, Mismatch, OutputRefused, Problem
 from loratool.format import content_digest
 from loratool.layout import Change, NewTensor, OutputFile, Weighted, output_files, output_index, output_name
 from loratool.maps.cutting import Derived
-from loratool.quantised import Dequantised
 from loratool.receipt import MergedAdapter, Receipt
-from loratool.tensors import CHUNK, DTYPE_BITS, MERGEABLE, FileState, TensorRef
+from loratool.tensors import CHUNK, DTYPE_BITS, FileState, TensorRef
 from loratool.undo import UndoRecord
 from loratool.undo import read as read_undo
 
 WORKERS = min(8, os.cpu_count() or 1)  # tasks that run at a time
-DTYPES = {"keep": None, "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
 
 @dataclass(frozen=True)
@@ -150,30 +149,16 @@ def plan_merge(
     device: str = "cpu",
 ) -> Plan:
     """Check everything about a merge and lay out its files. Raises the errors of `loratool.errors`, all at once."""
-    if dtype not in DTYPES:
-        raise ChoiceNeeded(Problem("E-OPTION", f"dtype {dtype!r} is not one of {', '.join(DTYPES)}"))
-    base = open_checkpoint(base_path)
-    _refuse_base(base)
-    base = quantised.logical(base)
-    binding = Binding(base, allow_new)
-    binding.read(adapters, choices or Choices())
-    binding.bind()
+    fit = fitted(base_path, adapters, dtype, choices or Choices(), allow_new, undo is not None)
+    base, changes, additions, dropped = fit.base, fit.changes, fit.additions, fit.dropped
     folders = [Path(adapter) for adapter, _ in adapters if not isinstance(adapter, Adapter)]
     if problems := [
         *_output_problems(base, out, folders),
         *_undo_problems(undo, out, digests, resume),
-        *binding.problems,
-        *requantise.problems(base, binding.wanted, DTYPES[dtype], undo is not None),
+        *fit.problems,
     ]:
         raise Mismatch(problems)
-    merged = tuple(
-        MergedAdapter(content_digest(p.original), p.weight, p.name, len(p.original.updates)) for p in binding.parts
-    )
-    seen = [adapter.digest for adapter in merged]
-    twice = [f"{a.name} is merged more than once" for n, a in enumerate(merged) if a.digest in seen[:n]]
-    notes = [*base.notes, *binding.notes, *twice]
-    changes, additions = _new_tensors(base, binding.wanted, DTYPES[dtype])
-    dropped = requantise.dropped(base) if DTYPES[dtype] else ()
+    notes = [*fit.notes]
     single = _single(base, out)
     files = output_files(base, changes, additions, frozenset(ref.name for ref in dropped))
     touched = [*changes, *(new.name for new in additions)]
@@ -192,7 +177,7 @@ def plan_merge(
         files,
         tuple(_companions(base, touched)),
         output_index(base, files),
-        merged,
+        fit.merged,
         dtype,
         tuple(notes),
         digests=digests,
@@ -285,29 +270,6 @@ def _components(base: Checkpoint, touched: Iterable[str]) -> set[str]:
     return {name.partition(".")[0] for name in touched} & base.components.keys()
 
 
-def _refuse_base(base: Checkpoint) -> None:
-    for checkpoint in (base, *base.components.values()):
-        if receipt.find(checkpoint) is None:
-            continue
-        raise Mismatch(
-            Problem(
-                "E-MERGED",
-                "this checkpoint is the result of a merge already: it has a receipt",
-                str(checkpoint.path),
-                "merge all adapters at once from the original base, or `loratool unmerge` it first",
-            )
-        )
-    for convention in conventions.matching(base):
-        raise Mismatch(
-            Problem(
-                "E-WRAPPED",
-                f"the base is itself a {convention.TITLE}",
-                str(base.path),
-                "`loratool extract ... --base-out DIR` writes the clean base",
-            )
-        )
-
-
 def _output_problems(source: Checkpoint, out: Path, folders: Sequence[Path]) -> Iterator[Problem]:
     above = out.absolute().resolve().parents
     for folder in {source.path, *folders}:
@@ -321,32 +283,6 @@ def _output_problems(source: Checkpoint, out: Path, folders: Sequence[Path]) -> 
     names = [output_name(shard.path) for shard in source.shards]
     if len({(shard.path.parent, name) for shard, name in zip(source.shards, names, strict=True)}) < len(names):
         yield Problem("E-OUTPUT", f"two weights files would have one name: {', '.join(names)}", str(source.path))
-
-
-def _new_tensors(
-    base: Checkpoint, wanted: Mapping[str, list[Weighted]], dtype: str | None
-) -> tuple[dict[str, NewTensor], list[NewTensor]]:
-    """What becomes of each tensor: those with updates, and with a dtype given every floating-point one."""
-    changes: dict[str, NewTensor] = {}
-    additions = []
-    for name, stored in base.tensors.items():
-        updates = tuple(wanted.get(name, ()))
-        if isinstance(stored.data, Dequantised):
-            changes |= requantise.new_tensors(stored, updates, dtype)
-            continue
-        new_dtype = dtype if dtype and stored.dtype in MERGEABLE else stored.dtype
-        if updates or new_dtype != stored.dtype:
-            shape = updates[0].item.target.shape if updates else stored.shape
-            source = stored if shape == stored.shape else None
-            reversible = all(item.update.role == "add" for item, _ in updates)
-            changes[stored.name] = NewTensor(stored.name, source, new_dtype, shape, updates, reversible, stored)
-    for name, weighted in wanted.items():
-        if name not in base.tensors and weighted:
-            value = next(ref for item, _ in weighted for ref in item.update.components().values())
-            additions.append(
-                NewTensor(name, None, dtype or value.dtype, weighted[0].item.target.shape, tuple(weighted))
-            )
-    return changes, additions
 
 
 # --- unmerge ---------------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ ROOMS = (
     ("folding", "bundle"),
     ("conventions",),
     ("binding", "requantise"),
+    ("changes",),
     ("plan",),
     ("resume",),
     ("merge",),

@@ -8,9 +8,10 @@ from typing import Any
 import click
 
 import loratool
+from loratool.changes import DTYPES
 from loratool.cli import options, output
 from loratool.names import natural
-from loratool.plan import DTYPES, Plan
+from loratool.plan import Plan
 
 
 @click.command(

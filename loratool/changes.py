@@ -1,0 +1,122 @@
+"""What base and adapters make of each tensor, before anything says where the result goes: a file, memory, a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from loratool import conventions, quantised, receipt, requantise
+from loratool.adapter import Adapter
+from loratool.binding import Binding, Part
+from loratool.checkpoint import Checkpoint, open_checkpoint
+from loratool.conventions.choices import Choices
+from loratool.errors import ChoiceNeeded, Mismatch, Problem
+from loratool.format import content_digest
+from loratool.layout import NewTensor, Weighted
+from loratool.quantised import Dequantised
+from loratool.receipt import MergedAdapter
+from loratool.tensors import MERGEABLE, TensorRef
+
+DTYPES = {"keep": None, "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Adapters bound to a base. With `problems` there is nothing else in it.
+
+    `parts` are the adapters, `merged` names them as a receipt does. `changes` are what becomes of the base's tensors,
+    by stored names, `additions` are tensors that the base lacks, `dropped` those that served a quantisation which is
+    gone.
+    """
+
+    base: Checkpoint
+    problems: tuple[Problem, ...] = ()
+    parts: tuple[Part, ...] = ()
+    merged: tuple[MergedAdapter, ...] = ()
+    changes: Mapping[str, NewTensor] = field(default_factory=dict)
+    additions: tuple[NewTensor, ...] = ()
+    dropped: tuple[TensorRef, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def fitted(
+    base_path: Path,
+    adapters: Sequence[tuple[Path | Adapter, float]],
+    dtype: str,
+    choices: Choices,
+    allow_new: bool = False,
+    undo: bool = False,
+) -> Fitted:
+    """Open a base and bind adapters to it. What does not fit is in `problems`; `undo` asks for what can be undone.
+
+    Raises ChoiceNeeded for an unknown dtype, Mismatch for a base that is merged or wrapped already, and what is wrong
+    with the base's files.
+    """
+    if dtype not in DTYPES:
+        raise ChoiceNeeded(Problem("E-OPTION", f"dtype {dtype!r} is not one of {', '.join(DTYPES)}"))
+    base = open_checkpoint(base_path)
+    _refuse_base(base)
+    base = quantised.logical(base)
+    binding = Binding(base, allow_new)
+    binding.read(adapters, choices)
+    binding.bind()
+    if problems := [*binding.problems, *requantise.problems(base, binding.wanted, DTYPES[dtype], undo)]:
+        return Fitted(base, tuple(problems))
+    parts = tuple(binding.parts)
+    merged = tuple(MergedAdapter(content_digest(p.original), p.weight, p.name, len(p.original.updates)) for p in parts)
+    seen = [adapter.digest for adapter in merged]
+    twice = [f"{a.name} is merged more than once" for n, a in enumerate(merged) if a.digest in seen[:n]]
+    changes, additions = _new_tensors(base, binding.wanted, DTYPES[dtype])
+    dropped = requantise.dropped(base) if DTYPES[dtype] else ()
+    notes = (*base.notes, *binding.notes, *twice)
+    return Fitted(base, (), parts, merged, changes, tuple(additions), tuple(dropped), notes)
+
+
+def _refuse_base(base: Checkpoint) -> None:
+    for checkpoint in (base, *base.components.values()):
+        if receipt.find(checkpoint) is None:
+            continue
+        raise Mismatch(
+            Problem(
+                "E-MERGED",
+                "this checkpoint is the result of a merge already: it has a receipt",
+                str(checkpoint.path),
+                "merge all adapters at once from the original base, or `loratool unmerge` it first",
+            )
+        )
+    for convention in conventions.matching(base):
+        raise Mismatch(
+            Problem(
+                "E-WRAPPED",
+                f"the base is itself a {convention.TITLE}",
+                str(base.path),
+                "`loratool extract ... --base-out DIR` writes the clean base",
+            )
+        )
+
+
+def _new_tensors(
+    base: Checkpoint, wanted: Mapping[str, list[Weighted]], dtype: str | None
+) -> tuple[dict[str, NewTensor], list[NewTensor]]:
+    """What becomes of each tensor: those with updates, and with a dtype given every floating-point one."""
+    changes: dict[str, NewTensor] = {}
+    additions = []
+    for name, stored in base.tensors.items():
+        updates = tuple(wanted.get(name, ()))
+        if isinstance(stored.data, Dequantised):
+            changes |= requantise.new_tensors(stored, updates, dtype)
+            continue
+        new_dtype = dtype if dtype and stored.dtype in MERGEABLE else stored.dtype
+        if updates or new_dtype != stored.dtype:
+            shape = updates[0].item.target.shape if updates else stored.shape
+            source = stored if shape == stored.shape else None
+            reversible = all(item.update.role == "add" for item, _ in updates)
+            changes[stored.name] = NewTensor(stored.name, source, new_dtype, shape, updates, reversible, stored)
+    for name, weighted in wanted.items():
+        if name not in base.tensors and weighted:
+            value = next(ref for item, _ in weighted for ref in item.update.components().values())
+            additions.append(
+                NewTensor(name, None, dtype or value.dtype, weighted[0].item.target.shape, tuple(weighted))
+            )
+    return changes, additions
