@@ -18,6 +18,7 @@ from loratool.layout import NewTensor, Weighted
 from loratool.quantised import Dequantised
 from loratool.rounding import Exact, gradual_underflow, round_exactly, round_once, undecided
 from loratool.rows import Rows
+from loratool.survival import Survival, survival_of
 from loratool.tensors import (
     CHUNK,
     DTYPE_BITS,
@@ -40,6 +41,7 @@ BLOCK_BYTES = CHUNK  # stored bytes of a row block: small enough for it and its 
 ROLE_ORDER = ("replace", "add", "renormalise")  # section "Merging" of the spec
 NARROW = [dtype for dtype in MERGEABLE if DTYPE_BITS[dtype] <= 16]
 E4M3_LIMIT = 464  # what still rounds to the largest number, 448; there is no infinity beyond
+SAMPLED = 16  # one row of so many, the first of a block among them, tells how much of a change is left
 FACTORS_AT_ONCE = 1 << 16  # numbers of a factor that are gathered at a time, to compute single elements
 
 
@@ -49,7 +51,7 @@ class Written(NamedTuple):
     before: str | None  # digest of the source tensor; None for a new one
     after: str
     bound: float  # how far rounding can have moved an element
-    survived: float | None = None  # how much of the change is left in a weight that was quantised again
+    survival: Survival = Survival()  # of a sample of its rows, or of all of a weight that was quantised again
 
 
 def compute_dtype(tensor: NewTensor) -> str:
@@ -163,14 +165,18 @@ def compute(
     before, after = blake3(), blake3()
     largest = 0.0
     reach = 0.0  # of the deltas: sums in between can be larger than both ends
+    survival = Survival()
     _, rows, columns = _matrices(tensor)
 
     def receive(block: Merged) -> None:
-        nonlocal largest, reach
+        nonlocal largest, reach, survival
         source, start, stop = block.source, block.start - block.first, block.stop - block.first
         if measure and block.exact is not None:
             largest = max(largest, block.largest, *map(abs, extremes(block.stored)))
             reach = max(reach, _reach(block.opened, start, stop))
+        if block.exact is not None and tensor.source is not None:
+            sample = slice(None, None, SAMPLED)
+            survival = survival.plus(survival_of(block.stored[sample], block.exact[sample], block.values[sample]))
         if digests:
             before.update(as_bytes(source.last))
         data = source.host(block.values)
@@ -193,11 +199,11 @@ def compute(
     if recorder is not None and tensor.source is None and tensor.original is not None:
         _record_whole(tensor.original, recorder)
     if not digests:
-        return Written(None if tensor.original is None else "", "", 0.0)
+        return Written(None if tensor.original is None else "", "", 0.0, survival)
     as_stored = tensor.source is not None and not isinstance(tensor.source.data, Dequantised)
     digest = f"blake3:{before.hexdigest()}" if as_stored else tensor.original.digest() if tensor.original else None
     bound = _rounding_bound(tensor, largest, reach) if measure else 0.0
-    return Written(digest, f"blake3:{after.hexdigest()}", bound)
+    return Written(digest, f"blake3:{after.hexdigest()}", bound, survival)
 
 
 def _record_whole(original: TensorRef, recorder: TensorRecorder) -> None:

@@ -25,11 +25,11 @@ from loratool.receipt import ChangedTensor, Receipt
 from loratool.requantise import Requantiser
 from loratool.resume import Journal, Kept, kept_files
 from loratool.staging import flush, staged
+from loratool.survival import Survival, loss, survival_json
 from loratool.tensors import CHUNK, FileSpan, TensorRef, open_to_read, reading
 from loratool.undo import TensorRecorder, UndoWriter
 from loratool.version import TOOL
 
-SURVIVING = 0.9  # less of a change left after quantising again is worth a warning
 FLUSH_BYTES = 64 << 20  # written to a file before it is flushed on the way
 
 
@@ -51,23 +51,24 @@ class MergeReport:
     plan: Plan
     receipt: Receipt
     seconds: float
-    survived: Mapping[str, float] = field(default_factory=dict)  # of each weight that was quantised again, by its codes
+    survival: Mapping[str, Survival] = field(default_factory=dict)  # of tensors with a delta, from a sample of rows
 
     @property
     def notes(self) -> list[str]:
         """What only a merge that is done can tell, beside the notes of its plan."""
-        weak = sorted((share, name) for name, share in self.survived.items() if share < SURVIVING)
-        if not weak:
-            return []
-        (worst, name), total = weak[0], len(self.survived)
-        what = f"{len(weak)} of {total} weights keep less than {SURVIVING:.0%} of their change after quantising again"
-        return [f"{what}, {name} {worst:.0%}: --dtype bf16 keeps all of it"]
+        parts = {tensor.name: tensor.part for tensor in self.plan.changes}
+        again = {name: found for name, found in self.survival.items() if parts[name]}
+        rounded = {name: found for name, found in self.survival.items() if not parts[name]}
+        return [
+            *loss(again, "after quantising again", "--dtype bf16 keeps all of it"),
+            *loss(rounded, "after rounding", "--dtype fp32 keeps all of it"),
+        ]
 
     def to_json(self) -> dict[str, Any]:
         return {
             **self.plan.to_json(),
             "notes": [*self.plan.notes, *self.notes],
-            "survived": {name: round(share, 4) for name, share in self.survived.items()},
+            "survival": survival_json(self.survival),
             "seconds": round(self.seconds, 3),
             "receipt": self.receipt.to_json(),
         }
@@ -124,8 +125,8 @@ def run_merge(plan: Plan, progress: ProgressCallback | None = None) -> MergeRepo
         if recorded and plan.undo is not None:
             plan.undo.unlink(missing_ok=True)
         raise
-    survived = {name: found.survived for name, found in written.items() if found.survived is not None}
-    return MergeReport(plan, done, time.monotonic() - started, survived)
+    survival = {name: found.survival for name, found in written.items() if found.survival.asked}
+    return MergeReport(plan, done, time.monotonic() - started, survival)
 
 
 def _fill(

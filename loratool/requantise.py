@@ -23,6 +23,7 @@ from loratool.checkpoint import Checkpoint
 from loratool.errors import Mismatch, Problem
 from loratool.layout import NewTensor, Weighted
 from loratool.quantised import CONFIG_KEYS, FP8, Dequantised, Foreign, Scaled
+from loratool.survival import Survival, survival_of
 from loratool.tensors import TensorRef, as_bytes, torch_dtype
 
 if TYPE_CHECKING:
@@ -115,14 +116,14 @@ class Requantiser:
             step(len(data))
 
         scales = self._scales(tensor)
-        survived = None
+        survival = Survival()
         if tensor.part == "codes":
-            survived = _write_codes(tensor, scales, put)
+            survival = _write_codes(tensor, scales, put)
         else:
             put(scales.to(torch_dtype(tensor.dtype)))
         if not digests or tensor.original is None:
-            return Written("", "", 0.0, survived)
-        return Written(tensor.original.digest(), f"blake3:{after.hexdigest()}", 0.0, survived)
+            return Written("", "", 0.0, survival)
+        return Written(tensor.original.digest(), f"blake3:{after.hexdigest()}", 0.0, survival)
 
     def _scales(self, tensor: NewTensor) -> torch.Tensor:
         assert tensor.source is not None
@@ -172,33 +173,27 @@ def _note_peaks(peaks: torch.Tensor, values: torch.Tensor, start: int, tile: tup
     peaks.scatter_reduce_(0, which.unsqueeze(1).expand_as(across), across, "amax")
 
 
-def _write_codes(tensor: NewTensor, scales: torch.Tensor, put: Callable[[torch.Tensor], None]) -> float | None:
-    """Write the codes; return how much of the change they keep: 1 if all, 0 if none. None if nothing changes.
-
-    That is the projection of the change that dequantising shows on the one that the adapters ask for.
-    """
+def _write_codes(tensor: NewTensor, scales: torch.Tensor, put: Callable[[torch.Tensor], None]) -> Survival:
+    """Write the codes; return how much of the change is left when they are dequantised."""
     import torch
 
     scheme = _scheme(tensor)
     dtype = torch_dtype(tensor.dtype)
     top = torch.finfo(dtype).max
-    kept = asked = 0.0
+    survival = Survival()
 
     def encode(W: torch.Tensor, start: int) -> None:
-        nonlocal kept, asked
+        nonlocal survival
         stop = start + len(W)
         first, last = start // scheme.tile[0], -(-stop // scheme.tile[0])
         scale = scheme.spread(scales[first:last], start, stop)
         codes = (W / scale.masked_fill(scale == 0, 1)).clamp_(-top, top).to(dtype)  # [rows, columns]
         put(codes)
         before = scheme.rows(start, stop)
-        change = (codes.float() * scale - before).double()
-        wanted = (W - before).double()
-        kept += float((change * wanted).sum())
-        asked += float(wanted.square().sum())
+        survival = survival.plus(survival_of(before, W, codes.float() * scale))
 
     _merge(tensor, encode)
-    return kept / asked if asked else None
+    return survival
 
 
 def _merge(tensor: NewTensor, receive: Receive) -> None:

@@ -16,6 +16,7 @@ from loratool.blocks import Written
 from loratool.errors import InvalidFile
 from loratool.layout import Copy, OutputFile
 from loratool.plan import Plan
+from loratool.survival import Survival
 from loratool.tensors import FileSpan, TensorRef
 from loratool.version import TOOL
 
@@ -92,8 +93,8 @@ def _entries(journal: Path, wanted: str) -> dict[str, dict[str, Written]]:
         whole = [json.loads(line) for line in lines if line.endswith("\n")]
         return {
             line["file"]: {
-                name: Written(before, after, float(bound), survived)
-                for name, (before, after, bound, survived) in line["tensors"].items()
+                name: Written(before, after, float(bound), Survival(*survival))
+                for name, (before, after, bound, survival) in line["tensors"].items()
             }
             for line in whole
         }

@@ -210,7 +210,7 @@ def test_scaled_fp8_is_dequantised(layout: str, tmp_path: Path) -> None:
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == found.keys()
     assert report.receipt.dropped.keys() == state.keys() - found.keys()
-    assert not report.survived
+    assert report.survival[NAME].share == pytest.approx(1)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -238,7 +238,7 @@ def test_scaled_fp8_is_quantised_again(layout: str, tmp_path: Path) -> None:
         assert len(one) == len(two)
         assert file.suffix == ".safetensors" or one == two
         assert one[: one.find(b"}}") + 2] == two[: two.find(b"}}") + 2]
-    assert report.survived.keys() == {NAME}
+    assert report.survival.keys() == {NAME}
     assert report.receipt.tensors.keys() == {NAME, scale_name}
 
 
@@ -251,7 +251,7 @@ def test_the_share_of_a_change_that_survives(layout: str, size: float, tmp_path:
     weak = replace(item.update, factors=replace(item.update.scaling, rule="none", alpha=None, scale=size))  # type: ignore[call-arg]
     loratool.save(Adapter((replace(item, update=weak),)), tmp_path / "a.safetensors")
     result = cli("merge", tmp_path / "base", tmp_path / "a.safetensors", "-o", tmp_path / "out", "--json")
-    share = result.json["survived"][NAME]
+    share = result.json["survival"]["tensors"][NAME]["share"]
     before = array(dequantised(state, NAME, layout))
     asked = delta(Adapter((replace(item, update=weak),)))
     kept = array(dequantised(tensors_of(tmp_path / "out"), NAME, layout)) - before
@@ -348,7 +348,7 @@ def test_an_interrupted_merge_of_a_quantised_base_is_resumed(tmp_path: Path) -> 
     done = [0, *(step.done for step in steps)]
     assert max(now - last for last, now in pairwise(done)) > 60_000, "no file was kept"
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
-    assert report.survived == whole.survived
+    assert report.survival == whole.survival
 
 
 @pytest.mark.parametrize("threads", [1, 4])
