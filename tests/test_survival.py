@@ -61,7 +61,7 @@ def test_a_change_that_is_rounded_away_is_warned_about(cli: Cli, tmp_path: Path)
         out = tmp_path / f"{size}{''.join(options)}.safetensors"
         loratool.save(adapter_of(size), out.with_suffix(".lora.safetensors"))
         result = cli("merge", tmp_path / "base.safetensors", out.with_suffix(".lora.safetensors"), "-o", out, *options)
-        return " ".join(result.err.split())
+        return " ".join(result.out.split())
 
     small = warnings(1e-6)
     assert f"1 of 1 tensors keep less than 90% of their change after rounding, {NAME}" in small
