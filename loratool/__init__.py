@@ -14,11 +14,12 @@ from loratool.errors import (
     Unsupported,
 )
 from loratool.extract import ExtractReport
-from loratool.merge import MergeReport, Progress, UnmergeReport
+from loratool.merge import MergeReport, UnmergeReport
 from loratool.plan import Plan
 from loratool.summary import Summary
 from loratool.tensors import TensorRef
 from loratool.version import __version__
+from loratool.workers import Progress
 
 __all__ = [
     "Adapter",

@@ -17,10 +17,11 @@ from loratool.conventions.writing import Options
 from loratool.convert import ConvertReport, plan_convert, run_convert
 from loratool.errors import InvalidFile, Problem
 from loratool.extract import ExtractReport, run_extract
-from loratool.merge import MergeReport, ProgressCallback, UnmergeReport, run_merge, run_unmerge
+from loratool.merge import MergeReport, UnmergeReport, run_merge, run_unmerge
 from loratool.plan import Plan, plan_merge, plan_unmerge
 from loratool.quantised import logical
 from loratool.summary import Summary, inspect_path
+from loratool.workers import ProgressCallback
 
 PathLike: TypeAlias = str | Path
 AdapterLike: TypeAlias = PathLike | Adapter

@@ -14,12 +14,13 @@ from loratool.checkpoint import Checkpoint, Shard, open_checkpoint
 from loratool.conventions.choices import Choices
 from loratool.errors import ChoiceNeeded, OutputRefused, Problem, Unsupported
 from loratool.layout import output_files, output_index
-from loratool.merge import ProgressCallback, run_copy
+from loratool.merge import run_copy
 from loratool.plan import Plan, settled
 from loratool.staging import refuse_existing, take_back
 from loratool.tensors import Computed, TensorRef
 from loratool.updates import Replace
 from loratool.version import TOOL
+from loratool.workers import ProgressCallback
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from loratool import receipt, resume, undo
 from loratool.blocks import Written, compute, restore, write_all
@@ -29,19 +29,9 @@ from loratool.survival import Survival, loss, survival_json
 from loratool.tensors import CHUNK, FileSpan, TensorRef, open_to_read, reading
 from loratool.undo import TensorRecorder, UndoWriter
 from loratool.version import TOOL
+from loratool.workers import Meter, ProgressCallback, workers
 
 FLUSH_BYTES = 64 << 20  # written to a file before it is flushed on the way
-
-
-class Progress(NamedTuple):
-    """One step of a running merge, for a progress callback."""
-
-    done: int  # bytes
-    total: int  # bytes
-    what: str  # the file being written
-
-
-ProgressCallback = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
@@ -251,7 +241,7 @@ def _write(
 ) -> dict[str, Written]:
     """Write the weights files of a plan; return what is known of each computed tensor, by name."""
     journal = Journal((folder if plan.single else folder.parent) / resume.FILE_NAME, plan)
-    meter = _Meter(plan.nbytes, progress)
+    meter = Meter(plan.nbytes, progress)
     tasks: list[tuple[str, Copy | Change]] = []
     for file in plan.files:
         path = folder / file.name
@@ -270,8 +260,7 @@ def _write(
         meter.step(len(file.header), file.name)
         tasks += [(file.name, task) for task in file.tasks]
     queue, requantiser = _Queue(tasks), Requantiser()
-    # torch on one thread per worker: blocks are too small to be worth its own threads, which wait for each other.
-    with _Flusher() as flusher, ThreadPoolExecutor(plan.threads, initializer=_single_threaded) as pool:
+    with _Flusher() as flusher, workers(plan.threads) as pool:
 
         def work() -> None:
             while (taken := queue.take()) is not None:
@@ -361,32 +350,12 @@ class _Flusher:
             done.result()  # an error of the disk is told once, here
 
 
-def _single_threaded() -> None:
-    import torch
-
-    torch.set_num_threads(1)  # of this thread: OpenMP keeps the number per thread
-
-
-class _Meter:
-    """Counts the bytes that the workers have written, and tells the progress callback."""
-
-    def __init__(self, total: int, progress: ProgressCallback | None) -> None:
-        self.done, self.total, self.progress = 0, total, progress
-        self.lock = threading.Lock()
-
-    def step(self, nbytes: int, what: str) -> None:
-        with self.lock:
-            self.done += nbytes
-            if self.progress is not None:
-                self.progress(Progress(self.done, self.total, what))
-
-
 def _run(
     path: Path,
     name: str,
     task: Copy | Change,
     plan: Plan,
-    meter: _Meter,
+    meter: Meter,
     writer: UndoWriter | None,
     journal: Journal,
     requantiser: Requantiser,

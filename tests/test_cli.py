@@ -573,7 +573,7 @@ def test_progress_is_for_terminals_and_for_long_work(kit: Kit, monkeypatch: pyte
     shutil.rmtree(kit / "new")
     slow = (
         "import sys, time, importlib; import loratool.cli;"
-        "m = importlib.import_module('loratool.merge'); old = m.Progress;"
+        "m = importlib.import_module('loratool.workers'); old = m.Progress;"
         "m.Progress = lambda *a: (time.sleep(0.4), old(*a))[1];"
         "sys.exit(loratool.cli.run(sys.argv[1:]))"
     )

@@ -40,9 +40,9 @@ from torch import Tensor
 import loratool
 from loratool import Adapter, BaseIdentity, LoratoolError, Target, Targeted, TensorIdentity, TensorRef
 from loratool.blocks import round_once
-from loratool.merge import Progress
 from loratool.tensors import FileSpan
 from loratool.updates import Add, Lora, Replace, Scaling
+from loratool.workers import Progress
 
 ROOT = Path(__file__).parent.parent
 Act = Callable[[], object]

@@ -17,7 +17,7 @@ import click
 from loratool.errors import LoratoolError, Problem
 
 if TYPE_CHECKING:
-    from loratool.merge import Progress
+    from loratool.workers import Progress
 
 SHOWN_PROBLEMS = 3  # of one code
 PROGRESS_AFTER = 0.5  # seconds: a quick command shows no bar
