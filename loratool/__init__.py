@@ -1,7 +1,7 @@
 """LoRA adapters as one exact, versioned file: extract, inspect, merge, unmerge."""
 
 from loratool.adapter import Adapter, BaseIdentity, Target, Targeted, TensorIdentity
-from loratool.api import convert, extract, inspect, load, merge, plan, save, unmerge, validate
+from loratool.api import convert, extract, inspect, load, merge, plan, save, status, unmerge, validate, verify
 from loratool.convert import ConvertReport
 from loratool.errors import (
     AnswerIsNo,
@@ -16,8 +16,10 @@ from loratool.errors import (
 from loratool.extract import ExtractReport
 from loratool.merge import MergeReport, UnmergeReport
 from loratool.plan import Plan
+from loratool.status import Status
 from loratool.summary import Summary
 from loratool.tensors import TensorRef
+from loratool.verify import VerifyReport
 from loratool.version import __version__
 from loratool.workers import Progress
 
@@ -36,6 +38,7 @@ __all__ = [
     "Plan",
     "Problem",
     "Progress",
+    "Status",
     "Summary",
     "Target",
     "Targeted",
@@ -43,6 +46,7 @@ __all__ = [
     "TensorRef",
     "UnmergeReport",
     "Unsupported",
+    "VerifyReport",
     "__version__",
     "convert",
     "extract",
@@ -51,6 +55,8 @@ __all__ = [
     "merge",
     "plan",
     "save",
+    "status",
     "unmerge",
     "validate",
+    "verify",
 ]

@@ -20,7 +20,9 @@ from loratool.extract import ExtractReport, run_extract
 from loratool.merge import MergeReport, UnmergeReport, run_merge, run_unmerge
 from loratool.plan import Plan, plan_merge, plan_unmerge
 from loratool.quantised import logical
+from loratool.status import Status, status_of
 from loratool.summary import Summary, inspect_path
+from loratool.verify import VerifyReport, run_verify
 from loratool.workers import ProgressCallback
 
 PathLike: TypeAlias = str | Path
@@ -379,6 +381,51 @@ def unmerge(
         device=device,
     )
     return run_unmerge(planned, progress)
+
+
+@_typed
+def verify(
+    merged: PathLike,
+    base: PathLike,
+    adapters: AdapterLike | Sequence[Weighted],
+    *,
+    sample: float | None = None,
+    ulps: int = 1,
+    rounded_delta: bool = False,
+    layout: Mapping[str, str] | None = None,
+    component: str | Sequence[str] | None = None,
+    map: PathLike | Sequence[PathLike] | None = None,
+    threads: int | None = None,
+    progress: ProgressCallback | None = None,
+) -> VerifyReport:
+    """Whether `merged` is `base` with these adapters, merged by any tool: `report.answer`, and why not.
+
+    Each element may be `ulps` units in the last place from the correctly rounded result, or as far as float32
+    arithmetic can be; `rounded_delta` also accepts a delta that was rounded before it was added. Tensors that no
+    adapter changes must be byte-equal. `sample` looks at that share of each tensor's rows only.
+
+    Raises Mismatch where the adapters do not fit the base, and what is wrong with the files.
+
+    >>> loratool.verify("merged/", "base/", [("style/", 0.8)]).answer  # doctest: +SKIP
+    True
+    """
+    return run_verify(
+        Path(merged),
+        Path(base),
+        [(adapter, 1.0 if weight is None else weight) for adapter, weight in _weighted(adapters)],
+        choices(layout=layout, component=component, map=map),
+        sample=sample,
+        ulps=ulps,
+        rounded_delta=rounded_delta,
+        threads=threads,
+        progress=progress,
+    )
+
+
+@_typed
+def status(path: PathLike, *, check: bool = False) -> Status:
+    """What was merged into a checkpoint, from its receipt; `check` compares the digests of the merged tensors."""
+    return status_of(Path(path), check)
 
 
 @_typed

@@ -136,6 +136,27 @@ def each_block(
                 receive(Merged(first + start, first + stop, stored, values, exact, largest, source, opened, first))
 
 
+def row_count(tensor: NewTensor) -> int:
+    """The rows of all of a tensor's matrices, as `Merged` and `each_block` count them."""
+    matrices, rows, _ = _matrices(tensor)
+    return matrices * rows
+
+
+def float32_error(block: Merged) -> torch.Tensor:
+    """[rows, 1] in float64: how far a merge that computes in float32, in any order, may be from the exact result."""
+    start, stop = block.start - block.first, block.stop - block.first
+    error = block.values.new_zeros(len(block.values), 1, dtype=torch_dtype("F64"))
+    if block.exact is None:
+        return error
+    own = 4
+    for update, part, offset in _inside(block.opened, block.exact, start, stop):
+        place = offset + update.start - start
+        magnitude = update.block.magnitude(offset, offset + len(part)).double()
+        error[place : place + len(part)].add_(magnitude, alpha=abs(update.weight) * (update.terms + 8))
+        own += update.terms + 8 if isinstance(update.block, DoraBlock) else 0
+    return error.add_(_peaks(block.exact), alpha=own).mul_(2.0**-24)
+
+
 def whole(tensor: NewTensor, reproducible: bool = False) -> torch.Tensor:
     """A merged tensor in memory, in its shape and dtype."""
     merged = empty(tensor.shape, torch_dtype(tensor.dtype))

@@ -323,7 +323,8 @@ def plan_unmerge(
     problems += binding.problems
     parts = _matched(binding.parts, found, problems)
     record = read_undo(undo_path) if undo_path is not None else None
-    problems += _changed_since(merged, found, digests=record is None)  # a record proves what comes out instead
+    # A record proves what comes out instead.
+    problems += [changed_since(name, merged.path) for name in changed_names(merged, found, digests=record is None)]
     if base is not None and record is not None:
         problems.append(Problem("E-OPTION", "both a base and an undo record", hint="either of them is enough"))
     if record is not None:
@@ -418,7 +419,8 @@ def _stored(checkpoint: Checkpoint) -> dict[str, tuple[str, TensorRef]]:
     return {ref.name: (name, ref) for name, ref in checkpoint.tensors.items()}
 
 
-def _changed_since(merged: Checkpoint, found: Receipt, digests: bool) -> Iterator[Problem]:
+def changed_names(merged: Checkpoint, found: Receipt, digests: bool) -> Iterator[str]:
+    """The tensors of a merge that are not what it wrote."""
     stored = _stored(merged)
     for name, known in found.tensors.items():
         ref = stored[name][1] if name in stored else None
@@ -427,7 +429,7 @@ def _changed_since(merged: Checkpoint, found: Receipt, digests: bool) -> Iterato
             or (ref.dtype, ref.shape) != (known.dtype, known.shape)
             or (digests and known.merged and ref.digest() != known.merged)
         ):
-            yield changed_since(name, merged.path)
+            yield name
 
 
 def changed_since(name: str, merged: Path) -> Problem:

@@ -36,10 +36,11 @@ ROOMS = (
     ("conventions",),
     ("binding", "requantise"),
     ("changes",),
+    ("diagnosis",),
     ("plan",),
     ("resume",),
     ("merge",),
-    ("extract", "summary", "convert"),
+    ("extract", "summary", "convert", "verify", "status"),
     ("api",),
     ("loratool",),  # the package itself: loratool/__init__.py
     ("cli",),

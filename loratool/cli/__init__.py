@@ -19,6 +19,8 @@ COMMANDS = {
     "convert": "Write an adapter in another convention.",
     "merge": "Merge adapters into a base checkpoint.",
     "unmerge": "Take merged adapters out again.",
+    "verify": "Say whether a checkpoint is the base with these adapters merged in.",
+    "status": "Show what was merged into a checkpoint.",
     "validate": "Check a native adapter file against the specification.",
 }
 

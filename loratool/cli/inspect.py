@@ -75,17 +75,13 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
     if summary.fit:
         fit = summary.fit
         pairs.append(("of base", f"{fit.path}: {fit.share:.2%} of its {fit.bytes:,} bytes"))
-        pairs.append(("touches", f"{output.count(len(fit.touched), 'tensor')}: {_some(fit.touched)}"))
-        pairs.append(("missing", f"{len(fit.missing)}: {_some(fit.missing)}" if fit.missing else ""))
-        pairs.append(("wrong shape", f"{len(fit.wrong_shape)}: {_some(fit.wrong_shape)}" if fit.wrong_shape else ""))
+        pairs.append(("touches", f"{output.count(len(fit.touched), 'tensor')}: {output.some(fit.touched)}"))
+        for label, names in (("missing", fit.missing), ("wrong shape", fit.wrong_shape)):
+            pairs.append((label, f"{len(names)}: {output.some(names)}" if names else ""))
     if summary.receipt:
         merged = ", ".join(f"{a.name}@{a.weight:g} ({a.digest[:15]}...)" for a in summary.receipt.adapters)
         pairs.append(("merged", f"{merged} by {summary.receipt.tool}, {len(summary.receipt.tensors)} tensors changed"))
     return pairs
-
-
-def _some(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
 
 
 def _print_groups(summary: Summary) -> None:

@@ -12,7 +12,6 @@ from loratool.changes import DTYPES
 from loratool.cli import options, output
 from loratool.names import natural
 from loratool.plan import Plan
-from loratool.survival import Survival, total
 
 
 @click.command(
@@ -101,17 +100,10 @@ def merge_command(
         output.notes([*plan.notes, *report.notes])
         changed = f"{len(plan.changes)} of {sum(len(file.tensors) for file in plan.files)} tensors changed"
         output.say(f"{out}: {changed}, {output.size(plan.nbytes)} written in {report.seconds:.2f} s")
-        if line := survives(total(report.survival)):
+        if line := output.survives(report.survival):
             output.say(line)
         if undo is not None:
             output.say(f"{undo}: undo record, {output.size(undo.stat().st_size)}")
-
-
-def survives(found: Survival) -> str:
-    """How much of a change is left after rounding; "" where there is none."""
-    if found.share is None or found.moved_share is None:
-        return ""
-    return f"{found.share:.1%} of the change survives rounding, {found.moved_share:.1%} of its elements moved"
 
 
 def print_plan(plan: Plan, as_json: bool, quiet: bool) -> None:

@@ -18,7 +18,7 @@ Context = click.Context
 Parameter = click.Parameter
 
 
-def _weighted(ctx: Context, param: Parameter, values: tuple[str, ...]) -> tuple[tuple[Path, float | None], ...]:
+def weighted(ctx: Context, param: Parameter, values: tuple[str, ...]) -> tuple[tuple[Path, float | None], ...]:
     """``PATH`` or ``PATH@WEIGHT``. A path that exists as it stands is a path, whatever it contains."""
     return tuple(_weighted_path(value) for value in values)
 
@@ -58,7 +58,7 @@ def existing_path(function: F) -> F:
 
 
 def adapters(function: F) -> F:
-    return click.argument("adapters", nargs=-1, required=True, callback=_weighted, metavar="ADAPTER[@WEIGHT]...")(
+    return click.argument("adapters", nargs=-1, required=True, callback=weighted, metavar="ADAPTER[@WEIGHT]...")(
         function
     )
 

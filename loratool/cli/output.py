@@ -8,13 +8,14 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from loratool.errors import LoratoolError, Problem
+from loratool.survival import Survival, total
 
 if TYPE_CHECKING:
     from loratool.workers import Progress
@@ -90,6 +91,19 @@ def notes(lines: Sequence[str]) -> None:
 def count(number: int, noun: str) -> str:
     """``1 update``, ``36 updates``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def some(names: Sequence[str]) -> str:
+    """``a, b, ... (17 in all)``."""
+    return ", ".join(names[:2]) + (f", ... ({len(names)} in all)" if len(names) > 2 else "")
+
+
+def survives(found: Mapping[str, Survival]) -> str:
+    """How much of a change is left after rounding; "" where there is none."""
+    share, moved = total(found).share, total(found).moved_share
+    if share is None or moved is None:
+        return ""
+    return f"{share:.1%} of the change survives rounding, {moved:.1%} of its elements moved"
 
 
 def size(nbytes: int) -> str:

@@ -1,0 +1,112 @@
+"""loratool verify"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+import loratool
+from loratool.cli import options, output
+from loratool.verify import VerifyReport
+
+WORST = 5  # tensors that are listed without --verbose
+
+
+@click.command(
+    "verify",
+    epilog="""\b
+Examples:
+  loratool verify merged/ --base base/ --adapter my.lora.safetensors
+  loratool verify merged/ --base base/ --adapter style/@0.8 --adapter task/ --json
+  loratool verify merged/ --base base/ --adapter my.lora.safetensors --sample""",
+)
+@click.argument("merged", type=click.Path(path_type=Path))
+@click.option("--base", required=True, type=click.Path(path_type=Path), help="The checkpoint that was merged into.")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    required=True,
+    callback=options.weighted,
+    metavar="ADAPTER[@WEIGHT]",
+    help="What was merged; may be repeated.",
+)
+@click.option(
+    "--sample",
+    is_flag=False,
+    flag_value=0.05,
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="[SHARE]",
+    help="Look only at this share of each tensor's rows [0.05 if none is given].",
+)
+@click.option("--ulps", default=1, show_default=True, type=click.IntRange(0), help="Accepted units in the last place.")
+@click.option("--rounded-delta", is_flag=True, help="Accept a delta that was rounded before it was added.")
+@options.layout
+@options.component
+@options.map
+@click.option("--threads", type=click.IntRange(1), help="Workers [default: one per core, at most 8].")
+@options.as_json
+@options.quiet
+@click.pass_context
+def verify_command(
+    ctx: click.Context,
+    merged: Path,
+    base: Path,
+    adapters: tuple[tuple[Path, float | None], ...],
+    sample: float | None,
+    ulps: int,
+    rounded_delta: bool,
+    layout: dict[str, str],
+    component: tuple[str, ...],
+    map: tuple[Path, ...],
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Is MERGED the base with these adapters merged in? Any tool may have merged them.
+
+    Every tensor is compared with the correctly rounded result. Exits with 1 if the answer is no, and says why: the
+    scale that was really applied, a double merge, a layer that is missing, another base.
+    """
+    with output.progress(quiet or as_json) as callback:
+        report = loratool.verify(
+            merged,
+            base,
+            adapters,
+            sample=sample,
+            ulps=ulps,
+            rounded_delta=rounded_delta,
+            layout=layout,
+            component=component,
+            map=map,
+            threads=threads,
+            progress=callback,
+        )
+    if as_json:
+        output.print_json("verify", report.to_json())
+    elif not quiet:
+        _print(report)
+    if not report.answer:
+        ctx.exit(1)
+
+
+def _print(report: VerifyReport) -> None:
+    output.notes(report.notes)
+    if not report.answer:
+        for finding in report.findings:
+            output.say(f"no: {output.some(finding.tensors)}: {finding.text}")
+        worst = sorted((check for check in report.tensors if check.wrong), key=lambda check: -check.wrong)[:WORST]
+        rows = [(c.name, f"{c.ulps:g}", f"{c.differing:,}", f"{c.wrong:,}", f"{c.elements:,}") for c in worst]
+        if rows:
+            output.print_table(("tensor", "ulps", "differing", "wrong", "of elements"), rows, numeric=range(1, 5))
+    differing, elements = report.counts
+    looked = "a sample of " if report.sample else ""
+    output.say(
+        f"{report.merged}: {'yes' if report.answer else 'no'}: {looked}"
+        f"{output.count(len(report.tensors), 'changed tensor')}, at most {report.ulps:g} units in the last place off,"
+        f" {differing:,} of {elements:,} elements not the nearest; {report.untouched:,} untouched ones"
+        f" {'are' if report.untouched != 1 else 'is'} the base's"
+    )
+    if line := output.survives(report.survival):
+        output.say(line)
