@@ -284,6 +284,17 @@ def test_layers_without_lora_are_named_where_they_can_not_be_filled(dora: bool, 
     assert_same_bits(written(tmp_path / "out"), adapter)
 
 
+def test_a_bias_under_dora_is_warned_of(tmp_path: Path) -> None:
+    """torchtune's forward multiplies it with the magnitude, which neither PEFT's nor its own merge does."""
+    dora = [(Target("", (6, 4)), update_of("dora0-lora"))]
+    made = adapter_of(q__weight=dora, k__weight=dora, v__weight=lora())
+    state = base_for(made, 1, ["F32"])
+    for biased in ("q", "v"):
+        save_file(state | {f"{biased}.bias": values(6)}, tmp_path / f"{biased}.safetensors")
+        report = loratool.convert(made, tmp_path / biased, "torchtune", base=tmp_path / f"{biased}.safetensors")
+        assert any("bias of 1 DoRA layers (q.weight ...)" in note for note in report.notes) == (biased == "q")
+
+
 # -- what does not fit ------------------------------------------------------------------------------------------------
 
 WHOLE, ROWS = Target("", (6, 4)), Target("", (6, 4), rows=(0, 3))

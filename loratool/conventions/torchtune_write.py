@@ -52,7 +52,7 @@ def write(adapter: Adapter, base: Checkpoint | None, options: Options) -> Bundle
         notes.append(folding.uniform_note(layers.values(), changed))
         layers = dict(zip(layers, changed, strict=True))
     more, why = _filling(layers, translated.naming, base)
-    layers, notes = {**layers, **more}, [*notes, *why, *_mixed(layers)]
+    layers, notes = {**layers, **more}, [*notes, *why, *_mixed(layers), *_biased(adapter, base)]
     tensors: dict[str, TensorRef] = {}
     for name in sorted(layers, key=natural):
         tensors |= _factors(name, layers[name])
@@ -282,6 +282,15 @@ def _mixed(layers: Mapping[str, Targeted]) -> Iterator[str]:
     plain = [n for n, item in layers.items() if not isinstance(item.update, Dora) and not item.target.stacked]
     if plain and any(isinstance(item.update, Dora) for item in layers.values()):
         yield f"use_dora is for all layers in torchtune's own models; {len(plain)} ({plain[0]} ...) have no magnitude"
+
+
+def _biased(adapter: Adapter, base: Checkpoint | None) -> Iterator[str]:
+    """A note on layers whose forward and merge differ in torchtune (torchtune/modules/peft/dora.py, 0.6.1)."""
+    known = {} if base is None else base.tensors
+    names = dict.fromkeys(item.target.name for item in adapter.updates if isinstance(item.update, Dora))
+    if biased := [name for name in names if f"{parent(name)}.bias" in known]:
+        which = f"the bias of {len(biased)} DoRA layers ({biased[0]} ...)"
+        yield f"torchtune's forward multiplies {which} with the magnitude as well; its merge does not, nor does PEFT"
 
 
 # -- the files --------------------------------------------------------------------------------------------------------
