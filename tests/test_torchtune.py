@@ -307,12 +307,12 @@ def test_the_order_of_rows_matters(tmp_path: Path) -> None:
 
 @given(heads=st.integers(1, 5), half=st.integers(1, 5), trailing=st.sampled_from([(), (3,)]))
 def test_reordered_rows_are_those_of_the_two_halves(heads: int, half: int, trailing: tuple[int, ...]) -> None:
-    from loratool.conventions.torchtune import _Place
+    from loratool.conventions.torchtune_names import Place
     from loratool.tensors import TensorRef
 
     out = heads * 2 * half
     rows = torch.arange(out * max(1, *trailing, 1)).reshape(out, *trailing).float()
-    place = _Place("q.weight", heads=(heads, 2 * half))
+    place = Place("q.weight", heads=(heads, 2 * half))
     got = place.ordered(TensorRef.of(rows)).read()
     for head in range(heads):
         for pair in range(half):

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import State, assert_float32_close, assert_rounded, changed, own, read
-from safetensors.torch import save_file
-from torch import nn
+from models import State, assert_float32_close, assert_rounded, changed, edit_json, own, read
+from safetensors.torch import load_file, save_file
+from strategies import Maker, make_update
+from torch import Tensor, nn
 
 import loratool
 
@@ -37,7 +38,7 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "output_proj"]
 CONFIG = {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "hidden_size": DIM}
 
 
-def model(family: str, dora: bool) -> nn.Module:
+def model(family: str, dora: bool, rank: int = RANK, alpha: float = ALPHA) -> nn.Module:
     sizes = {
         "vocab_size": VOCAB,
         "num_layers": 2,
@@ -46,8 +47,8 @@ def model(family: str, dora: bool) -> nn.Module:
         "embed_dim": DIM,
         "max_seq_len": 16,
         "intermediate_dim": INNER,
-        "lora_rank": RANK,
-        "lora_alpha": ALPHA,
+        "lora_rank": rank,
+        "lora_alpha": alpha,
         "use_dora": dora,
     }
     everything = {"lora_attn_modules": ATTENTION, "apply_lora_to_mlp": True}
@@ -207,8 +208,6 @@ def test_its_dora_without_q_and_k_is_read(tmp_path: Path) -> None:
     made = Made("llama3", True, tmp_path)
     epoch, base = made.epoch(), made.transformers_base()
     file = epoch / "adapter_model.safetensors"
-    from safetensors.torch import load_file
-
     kept = {n: v for n, v in load_file(file).items() if ".q_proj." not in n and ".k_proj." not in n}
     save_file(kept, file)
     loratool.merge(base, [file], tmp_path / "out")
@@ -231,3 +230,130 @@ def test_the_rows_it_exports_for_qwen_are_refused(tmp_path: Path) -> None:
     got, want = read(tmp_path / "out"), to_transformers("qwen2", made.exact)
     wrong = {name for name, value in got.items() if not torch.allclose(value.double(), want[name], atol=1e-5)}
     assert len(wrong) == 4
+
+
+# --- what is written for it -----------------------------------------------------------------------------------------
+
+MODEL_TYPES = {"llama3": "LLAMA3", "mistral": "MISTRAL", "gemma2": "GEMMA2", "qwen2": "QWEN2", "phi3": "PHI3_MINI"}
+
+
+def checkpoint(family: str, base: Path, run: Path, *, resume: bool = False) -> dict[str, State]:
+    """What the recipes load: a base with transformers' names, under torchtune's; and the adapter of the last epoch.
+
+    With that they also load where the optimiser was, which is in no adapter.
+    """
+    if resume:
+        (run / "recipe_state").mkdir()
+        torch.save({}, run / "recipe_state" / "recipe_state.pt")
+    checkpointer = torchtune("training").FullModelHFCheckpointer(
+        checkpoint_dir=str(base), checkpoint_files=["model.safetensors"], model_type=MODEL_TYPES[family],
+        output_dir=str(run), should_load_recipe_state=resume,
+    )  # fmt: skip
+    loaded = checkpointer.load_checkpoint()
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def resumed(family: str, dora: bool, base: Path, run: Path) -> nn.Module:
+    """A model with the written adapter in it, set up as torchtune's LoRA recipes do; they accept no missing key."""
+    config = json.loads((run / "epoch_0" / "adapter_config.json").read_text())
+    built = model(family, dora, config["r"], config["lora_alpha"])
+    loaded = checkpoint(family, base, run, resume=True)
+    peft, state = torchtune("modules.peft"), loaded["adapter"]
+    assert {*state} == {*peft.get_adapter_params(built)}
+    base_missing, base_unexpected = built.load_state_dict(loaded["model"], strict=False)
+    lora_missing, lora_unexpected = built.load_state_dict(state, strict=False)
+    peft.validate_missing_and_unexpected_for_lora(
+        lora_attn_modules=[*ATTENTION], apply_lora_to_mlp=True, apply_lora_to_output=family != "gemma2",
+        base_missing=base_missing, base_unexpected=base_unexpected,
+        lora_missing=lora_missing, lora_unexpected=lora_unexpected,
+    )  # fmt: skip
+    return built.eval()
+
+
+def trained(base: State, form: str, names: list[str]) -> loratool.Adapter:
+    """An adapter of some tensors of a base, with more than one rank and scale in it."""
+    items = []
+    for n, name in enumerate(names):
+        shape = tuple(base[name].shape)
+        update = make_update(form, shape, Maker(n), rank=2 + n % 2, alpha=6.0)
+        items.append(loratool.Targeted(loratool.Target(name, shape), update))
+    return loratool.Adapter(tuple(items))
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_torchtune_goes_on_from_what_was_written(family: str, dora: bool, tmp_path: Path) -> None:
+    """Its merge and its forward are those of the original adapter in transformers' base."""
+    made = Made(family, dora, tmp_path)
+    base, before = made.transformers_base(), to_transformers(family, made.base)
+    edit_json(base / "config.json", tie_word_embeddings=False)
+    names = [name for name in before if name.endswith(("_proj.weight", "lm_head.weight"))]
+    adapter = trained(before, "dora0-lora" if dora else "lora", names)
+    (tmp_path / "run").mkdir()
+    report = loratool.convert(adapter, tmp_path / "run" / "epoch_0", "torchtune", base=base)
+    loratool.merge(base, adapter, tmp_path / "merged")
+    got = resumed(family, dora, base, tmp_path / "run")
+
+    written = json.loads((tmp_path / "run" / "epoch_0" / "adapter_config.json").read_text())
+    state = own(got.state_dict())
+    merged = torchtune("modules.peft").get_merged_lora_ckpt(state, rank=written["r"], alpha=written["lora_alpha"])
+    ours = read(tmp_path / "merged")
+    assert len(changed(before, ours)) == len(names) == (9 if family == "phi3" else 14 if family == "gemma2" else 15)
+    for name, value in to_transformers(family, merged).items():
+        assert_float32_close(ours[name], value, name=name)
+
+    plain, untouched = model(family, False).eval(), model(family, False).eval()  # B is zeros in a new LoRA layer
+    plain.load_state_dict(checkpoint(family, tmp_path / "merged", tmp_path / "other")["model"], strict=False)
+    untouched.load_state_dict(checkpoint(family, base, tmp_path / "other")["model"], strict=False)
+    tokens, models = torch.arange(8).reshape(1, 8), (got, plain, untouched)
+
+    def logits() -> list[Tensor]:
+        with torch.no_grad():
+            return [each(tokens) for each in models]
+
+    def apart(one: Tensor, two: Tensor) -> float:
+        return float((one - two).abs().max() / two.abs().max())
+
+    biased = dora and family == "qwen2"
+    assert any("multiplies the bias of 6 DoRA layers" in note for note in report.notes) == biased
+    if biased:  # torchtune's forward is not that of its own merge
+        theirs, wanted, _ = logits()
+        assert apart(theirs, wanted) > 1e-2
+        for parameter in (p for each in models for n, p in each.named_parameters() if n.endswith(".bias")):
+            parameter.data.zero_()
+    theirs, wanted, without = logits()
+    assert apart(theirs, wanted) < 1e-4
+    assert apart(theirs, without) > 1e-2
+
+
+@pytest.mark.parametrize("family", ["llama3", "phi3"])
+def test_torchtune_goes_on_from_a_few_layers(family: str, tmp_path: Path) -> None:
+    """Its recipes want LoRA on the same modules of every layer: zeros fill the others."""
+    made = Made(family, False, tmp_path)
+    base, before = made.transformers_base(), to_transformers(family, made.base)
+    edit_json(base / "config.json", tie_word_embeddings=False)
+    ends = ("down_proj.weight", "o_proj.weight", "q_proj.weight", "qkv_proj.weight", "k_proj.weight", "v_proj.weight")
+    names = [name for name in before if ".1." in name and name.endswith(ends)] + ["lm_head.weight"]
+    adapter = trained(before, "lora", names)
+    (tmp_path / "run").mkdir()
+    loratool.convert(adapter, tmp_path / "run" / "epoch_0", "torchtune", base=base)
+    loratool.merge(base, adapter, tmp_path / "merged")
+    got = own(resumed(family, False, base, tmp_path / "run").state_dict())
+    config = json.loads((tmp_path / "run" / "epoch_0" / "adapter_config.json").read_text())
+    merged = torchtune("modules.peft").get_merged_lora_ckpt(got, rank=config["r"], alpha=config["lora_alpha"])
+    ours = read(tmp_path / "merged")
+    assert sorted(changed(before, ours)) == sorted(names)
+    for name, value in to_transformers(family, merged).items():
+        assert_float32_close(ours[name], value, name=name)
+
+
+def test_the_config_is_as_torchtune_writes_it(tmp_path: Path) -> None:
+    made = Made("llama3", False, tmp_path)
+    epoch = made.epoch()
+    loratool.convert(epoch / "adapter_model.pt", tmp_path / "again", "torchtune")
+    theirs, ours = (json.loads((folder / "adapter_config.json").read_text()) for folder in (epoch, tmp_path / "again"))
+    assert ours == {**theirs, "target_modules": sorted(theirs["target_modules"])}
+    state = torch.load(tmp_path / "again" / "adapter_model.pt", weights_only=True)
+    assert sorted(state) == sorted(made.adapter)
+    assert all(torch.equal(value, made.adapter[name]) for name, value in state.items())

@@ -5,25 +5,25 @@
 
 and ``up``, ``down`` like ``gate``. The scale is alpha/rank; alpha is in the ``adapter_config.json`` beside
 ``adapter_model.pt``, or must be given. The names are torchtune's own. Against a base with transformers' names they are
-mapped, and for models with rotary embeddings in Llama's order the rows of q_proj and k_proj are put back into
-transformers' order (torchtune/models/convert_weights.py).
+mapped (`torchtune_names`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from loratool.adapter import Adapter, BaseIdentity, Target, Targeted
 from loratool.checkpoint import Checkpoint
-from loratool.conventions.architecture import Architecture, architecture_of
+from loratool.conventions import torchtune_names, torchtune_write
 from loratool.conventions.choices import Choices
 from loratool.conventions.peft_config import parse
-from loratool.errors import ChoiceNeeded, InvalidFile, LoratoolError, Mismatch, Problem, Unsupported
-from loratool.names import missing, natural, prefix_rule
+from loratool.conventions.torchtune_names import Naming
+from loratool.errors import InvalidFile, LoratoolError, Mismatch, Problem
+from loratool.names import natural
 from loratool.tensors import TensorRef
 from loratool.updates import Dora, Lora, Scaling
 
@@ -31,33 +31,13 @@ NAME = "torchtune"
 TITLE = "torchtune checkpoint"
 KINDS = ("lora", "dora")
 TESTED = "torchtune 0.6.1"
-FILE_STEM = "adapter_model"
+OPTIONS = ()
+PLAIN = torchtune_names.PLAIN
+FILE_STEM = torchtune_write.FILE_STEM
+misfits, write = torchtune_write.misfits, torchtune_write.write
 
 _PART = re.compile(r"^(?:(?P<module>.+)\.)?(?P<part>lora_a\.weight|lora_b\.weight|magnitude)$")
 _EXPERTS = re.compile(r"^(?:(?P<module>.+)\.)?lora_(?P<matrix>gate|up|down)_(?P<part>[ab])$")
-_LAYER = re.compile(r"^(layers\.\d+)\.(.+)$")
-
-# torchtune's modules by transformers' names for them; `fused` where transformers stacks several in one matrix.
-_NAMES = {
-    "attn.q_proj": "self_attn.q_proj",
-    "attn.k_proj": "self_attn.k_proj",
-    "attn.v_proj": "self_attn.v_proj",
-    "attn.output_proj": "self_attn.o_proj",
-    "mlp.w1": "mlp.gate_proj",
-    "mlp.w2": "mlp.down_proj",
-    "mlp.w3": "mlp.up_proj",
-}
-_FUSED = {
-    "attn.q_proj": "self_attn.qkv_proj",
-    "attn.k_proj": "self_attn.qkv_proj",
-    "attn.v_proj": "self_attn.qkv_proj",
-    "mlp.w1": "mlp.gate_up_proj",
-    "mlp.w3": "mlp.gate_up_proj",
-}
-# Which models of transformers torchtune has, by what their conversion does to the weights.
-_ROTATED = ("llama", "mistral", "gemma", "gemma2")  # rows of q_proj and k_proj in another order
-PLAIN = ("qwen2", "qwen3")  # names only
-_STACKED = ("phi3",)  # q, k, v and gate, up in one matrix each
 
 
 def detect(source: Checkpoint) -> bool:
@@ -73,10 +53,11 @@ def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | N
     where = str(source.path)
     choices.refuse("adapter", "layout", where=where)
     modules, experts = _sort(source)
-    choices.check_used([*modules, *(f"{module}.{matrix}_proj" for module, matrix in experts)], where)
     config = choices.config or _side_config(source)
     reader = _Reader(choices, config, where)
-    naming = _naming(base, modules, experts, where)
+    stacks = [f"{module}.{matrix}_proj" for module, matrix in experts]
+    choices.check_used([*modules, *stacks], where)
+    naming = torchtune_names.naming(base, modules, stacks, where)
     for module, parts in modules.items():
         with reader.collecting():
             reader.updates.append(reader.linear(module, parts, naming))
@@ -121,133 +102,6 @@ def _sort(source: Checkpoint) -> tuple[dict[str, _Parts], dict[tuple[str, str], 
     return modules, experts
 
 
-# -- names and rows of the base ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a module's matrix lies in the base: its tensor, the order of its rows there, and which rows they are."""
-
-    name: str
-    heads: tuple[int, int] | None = None  # (number, size) where rows are reordered head by head
-    rows: tuple[int, int] | None = None
-    stored: TensorRef | None = None
-
-    def ordered(self, ref: TensorRef) -> TensorRef:
-        """Rows [out, ...] of torchtune in the base's order.
-
-        Rotary embeddings turn pairs of rows. torchtune keeps a pair's rows side by side, [heads, size/2, 2]; the base
-        has the first of all pairs and then the second, [heads, 2, size/2].
-        """
-        if self.heads is None:
-            return ref
-        number, size = self.heads
-        split = ref.reshape(number, size // 2, 2, *ref.shape[1:])
-        return split.permute(0, 2, 1, *range(3, len(split.shape))).reshape(*ref.shape)
-
-
-@dataclass(frozen=True)
-class _Naming:
-    """How torchtune's modules are found in a base: by their own names, or by transformers'."""
-
-    base: Mapping[str, TensorRef] | None
-    where: str
-    architecture: Architecture | None = None
-    rename: Callable[[str], str] = str
-    notes: tuple[str, ...] = ()
-
-    def place(self, module: str, out: int) -> _Place:
-        """Where the rows [out, in] of a module go. Raises Mismatch, Unsupported if the base has no place for them."""
-        if self.architecture is None:
-            name = self.rename(f"{module}.weight")
-            return _Place(name, stored=None if self.base is None else self.base.get(name))
-        assert self.base is not None
-        own = transformers_name(module, self.architecture)
-        if own is None:
-            what = f"{module} has no counterpart in a {self.architecture.model_type} model of transformers"
-            raise Unsupported(Problem("E-TARGET", what, self.where, "merge into the torchtune checkpoint"))
-        name = self.rename(f"{own}.weight")
-        stored = self.base.get(name)
-        if stored is None:
-            raise Mismatch(missing(name, self.base, self.where))
-        part = (_LAYER.match(module) or [module] * 3)[2]
-        heads = self._heads(module, part, out)
-        rows = self._rows(module, part, out, stored) if part in _FUSED and own.endswith(_FUSED[part]) else None
-        return _Place(name, heads, rows, stored)
-
-    def _heads(self, module: str, part: str, out: int) -> tuple[int, int] | None:
-        model = self.architecture
-        if model is None or model.model_type not in _ROTATED or part not in ("attn.q_proj", "attn.k_proj"):
-            return None
-        number = model.heads if part == "attn.q_proj" else model.kv_heads
-        if out != number * model.head_dim or model.head_dim % 2:
-            what = f"{module} has {out} rows, the base's config.json means {number} heads of {model.head_dim}"
-            raise Mismatch(Problem("E-SHAPE", what, self.where, "is this the adapter's base?"))
-        return number, model.head_dim
-
-    def _rows(self, module: str, part: str, out: int, stored: TensorRef) -> tuple[int, int]:
-        """The rows of one part of a stacked matrix: [q; k; v] or [gate; up]."""
-        model = self.architecture
-        assert model is not None
-        q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
-        attention = {"attn.q_proj": q, "attn.k_proj": kv, "attn.v_proj": kv}
-        sizes = attention if part in attention else dict.fromkeys(("mlp.w1", "mlp.w3"), stored.shape[0] // 2)
-        if sum(sizes.values()) != stored.shape[0] or out != sizes[part]:
-            what = f"{module} has {out} rows; {stored.name} has {stored.shape[0]}, in parts of {[*sizes.values()]}"
-            raise Mismatch(Problem("E-SHAPE", what, self.where, "is this the adapter's base?"))
-        start = sum([*sizes.values()][: [*sizes].index(part)])
-        return start, start + out
-
-
-def transformers_name(module: str, model: Architecture) -> str | None:
-    """``layers.0.attn.output_proj`` -> ``model.layers.0.self_attn.o_proj``; None for what has no counterpart."""
-    if module == "output":
-        return "lm_head"
-    match = _LAYER.match(module)
-    names = {**_NAMES, **_FUSED} if model.model_type in _STACKED else _NAMES
-    if match is None or match[2] not in names:
-        return None
-    return f"model.{match[1]}.{names[match[2]]}"
-
-
-def _naming(
-    base: Mapping[str, TensorRef] | None,
-    modules: Mapping[str, _Parts],
-    experts: Mapping[tuple[str, str], _Parts],
-    where: str,
-) -> _Naming:
-    """How the base calls things: as torchtune does, or as transformers does.
-
-    Raises ChoiceNeeded for transformers' names without a config.json, Unsupported for a model that torchtune lacks.
-    """
-    wanted = [f"{module}.weight" for module in modules]
-    wanted += [f"{module}.{matrix}_proj" for module, matrix in experts]
-    if base is None:
-        return _Naming(None, where)
-    if any(name in base for name in wanted) or not any(_is_transformers(name) for name in base):
-        rename, notes = prefix_rule(wanted, base, where)
-        return _Naming(base, where, rename=rename, notes=tuple(notes))
-    model = architecture_of(base)
-    if model is None:
-        what = "its names are torchtune's, the base's are transformers', and no config.json says how many heads it has"
-        hint = "put the base's config.json beside its weights"
-        raise ChoiceNeeded(Problem("E-CONFIG", what, where, hint))
-    if model.model_type not in (*_ROTATED, *PLAIN, *_STACKED) or experts:
-        kind = "experts" if experts else repr(model.model_type)
-        what = f"torchtune's names for {kind} are not mapped to transformers'"
-        hint = "merge it into the base in torchtune's own format (FullModelTorchTuneCheckpointer)"
-        raise Unsupported(Problem("E-UNSUPPORTED", what, where, hint))
-    mapped = [f"{own}.weight" for module in modules if (own := transformers_name(module, model)) is not None]
-    rename, notes = prefix_rule(mapped, base, where)
-    rows = "; rows of q_proj and k_proj in transformers' order" if model.model_type in _ROTATED else ""
-    notes = [*notes, f"torchtune's names mapped to those of a {model.model_type} model{rows}"]
-    return _Naming(base, where, model, rename, tuple(notes))
-
-
-def _is_transformers(name: str) -> bool:
-    return re.search(r"(^|\.)layers\.\d+\.(self_attn\.\w+_proj|mlp\.\w+_proj)\.weight$", name) is not None
-
-
 # -- one module --------------------------------------------------------------------------------------------------------
 
 
@@ -276,7 +130,7 @@ class _Reader:
         except LoratoolError as error:
             self.problems += error.problems
 
-    def linear(self, module: str, parts: _Parts, naming: _Naming) -> Targeted:
+    def linear(self, module: str, parts: _Parts, naming: Naming) -> Targeted:
         """A [rank, in], B [out, rank], magnitude [out]: canonical but for the order of rows."""
         A, B, magnitude = parts.get("lora_a"), parts.get("lora_b"), parts.get("magnitude")
         if A is None or B is None:
@@ -295,7 +149,7 @@ class _Reader:
         height = place.stored.shape[0] if place.rows and place.stored else out
         return Targeted(Target(place.name, (height, columns), place.rows), update)
 
-    def experts(self, module: str, matrix: str, parts: _Parts, naming: _Naming) -> Targeted:
+    def experts(self, module: str, matrix: str, parts: _Parts, naming: Naming) -> Targeted:
         """a [experts, in, rank], b [experts, rank, out]; the base is [experts, in, out], and a is the left factor."""
         name, a, b = f"{module}.{matrix}_proj", parts.get("a"), parts.get("b")
         if a is None or b is None:
