@@ -53,6 +53,13 @@ class Place:
     module: str
     part: int | None = None
 
+    @property
+    def parts(self) -> tuple[Place, ...]:
+        """Query, key and value of a whole attn.qkv; of anything else only itself."""
+        if self.part is None and self.module.endswith(QKV):
+            return tuple(Place(self.module, part) for part in range(len(PARTS)))
+        return (self,)
+
 
 def place_of(name: str) -> Place | None:
     """Where litgpt has a weight, called by litgpt's or by transformers' name; None if no layer of its has factors."""

@@ -11,6 +11,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from loratool import folding
 from loratool.adapter import Adapter, Target, Targeted
@@ -53,7 +54,7 @@ NO_BASE = Misfit(
     (), "litgpt wants factors for every layer of its model, which only the base shows", CONVERT_BASE, False
 )
 NO_CONFIG = Misfit((), f"litgpt makes its model of {MODEL_CONFIG}, which the base's folder lacks", CONVERT_BASE, False)
-NO_LAYER = Misfit((), "no linear layer of litgpt's model that it can train is called so", "", False)
+NO_LAYER = Misfit((), "litgpt trains linear layers, and its model has none of that name", "", False)
 INTERLEAVED = Misfit((), "attn.attn is the interleaved layout of an old litgpt", "convert the base again", False)
 
 
@@ -96,34 +97,42 @@ class _Model:
     layers: Mapping[str, Sequence[str]]
     shapes: Mapping[Place, Shape]
     sizes: tuple[int, int, int]
+    vocabulary: int  # rows of its head
 
     @classmethod
     def of(cls, config: FlatYaml, base: Checkpoint) -> _Model:
         """Raises InvalidFile for a config that does not say what is needed, Mismatch for that of another base."""
-        sizes, layers = qkv_rows(config), _layers(config)
+        sizes, layers = qkv_rows(config), _layers(config, base)
         shapes = {place: base.tensors[name].shape for place, name in homes(base.tensors).items()}
+        shapes = {place: shape for place, shape in shapes.items() if len(shape) == 2}
         for place, shape in [*shapes.items()]:
-            if place.part is None and place.module.endswith(QKV):  # litgpt's own: all three in one
-                shapes |= {Place(place.module, part): (size, *shape[1:]) for part, size in enumerate(sizes)}
-        wanted = {Place(module): (sum(sizes),) for module in layers["query"]}
-        wanted |= {Place(module, part): (sizes[part],) for module in layers["query"] for part in range(len(PARTS))}
-        if config.has("padded_vocab_size"):  # of some bases litgpt cuts rows off the head
-            wanted[Place("lm_head")] = (config.whole("padded_vocab_size"),)
+            if len(place.parts) > 1:  # litgpt's own: all three in one
+                shapes |= {part: (size, shape[1]) for part, size in zip(place.parts, sizes, strict=True)}
+        rows = {Place(module): sum(sizes) for module in layers["query"]}
+        rows |= {part: size for whole in rows for part, size in zip(whole.parts, sizes, strict=True)}
         problems = [
-            Problem("E-SHAPE", f"{place.module} has {shapes[place][0]} rows, {MODEL_CONFIG} makes it {rows[0]}")
-            for place, rows in wanted.items()
-            if place in shapes and shapes[place][:1] != rows
+            Problem("E-SHAPE", f"{place.module} has {shapes[place][0]} rows, {MODEL_CONFIG} makes it {wanted}")
+            for place, wanted in rows.items()
+            if place in shapes and shapes[place][0] != wanted
         ]
         if problems:
             hint = f"is this the base's own {MODEL_CONFIG}?"
             raise Mismatch([replace(problem, where=str(config.path), hint=hint) for problem in problems])
-        return cls(layers, shapes, sizes)
+        return cls(layers, shapes, sizes, config.whole("padded_vocab_size"))
 
-    def flag(self, place: Place) -> str | None:
-        """The flag that a place's factors need; None for layers that this model does not have."""
-        if place.module.endswith(QKV):
-            return PARTS[place.part or 0] if place.module in self.layers["query"] else None
-        return next((flag for flag, modules in self.layers.items() if place.module in modules), None)
+    @cached_property
+    def flags(self) -> Mapping[Place, str]:
+        """The flag of everything that can have factors."""
+        return {place: flag for flag in FLAGS for place in self.places(flag)}
+
+    @cached_property
+    def lost(self) -> Mapping[str, str]:
+        """Of every flag the first layer that the base does not show, where there is one."""
+        lost: dict[str, str] = {}
+        for place, flag in self.flags.items():
+            if place not in self.shapes:
+                lost.setdefault(flag, place.module)
+        return lost
 
     def places(self, flag: str) -> list[Place]:
         """Everything that gets factors with a flag."""
@@ -131,16 +140,19 @@ class _Model:
         return [Place(module, part) for module in self.layers[flag]]
 
 
-def _layers(config: FlatYaml) -> dict[str, list[str]]:
+def _layers(config: FlatYaml, base: Checkpoint) -> dict[str, list[str]]:
     """The modules that get factors with each flag, as litgpt builds them."""
     kind = config.lines.get("mlp_class_name", "")
     if kind not in _MLP:
         what = f"mlp_class_name is {kind!r:.80}; litgpt trains factors of {', '.join(_MLP)}"
         raise Unsupported(Problem("E-UNSUPPORTED", what, str(config.path), f"is this a {MODEL_CONFIG} of litgpt's?"))
-    blocks = [f"transformer.h.{number}" for number in range(config.whole("n_layer"))]
-    experts = range(config.whole("n_expert") if kind == "LLaMAMoE" else 0)
+    layers, experts = config.whole("n_layer"), config.whole("n_expert") if kind == "LLaMAMoE" else 0
+    if layers * max(experts, 1) > len(base.tensors):  # before lists of that length are made
+        what = f"n_layer {layers}, with {experts} experts, is more than the {len(base.tensors)} tensors of the base"
+        raise Mismatch(Problem("E-SHAPE", what, str(config.path), f"is this the base's own {MODEL_CONFIG}?"))
+    blocks = [f"transformer.h.{number}" for number in range(layers)]
     mlp = [name for name in _MLP[kind] if "N" not in name]
-    mlp += [name.replace("N", str(expert)) for expert in experts for name in _MLP[kind] if "N" in name]
+    mlp += [name.replace("N", str(expert)) for expert in range(experts) for name in _MLP[kind] if "N" in name]
     return {
         **{part: [block + QKV for block in blocks] for part in PARTS},
         "projection": [f"{block}.attn.proj" for block in blocks],
@@ -154,14 +166,15 @@ def _misfit(name: str, items: Sequence[Targeted], model: _Model) -> Misfit | Non
     if name.endswith(f"{OLD_QKV}.weight"):
         return INTERLEAVED
     place = place_of(name)
-    flag = None if place is None else model.flag(place)
-    if place is None or flag is None:
+    flags = [model.flags[part] for part in place.parts if part in model.flags] if place is not None else []
+    if not flags:
         return NO_LAYER
     if any(not isinstance(item.update, Lora) for item in items):
         return Misfit((), "its layers have LoRA and nothing else", "merge them: `loratool merge`", False)
-    flags = PARTS if place.part is None and flag in PARTS else (flag,)
-    absent = [other.module for flag in flags for other in model.places(flag) if other not in model.shapes]
-    if absent:
+    if flags == ["head"] and items[0].target.shape[0] != model.vocabulary:  # litgpt cuts rows off some
+        why = f"the head of litgpt's model has {model.vocabulary} rows, this one {items[0].target.shape[0]}"
+        return Misfit((), why, "", False)
+    if absent := [model.lost[flag] for flag in flags if flag in model.lost]:
         why = f"litgpt wants factors in every layer of a kind, and the base has no {absent[0]}"
         return Misfit((), why, f"is this the whole base, and its own {MODEL_CONFIG}?", False)
     return None
@@ -176,7 +189,7 @@ def _by_place(adapter: Adapter, model: _Model) -> dict[Place, Targeted]:
     for item in adapter.updates:
         place = place_of(item.target.name)
         assert place is not None, "misfits has looked"
-        if place.part is None and place.module.endswith(QKV):
+        if len(place.parts) > 1:
             for part, cut in _parts(item, model.sizes):
                 found[Place(place.module, part)].append(cut)
         else:
@@ -209,7 +222,7 @@ class _Factors:
 
     @classmethod
     def of(cls, layers: Mapping[Place, Targeted], model: _Model) -> _Factors:
-        flags = {model.flag(place) for place in layers}
+        flags = {model.flags[place] for place in layers}
         dtypes = {ref.dtype for item in layers.values() for ref in item.update.components().values()}
         # litgpt's merge gives the whole model the dtype of the first factor
         dtype = next(iter(dtypes)) if len(dtypes) == 1 else "F64" if "F64" in dtypes else "F32"
