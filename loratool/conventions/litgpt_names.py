@@ -67,7 +67,7 @@ def place_of(name: str) -> Place | None:
     if leaf != "weight":
         return None
     if module.startswith("transformer.h.") or module == "lm_head":
-        return Place(module) if LAYER.match(module) and not module.endswith(OLD_QKV) else None
+        return Place(module) if LAYER.match(module) else None
     if module == "language_model.lm_head":
         return Place("lm_head")
     if (match := _THEIRS.fullmatch(module)) is None:

@@ -55,7 +55,9 @@ NO_BASE = Misfit(
 )
 NO_CONFIG = Misfit((), f"litgpt makes its model of {MODEL_CONFIG}, which the base's folder lacks", CONVERT_BASE, False)
 NO_LAYER = Misfit((), "litgpt trains linear layers, and its model has none of that name", "", False)
-INTERLEAVED = Misfit((), "attn.attn is the interleaved layout of an old litgpt", "convert the base again", False)
+INTERLEAVED = Misfit(
+    (), "attn.attn is the interleaved layout of an old litgpt", "convert the base with a new one", False
+)
 
 
 def misfits(adapter: Adapter, base: Checkpoint | None, options: Options) -> list[Misfit]:
@@ -141,7 +143,11 @@ class _Model:
 
 
 def _layers(config: FlatYaml, base: Checkpoint) -> dict[str, list[str]]:
-    """The modules that get factors with each flag, as litgpt builds them."""
+    """The modules that get factors with each flag, as litgpt builds them.
+
+    Raises InvalidFile for a config that does not say it, Unsupported for an MLP without factors, Mismatch for one that
+    says more than the base can be.
+    """
     kind = config.lines.get("mlp_class_name", "")
     if kind not in _MLP:
         what = f"mlp_class_name is {kind!r:.80}; litgpt trains factors of {', '.join(_MLP)}"
@@ -299,8 +305,9 @@ def _number(value: float) -> str:
 
 def _quoted(text: str) -> str:
     """A text in YAML's double quotes."""
-    escapes = {'"': '\\"', "\\": "\\\\"}
-    return f'"{"".join(escapes.get(c, c if c.isprintable() else f"{chr(92)}U{ord(c):08x}") for c in text)}"'
+    escapes, unseen = {'"': '\\"', "\\": "\\\\"}, "\\U{:08x}"
+    inside = "".join(escapes.get(c, c if c.isprintable() else unseen.format(ord(c))) for c in text)
+    return f'"{inside}"'
 
 
 def _notes(
