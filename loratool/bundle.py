@@ -7,8 +7,10 @@ its largest tensor (a pickle needs all of it).
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from loratool.container import canonical_order, encode_header
@@ -66,6 +68,22 @@ class Plain:
 
     def write(self, file: BinaryIO) -> None:
         file.write(self.data)
+
+
+@dataclass(frozen=True)
+class Copied:
+    """A file of the base's, taken over as it is."""
+
+    path: Path
+    suffixes: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return self.path.stat().st_size
+
+    def write(self, file: BinaryIO) -> None:
+        with self.path.open("rb") as source:
+            shutil.copyfileobj(source, file)
 
 
 @dataclass(frozen=True)

@@ -5,20 +5,32 @@
 
 q = n_head * head_size rows, then n_query_groups * head_size for the keys, and as many for the values; n of the three
 are trained. ``lit_model.pth.lora`` holds only the factors; hyperparameters.yaml beside it says alpha and what was
-trained, model_config.yaml the numbers of heads. The scale is alpha/rank.
+trained, model_config.yaml the numbers of heads. The scale is alpha/rank. Against a base with transformers' names the
+updates go where litgpt has its weights from (`litgpt_names`).
 """
 
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from loratool.adapter import Adapter, Target, Targeted
 from loratool.checkpoint import Checkpoint
+from loratool.conventions import litgpt_write
 from loratool.conventions.choices import Choices
 from loratool.conventions.flat_yaml import FlatYaml, read_flat_yaml
+from loratool.conventions.litgpt_names import (
+    HYPERPARAMETERS,
+    LAYER,
+    MODEL_CONFIG,
+    OLD_QKV,
+    PARTS,
+    QKV,
+    Place,
+    homes,
+    qkv_rows,
+)
 from loratool.conventions.packed import Pair, factor_modules, key, owner, pairs, scaling_of
 from loratool.errors import ChoiceNeeded, InvalidFile, LoratoolError, Mismatch, Problem, Unsupported
 from loratool.names import prefix_rule
@@ -29,22 +41,15 @@ NAME = "litgpt"
 TITLE = "litgpt LoRA checkpoint"
 KINDS = ("lora",)
 TESTED = "litgpt 0.5.13"
-
-HYPERPARAMETERS, MODEL_CONFIG = "hyperparameters.yaml", "model_config.yaml"
-PARTS = ("query", "key", "value")
-# Every linear layer of litgpt's GPT, which are all that can hold factors. `attn.attn` is what attn.qkv was called.
-_LAYER = re.compile(
-    r"(?:^|.*\.)(?:transformer\.h\.\d+\.(?:attn\.(?:qkv|attn|proj)|mlp\.(?:gate|(?:experts\.\d+\.)?(?:fc|fc_1|fc_2|proj)))"
-    r"|lm_head)$"
-)
-_OLD_QKV, _QKV = ".attn.attn", ".attn.qkv"
+OPTIONS = ()
+misfits, write = litgpt_write.misfits, litgpt_write.write
 
 
 def detect(source: Checkpoint) -> bool:
     modules = factor_modules(source.tensors)
-    if not modules or not all(_LAYER.match(module) for module in modules):
+    if not modules or not all(LAYER.match(module) for module in modules):
         return False
-    if any(module.endswith((_QKV, _OLD_QKV)) or key(module, "linear.weight") in source.tensors for module in modules):
+    if any(module.endswith((QKV, OLD_QKV)) or key(module, "linear.weight") in source.tensors for module in modules):
         return True
     return (source.folder / HYPERPARAMETERS).is_file() or source.shards[0].path.suffix == ".lora"
 
@@ -59,7 +64,7 @@ def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | N
     inside = unwrap(source, choices)
     stored = (inside or None) if base is None else base
     rename, notes = prefix_rule(names, names if stored is None else stored, where)
-    facts = _Facts.beside(source, choices, found)
+    facts = _Facts.beside(source, choices, found, {} if base is None else base)
     updates: list[Targeted] = []
     errors: list[LoratoolError] = []
     doubts: list[str] = []
@@ -73,6 +78,8 @@ def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | N
             errors.append(error)
     if errors:
         raise type(errors[0])([problem for error in errors for problem in error.problems])
+    if {item.target.name for item in updates} - {*map(rename, names)}:
+        notes = [*notes, "litgpt's names mapped to those of transformers: attn.qkv to q_proj, k_proj and v_proj, ..."]
     return Adapter(tuple(updates), provenance={"convention": NAME}, notes=(*source.notes, *notes), doubts=tuple(doubts))
 
 
@@ -96,12 +103,12 @@ def _unwrapped(name: str) -> str:
     """``X.linear.weight`` -> ``X.weight`` for a linear layer X of litgpt's."""
     above, _, leaf = name.rpartition(".")
     module = above.removesuffix(".linear")
-    return key(module, leaf) if module != above and _LAYER.match(module) else name
+    return key(module, leaf) if module != above and LAYER.match(module) else name
 
 
 def _refuse_old(modules: list[str], where: str) -> None:
     """Until the end of 2024 the rows of query, key and value were mixed, one query group after the other."""
-    if old := [module for module in modules if module.endswith(_OLD_QKV)]:
+    if old := [module for module in modules if module.endswith(OLD_QKV)]:
         what = f"{old[0]} is from an old litgpt, whose attn.attn interleaves query, key and value by query group"
         raise Unsupported(
             Problem("E-UNSUPPORTED", what, where, "merge it with the litgpt it was trained with: `litgpt merge_lora`")
@@ -109,7 +116,7 @@ def _refuse_old(modules: list[str], where: str) -> None:
 
 
 def _refuse_old_base(name: str, base: Mapping[str, TensorRef], where: str) -> None:
-    old = name.replace(f"{_QKV}.", f"{_OLD_QKV}.")
+    old = name.replace(f"{QKV}.", f"{OLD_QKV}.")
     if old != name and old in base:
         what = f"the base has {old}, the interleaved layout of an old litgpt, where the adapter has {name}"
         raise Unsupported(
@@ -122,26 +129,32 @@ def _refuse_old_base(name: str, base: Mapping[str, TensorRef], where: str) -> No
 
 @dataclass(frozen=True)
 class _Facts:
-    """What the side files and the user say; None where nobody does."""
+    """What the side files, the user and the base say; None where nobody does."""
 
     choices: Choices
     where: str
     sizes: tuple[int, int, int] | None  # rows of query, key, value
     trained: str | None  # "101": which of them
+    base: Mapping[str, TensorRef]
+    homes: Mapping[Place, str]  # the base's names for litgpt's layers
 
     @classmethod
-    def beside(cls, source: Checkpoint, choices: Choices, found: list[Pair]) -> _Facts:
+    def beside(cls, source: Checkpoint, choices: Choices, found: list[Pair], base: Mapping[str, TensorRef]) -> _Facts:
         """Raises InvalidFile for side files that are broken or belong to another adapter."""
         hyper = read_flat_yaml(source.folder / HYPERPARAMETERS)
         model = read_flat_yaml(source.folder / MODEL_CONFIG)
         sizes = trained = None
         if model is not None:
-            heads, groups, size = (model.whole(name) for name in ("n_head", "n_query_groups", "head_size"))
-            sizes = (heads * size, groups * size, groups * size)
+            sizes = qkv_rows(model)
         if hyper is not None and hyper.has("lora_r"):
             choices = _with_alpha(choices, hyper, found, str(source.path))
             trained = "".join(str(int(hyper.flag(f"lora_{part}"))) for part in PARTS)
-        return cls(choices, str(source.path), sizes, trained)
+        return cls(choices, str(source.path), sizes, trained, base, homes(base))
+
+    def sizes_of(self, module: str) -> tuple[int, ...] | None:
+        """The rows of a layer's query, key and value: those of the base's three matrices, if no file says it."""
+        names = [self.homes.get(Place(module, part)) for part in range(len(PARTS))]
+        return self.sizes or (None if None in names else tuple(self.base[name].shape[0] for name in names if name))
 
 
 def _with_alpha(choices: Choices, hyper: FlatYaml, found: list[Pair], where: str) -> Choices:
@@ -162,33 +175,36 @@ def _with_alpha(choices: Choices, hyper: FlatYaml, found: list[Pair], where: str
 def _updates(pair: Pair, name: str, weight: TensorRef | None, facts: _Facts, doubts: list[str]) -> Iterator[Targeted]:
     scaling = scaling_of(facts.choices, pair.module, pair.rank)
     rows, columns = pair.B.shape[0], pair.A.shape[1]
-    if not pair.module.endswith(_QKV):
+    if not pair.module.endswith(QKV):
         if pair.blocks != 1:
-            what = f"lora_A is {list(pair.A.shape)}, lora_B {list(pair.B.shape)}: only {_QKV[1:]} is packed"
+            what = f"lora_A is {list(pair.A.shape)}, lora_B {list(pair.B.shape)}: only {QKV[1:]} is packed"
             raise InvalidFile(Problem("E-SHAPE", what, pair.module))
+        name = facts.homes.get(Place(pair.module), name)
         yield Targeted(Target(name, (rows, columns)), Lora(pair.A, pair.B, scaling))
         return
-    if facts.sizes is None:
+    sizes = facts.sizes_of(pair.module)
+    if sizes is None:
         doubts.append(
             f"{pair.module}: how many rows are query, key and value: put {MODEL_CONFIG} of the base beside the file"
         )
         shape = (rows, columns) if weight is None else weight.shape
         yield Targeted(Target(name, shape, (0, rows)), Lora(pair.A, pair.B, scaling))
         return
-    total = sum(facts.sizes)
+    total = sum(sizes)
     if weight is not None and weight.shape != (total, columns):
         what = f"{name} is {list(weight.shape)}, {MODEL_CONFIG} and the factors make it {[total, columns]}"
         raise Mismatch(Problem("E-SHAPE", what, facts.where, "is this the adapter's base, and its model_config.yaml?"))
-    sizes = facts.sizes
     trained = _trained(pair, sizes, facts, doubts)
     starts = [0, *itertools.accumulate(sizes)]
     blocks = pair.split(sizes[part] for part in trained)
     for part, (A, B) in zip(trained, blocks, strict=True):
         target = Target(name, (total, columns), (starts[part], starts[part] + sizes[part]))
+        if (home := facts.homes.get(Place(pair.module, part))) is not None:
+            target = Target(home, (sizes[part], columns))
         yield Targeted(target, Lora(A, B, scaling))
 
 
-def _trained(pair: Pair, sizes: tuple[int, int, int], facts: _Facts, doubts: list[str]) -> tuple[int, ...]:
+def _trained(pair: Pair, sizes: tuple[int, ...], facts: _Facts, doubts: list[str]) -> tuple[int, ...]:
     """Which of query, key and value the blocks are: what is said must fit the shapes, and the shapes may be enough."""
     fitting = [
         parts
