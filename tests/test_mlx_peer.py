@@ -23,12 +23,14 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import llama as mlx_llama
 from mlx_lm.models import mixtral as mlx_mixtral
 from mlx_lm.models import qwen2_moe as mlx_qwen2_moe
+from mlx_lm.models import qwen3_moe as mlx_qwen3_moe
 from mlx_lm.tuner.trainer import TrainingArgs, train
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 from mlx_lm.utils import save_config
 from models import HIDDEN, VOCAB, State, assert_float32_close, changed, llama, mixtral, own, read, save_base
 from safetensors.torch import load_file, save_file
 from strategies import Maker, make_update
+from test_maps import qwen3
 
 import loratool
 from loratool import Adapter, Target, Targeted
@@ -477,33 +479,43 @@ def test_mlx_loads_what_was_written(case: str, with_base: bool, tmp_path: Path) 
         assert (config["num_layers"], config["lora_parameters"]["keys"]) == expected
 
 
-def test_peft_to_mlx_with_the_experts_of_transformers(tmp_path: Path) -> None:
-    """What PEFT trained on transformers' Mixtral, loaded by mlx-lm into the model that it makes of the same files."""
+EXPERTS_OF_TRANSFORMERS: dict[str, tuple[Any, Any, tuple[str, ...], int]] = {
+    # the model of transformers, the module of mlx-lm, what is trained, modules that are wrapped
+    "mixtral": (
+        mixtral, mlx_mixtral, ("experts.0.w1.weight", "experts.2.w2.weight", "q_proj.weight", "_moe.gate.weight"), 4,
+    ),
+    "qwen3-moe": (
+        qwen3, mlx_qwen3_moe, ("experts.0.up_proj.weight", "experts.1.up_proj.weight", "1.mlp.gate.weight"), 3,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["lora", "loha"])
+@pytest.mark.parametrize("kind", EXPERTS_OF_TRANSFORMERS)
+def test_experts_of_transformers(kind: str, form: str, tmp_path: Path) -> None:
+    """Trained on transformers' model, loaded by mlx-lm into the one that it makes of the same files; or baked."""
+    make, module, trained_names, count = EXPERTS_OF_TRANSFORMERS[kind]
     torch.manual_seed(5)
-    reference = mixtral().eval()
-    hf = save_base(reference, tmp_path / "hf")
-    kinds = [f"experts.{n}.{part}" for n in (0, 2) for part in ("w1", "w2", "w3")]
-    before = read(hf)
-    items = [
-        targeted(Target(name, tuple(before[name].shape)), n, alpha=1.0 + n)
-        for n, name in enumerate(sorted(before))
-        if name.endswith((*(f"{kind}.weight" for kind in kinds), "q_proj.weight", "block_sparse_moe.gate.weight"))
-    ]
-    assert len(items) == 8
+    hf = save_base(make().eval(), tmp_path / "hf")
+    items = []
+    for seed, (name, value) in enumerate(read(hf).items()):
+        if name.endswith(trained_names):
+            items.append(targeted(Target(name, tuple(value.shape)), seed, form, alpha=1.0 + seed))
+    assert len(items) == count + (kind == "qwen3-moe") * 2  # two experts of each of two layers are in one stack
     adapter = Adapter(tuple(items))
-    loratool.convert(adapter, tmp_path / "adapter", "mlx", base=hf)
+    loratool.convert(adapter, tmp_path / "adapter", "mlx", base=hf, bake=form == "loha")
     loratool.merge(hf, adapter, tmp_path / "merged")
 
     def made(folder: Path) -> Any:
         config = json.loads((folder / "config.json").read_text())
-        model = mlx_mixtral.Model(mlx_mixtral.ModelArgs.from_dict({"rope_theta": 1e4, **config}))
+        model = module.Model(module.ModelArgs.from_dict({"rope_theta": 1e4, "num_experts": 4, **config}))
         model.load_weights([*model.sanitize(mx.load(str(folder / "model.safetensors"))).items()])
         return model
 
     model = made(hf)
     load_adapters(model, str(tmp_path / "adapter"))
-    assert len(wrapped(model)) == 1 + 1 + 3
+    assert len(wrapped(model)) == (count if form == "lora" else 0)
     got, want = fused(model), state(made(tmp_path / "merged"))
     for name, value in want.items():
         assert_float32_close(got[name], value, name=name)
-    assert len(changed(state(made(hf)), got)) == 5
+    assert len(changed(state(made(hf)), got)) == count

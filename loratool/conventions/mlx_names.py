@@ -52,7 +52,7 @@ class MlxModel:
         """The base's tensors as MLX has them; stacks are put together when they are read. {} without a base."""
         base = self.base or {}
         found = dict(base)
-        for block in maps.View(base, self._families).blocks:
+        for block in self._base_view.blocks:
             layout = _layout(block.family)
             if layout is None or block.layout is layout:
                 continue
@@ -64,13 +64,14 @@ class MlxModel:
         return found
 
     @cached_property
-    def _families(self) -> tuple[Family, ...]:
-        kind = model_type(self.base or {})
-        return tuple(family for family in maps.shipped() if kind in family.models)
+    def _base_view(self) -> maps.View:
+        base = self.base or {}
+        kind = model_type(base)
+        return maps.View(base, [family for family in maps.shipped() if kind in family.models])
 
     @cached_property
     def _view(self) -> maps.View:
-        return maps.View(self.tensors, self._families)
+        return maps.View(self.tensors, self._base_view.families)
 
     def renames(self, name: str) -> bool:
         """Whether a tensor of the base is a part of another one in MLX."""
@@ -80,14 +81,21 @@ class MlxModel:
         """Updates of the base's tensors as updates of MLX's. Raises Mismatch for those that can not be taken apart."""
         return maps.led(Adapter(tuple(items)), self._view, "").updates
 
+    def back(self, items: Iterable[Targeted]) -> tuple[Targeted, ...]:
+        """The opposite of `led`, as a merge into the base does it."""
+        return maps.led(Adapter(tuple(items)), self._base_view, "").updates
+
 
 def is_foreign(name: str) -> bool:
-    """Whether a tensor is of experts in a form in which MLX has none."""
+    """Whether a tensor is of experts, in a form in which MLX has none."""
     if _ONE_EXPERT.search(name):
         return True
     for family in maps.shipped():
-        layouts = [layout for layout in family.layouts if any(s.pattern.match(name) for s in layout.tensors)]
-        if layouts and _layout(family) not in layouts:
+        matching = {
+            layout: stored for layout in family.layouts for stored in layout.tensors if stored.pattern.match(name)
+        }
+        # A router has a name that it shares with those of other families.
+        if any(stored.stacked for stored in matching.values()) and _layout(family) not in matching:
             return True
     return False
 

@@ -7,7 +7,7 @@ loading the folder with mlx-lm.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from loratool.updates import Dora, Lora, Replace
 
 FILE_STEM = "adapters"
 WITH_MLX_BASE = "give the MLX model with --base BASE; mlx_lm.convert makes it from the Hugging Face one"
+MULTIMODAL = "model.language_model."  # transformers' prefix, which each of MLX's models turns into one of its own
 EXPERTS = Misfit(
     (),
     "MLX stacks the experts in other tensors",
@@ -61,11 +62,18 @@ def write(adapter: Adapter, base: Checkpoint | None, options: Options) -> Bundle
     if doubles := sum(ref.dtype == "F64" for ref in tensors.values()):
         notes.append(f"{doubles} float64 tensors are rounded to float32: mlx-lm loads no larger floats")
     tensors = {name: folding.single(ref) for name, ref in tensors.items()}
+    notes += _other_names(tensors, base)
     files: dict[str, Content] = {
         "adapter_config.json": document(dict(sorted(config.items()))),
         f"{FILE_STEM}.safetensors": Safetensors(tensors, {"format": "mlx"}),
     }
     return Bundle(files, tuple(notes))
+
+
+def _other_names(tensors: Iterable[str], base: Checkpoint | None) -> Iterator[str]:
+    of_mlx = base is not None and base.metadata.get("format") == "mlx"
+    if not of_mlx and any(name.startswith(MULTIMODAL) for name in tensors):
+        yield f"most models with names in {MULTIMODAL} have others in MLX; if mlx-lm refuses them, {WITH_MLX_BASE}"
 
 
 # -- what does not fit ------------------------------------------------------------------------------------------------
@@ -84,11 +92,20 @@ def _misfit(name: str, items: Sequence[Targeted], model: MlxModel) -> Misfit | N
     else:
         found = _misfit_layer(name, items, renamed)
     if found is None and renamed:
-        try:
-            model.led(items)
-        except LoratoolError as error:
-            return Misfit((), f"they can not be led to MLX's stacks of experts: {error.problems[0].message}")
+        return _misfit_move(items, model)
     return found
+
+
+def _misfit_move(items: Sequence[Targeted], model: MlxModel) -> Misfit | None:
+    """Whether updates of experts can go into MLX's stacks, and from there into this base again."""
+    try:
+        moved = model.led(items)
+        if "replace" in {item.update.kind for item in items}:
+            model.back(moved)  # its parts can not always be put together again
+    except LoratoolError as error:
+        why = f"MLX stacks the experts in other tensors, and they can not be moved: {error.problems[0].message}"
+        return Misfit((), why, WITH_MLX_BASE, bakeable=items[0].update.kind != "replace")
+    return None
 
 
 def _misfit_whole(name: str, items: Sequence[Targeted], renamed: bool, model: MlxModel) -> Misfit | None:
@@ -99,7 +116,7 @@ def _misfit_whole(name: str, items: Sequence[Targeted], renamed: bool, model: Ml
         return SHIFTED
     if model.base is not None and (name not in model.base or model.base[name].shape != target.shape):
         return OTHER_SHAPE
-    if not renamed and len(target.shape) == 3 and target.shape[1] == 1 < target.shape[2]:
+    if "conv" in name and len(target.shape) == 3 and target.shape[1] == 1 < target.shape[2]:
         return CONVOLUTION  # of single channels, [out, 1, width]: MLX has [out, width, 1]
     return None
 
@@ -144,11 +161,6 @@ def _word(items: Sequence[Targeted]) -> str:
 # -- tensors ----------------------------------------------------------------------------------------------------------
 
 
-def _by_target(items: Sequence[Targeted]) -> dict[str, list[Targeted]]:
-    found = Adapter(tuple(items)).targets()
-    return {name: found[name] for name in sorted(found, key=natural)}
-
-
 def _whole(items: Sequence[Targeted], stored: TensorRef | None) -> TensorRef:
     """The new tensor; where it is put together of experts, those without a new one are the base's."""
     parts = {item.target.expert: item.update.value for item in items if isinstance(item.update, Replace)}
@@ -168,7 +180,7 @@ def _low_rank(layers: Mapping[str, list[Targeted]]) -> tuple[dict[str, Targeted]
     notes = []
     if several := sum(len({item.target.expert for item in items}) < len(items) for items in layers.values()):
         notes.append(f"{several} tensors had several LoRAs: their factors are side by side, in one of a larger rank")
-    if stacks := sum(items[0].target.expert is not None for items in layers.values()):
+    if stacks := sum(any(item.target.expert is not None for item in items) for items in layers.values()):
         notes.append(f"updates of single experts are in {stacks} stacks; an expert without one has zeros")
     loras = [lora for item in found.values() if (lora := folding.low_rank(item.update)) is not None]
     if len({(folding.rank_of(lora), lora.factors.factor) for lora in loras}) > 1:
