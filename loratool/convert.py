@@ -239,7 +239,8 @@ def _check_readable(place: Path, conversion: Conversion) -> None:
         elif view is None:
             found = writer.read(written, Choices(), None).targets()
         else:
-            found = conventions.read_against(written, Choices(), view, writer.NAME).targets()
+            bound = conventions.read_against(written, Choices(), view, writer.NAME)
+            found = maps.led(bound, view, str(place)).targets()
     except LoratoolError as error:
         raise AssertionError(f"the {writer.NAME} adapter that was written can not be read back: {error}") from error
     if lost := sorted(wanted - {*found}):

@@ -47,6 +47,13 @@ def times(ref: TensorRef, factor: float) -> TensorRef:
     return _computed(ref.name, dtype, ref.shape, make)
 
 
+def single(ref: TensorRef) -> TensorRef:
+    """A float64 tensor as float32, rounded once, for containers that have no other; other dtypes as they are."""
+    if ref.dtype != "F64":
+        return ref
+    return _computed(ref.name, "F32", ref.shape, lambda: ref.read(torch_dtype("F32")))
+
+
 def is_exact(factor: float) -> bool:
     """Whether a product with this number loses nothing: it is a power of two, or its negative, or zero."""
     return abs(math.frexp(factor)[0]) in (0.0, 0.5)

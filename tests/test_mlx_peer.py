@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +23,17 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import llama as mlx_llama
 from mlx_lm.models import mixtral as mlx_mixtral
 from mlx_lm.models import qwen2_moe as mlx_qwen2_moe
+from mlx_lm.models import qwen3_moe as mlx_qwen3_moe
 from mlx_lm.tuner.trainer import TrainingArgs, train
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 from mlx_lm.utils import save_config
-from models import HIDDEN, VOCAB, State, assert_float32_close, changed, llama, own, read, save_base
+from models import HIDDEN, VOCAB, State, assert_float32_close, changed, llama, mixtral, own, read, save_base
 from safetensors.torch import load_file, save_file
+from strategies import Maker, make_update
+from test_maps import qwen3
 
 import loratool
+from loratool import Adapter, Target, Targeted
 
 pytestmark = pytest.mark.peers
 
@@ -338,3 +343,179 @@ def test_a_model_saved_with_its_wrappers(tune: str, tmp_path: Path) -> None:
     assert sorted(read(base)) == sorted(read(made.base))
     loratool.merge(made.base, out, tmp_path / "out")
     check(tmp_path / "out", made, count=3)
+
+
+# --- what is written for it ---------------------------------------------------------------------
+
+LAYERS = [f"model.layers.{n}." for n in range(2)]
+LINEAR = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+LINEAR += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+TABLE = Target("model.embed_tokens.weight", (VOCAB, HIDDEN), layout="embedding")
+Q, K = (Target(f"model.layers.{n}.self_attn.q_proj.weight", (HIDDEN, HIDDEN)) for n in range(2))
+DOWN = Target("model.layers.1.mlp.down_proj.weight", (HIDDEN, 24))
+HEAD = Target("lm_head.weight", (VOCAB, HIDDEN))
+STACK = Target("model.layers.1.block_sparse_moe.switch_mlp.up_proj.weight", (3, 24, HIDDEN))
+
+
+def targeted(target: Target, seed: int, form: str = "lora", dtype: str = "F32", **options: Any) -> Targeted:
+    return Targeted(target, make_update(form, target.region, Maker(seed, dtype, target.experts), **options))
+
+
+def everywhere(form: str = "lora") -> list[Targeted]:
+    sizes = dict(zip(LINEAR, [(16, 16), (8, 16), (8, 16), (16, 16), (24, 16), (24, 16), (16, 24)], strict=True))
+    return [
+        targeted(Target(f"{layer}{module}.weight", sizes[module]), n, form)
+        for n, (layer, module) in enumerate((layer, module) for layer in LAYERS for module in LINEAR)
+    ]
+
+
+# kind, updates, num_layers and keys with the base (None: full names, as without it)
+WRITTEN: dict[str, tuple[str, list[Targeted], tuple[int, list[str]] | None]] = {
+    "all layers": ("llama", everywhere(), (2, sorted(LINEAR))),
+    "all layers, dora": ("llama", everywhere("dora0-lora"), (2, sorted(LINEAR))),
+    "the last layer": ("llama", [targeted(DOWN, 1)], (1, ["mlp.down_proj"])),
+    "the first layer": ("llama", [targeted(Q, 1)], None),
+    "other modules in each": ("llama", [targeted(Q, 1), targeted(DOWN, 2)], None),
+    "other modules in each, dora": ("llama", [targeted(Q, 1, "dora0-lora"), targeted(DOWN, 2, "dora0-lora")], None),
+    "beside the layers": (
+        "llama",
+        [targeted(TABLE, 1), targeted(HEAD, 2), targeted(Q, 3), targeted(K, 4)],
+        (2, ["lm_head", "model.embed_tokens", "self_attn.q_proj"]),
+    ),
+    "only beside the layers": ("llama", [targeted(TABLE, 1), targeted(HEAD, 2)], None),
+    "embedding, dora": ("llama", [targeted(TABLE, 1, "dora0-lora"), targeted(Q, 2, "dora0-lora")], None),
+    "tied embedding": ("tied", [targeted(TABLE, 1)], None),
+    "ranks and scales": (
+        "llama",
+        [
+            targeted(Q, 1, rank=3, alpha=0.7),
+            targeted(K, 2, rank=5, alpha=9.0),
+            targeted(HEAD, 3, rule="none", alpha=-1.0),
+        ],
+        (2, ["lm_head", "self_attn.q_proj"]),
+    ),
+    "ranks and scales, dora": (
+        "llama",
+        [targeted(Q, 1, "dora0-lora", rank=3, alpha=0.7), targeted(K, 2, "dora0-lora", rank=5, alpha=9.0)],
+        (2, ["self_attn.q_proj"]),
+    ),
+    "16 bits": ("llama", [targeted(DOWN, 1, dtype="BF16")], (1, ["mlp.down_proj"])),
+    "64 bits": ("llama", [targeted(DOWN, 1, dtype="F64")], (1, ["mlp.down_proj"])),
+    "rows, and two of one": (
+        "llama",
+        [targeted(replace(Q, rows=(3, 9)), 1, alpha=5.0), targeted(replace(Q, rows=(9, 16)), 2), targeted(Q, 3)],
+        None,
+    ),
+    "stacked experts": (
+        "mixtral",
+        [targeted(replace(STACK, experts=3), 1), targeted(K, 2)],
+        (1, ["block_sparse_moe.switch_mlp.up_proj", "self_attn.q_proj"]),
+    ),
+    "single experts": (
+        "mixtral",
+        [targeted(replace(STACK, expert=0), 1), targeted(replace(STACK, expert=2, rows=(5, 9)), 2, rank=3)],
+        (1, ["block_sparse_moe.switch_mlp.up_proj"]),
+    ),
+    "a full fine-tune": (
+        "mixtral",
+        [targeted(Target("model.norm.weight", (HIDDEN,)), 1, "replace"), targeted(STACK, 2, "replace")],
+        None,
+    ),
+}
+
+
+def loaded(kind: str, weights: dict[str, Any], adapter: Path) -> Any:
+    model = mlx_model(kind)
+    model.load_weights([*weights.items()])
+    load_adapters(model, str(adapter))
+    return model
+
+
+def fused(model: Any) -> State:
+    done = [(name, module.fuse()) for name, module in model.named_modules() if hasattr(module, "fuse")]
+    model.update_modules(tree_unflatten(done))
+    return state(model)
+
+
+def wrapped(model: Any) -> set[str]:
+    return {f"{name}.weight" for name, module in model.named_modules() if hasattr(module, "fuse")}
+
+
+@pytest.mark.parametrize("with_base", [True, False], ids=["with its base", "alone"])
+@pytest.mark.parametrize("case", WRITTEN)
+def test_mlx_loads_what_was_written(case: str, with_base: bool, tmp_path: Path) -> None:
+    kind, updates, keys = WRITTEN[case]
+    mx.random.seed(3)
+    before = weights(mlx_model(kind))
+    base, out = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    mx.save_safetensors(str(base / "model.safetensors"), before, metadata={"format": "mlx"})
+    adapter = Adapter(tuple(updates))
+    loratool.convert(adapter, out, "mlx", base=base if with_base else None)
+    loratool.merge(base, adapter, tmp_path / "merged")
+    want = read(tmp_path / "merged")
+
+    model = loaded(kind, before, out)
+    tokens = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
+    answer = np.array(model(tokens))
+    full = {item.update.kind for item in updates} == {"replace"}
+    assert wrapped(model) == (set() if full else {*adapter.targets()})  # and nothing else
+    got = fused(model)
+    assert changed(read(base), got) == {*adapter.targets()}
+    for name, value in want.items():
+        if case == "16 bits":  # mlx multiplies the factors in their own dtype
+            assert (got[name] - value).abs().max() < 2.0**-6 * value.abs().max()
+        else:
+            assert_float32_close(got[name], value, name=name)
+    merged = mlx_model(kind)
+    merged.load_weights(str(tmp_path / "merged" / "model.safetensors"))
+    plain = np.array(merged(tokens))
+    assert np.abs(answer - plain).max() < (0.02 if case == "16 bits" else 1e-4) * np.abs(plain).max()
+
+    config = json.loads((out / "adapter_config.json").read_text())
+    if not full:
+        modules = [name.removesuffix(".weight") for name in adapter.targets()]
+        expected = keys if keys is not None and with_base else (-1, sorted(modules))
+        assert (config["num_layers"], config["lora_parameters"]["keys"]) == expected
+
+
+EXPERTS_OF_TRANSFORMERS: dict[str, tuple[Any, Any, tuple[str, ...], int]] = {
+    # the model of transformers, the module of mlx-lm, what is trained, modules that are wrapped
+    "mixtral": (
+        mixtral, mlx_mixtral, ("experts.0.w1.weight", "experts.2.w2.weight", "q_proj.weight", "_moe.gate.weight"), 4,
+    ),
+    "qwen3-moe": (
+        qwen3, mlx_qwen3_moe, ("experts.0.up_proj.weight", "experts.1.up_proj.weight", "1.mlp.gate.weight"), 3,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["lora", "loha"])
+@pytest.mark.parametrize("kind", EXPERTS_OF_TRANSFORMERS)
+def test_experts_of_transformers(kind: str, form: str, tmp_path: Path) -> None:
+    """Trained on transformers' model, loaded by mlx-lm into the one that it makes of the same files; or baked."""
+    make, module, trained_names, count = EXPERTS_OF_TRANSFORMERS[kind]
+    torch.manual_seed(5)
+    hf = save_base(make().eval(), tmp_path / "hf")
+    items = []
+    for seed, (name, value) in enumerate(read(hf).items()):
+        if name.endswith(trained_names):
+            items.append(targeted(Target(name, tuple(value.shape)), seed, form, alpha=1.0 + seed))
+    assert len(items) == count + (kind == "qwen3-moe") * 2  # two experts of each of two layers are in one stack
+    adapter = Adapter(tuple(items))
+    loratool.convert(adapter, tmp_path / "adapter", "mlx", base=hf, bake=form == "loha")
+    loratool.merge(hf, adapter, tmp_path / "merged")
+
+    def made(folder: Path) -> Any:
+        config = json.loads((folder / "config.json").read_text())
+        model = module.Model(module.ModelArgs.from_dict({"rope_theta": 1e4, "num_experts": 4, **config}))
+        model.load_weights([*model.sanitize(mx.load(str(folder / "model.safetensors"))).items()])
+        return model
+
+    model = made(hf)
+    load_adapters(model, str(tmp_path / "adapter"))
+    assert len(wrapped(model)) == (count if form == "lora" else 0)
+    got, want = fused(model), state(made(tmp_path / "merged"))
+    for name, value in want.items():
+        assert_float32_close(got[name], value, name=name)
+    assert len(changed(state(made(hf)), got)) == count

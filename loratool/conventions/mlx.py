@@ -19,8 +19,9 @@ from typing import Any
 
 from loratool.adapter import Adapter, BaseIdentity, Target, Targeted
 from loratool.checkpoint import Checkpoint
+from loratool.conventions import mlx_write
 from loratool.conventions.choices import Choices
-from loratool.conventions.model_config import model_config
+from loratool.conventions.mlx_names import is_embedding, may_be_shifted
 from loratool.errors import InvalidFile, LoratoolError, Mismatch, Problem, Unsupported
 from loratool.names import natural, prefix_rule
 from loratool.tensors import Shape, TensorRef, is_int
@@ -30,14 +31,12 @@ NAME = "mlx"
 TITLE = "mlx-lm adapter"
 KINDS = ("lora", "dora", "replace")
 TESTED = "mlx-lm 0.32.2"
+OPTIONS: tuple[str, ...] = ()
+misfits, write = mlx_write.misfits, mlx_write.write
 
 _PART = re.compile(r"^(?P<module>.+)\.(?P<part>lora_a|lora_b|m)$")
 # What a wrapper calls the layer that it wraps.
 _INNER = ("linear", "embedding")
-# Modules of MLX's models that are embeddings, for files without their base: both kinds have two matrices.
-_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embeddings", "embedding", "embed_in")
-# Models whose norms MLX stores as weight + 1: whole norms do not fit the Hugging Face base, and look as if they did.
-_SHIFTED_NORMS = ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "step3p5")
 INTO_MLX = "merge into the MLX model; mlx_lm.convert makes it from the Hugging Face one"
 UNQUANTISE = "merge into the 16-bit base that it was made from, or `mlx_lm.convert --dequantize` it"
 
@@ -168,7 +167,7 @@ class _Reader:
             # Only MLX's own names and layouts (stacked experts, convolutions) are certain to fit whole weights.
             found = f"{list(stored.shape)} in the base, not {list(value.shape)}" if stored else "not in the base"
             raise Mismatch(Problem("E-TARGET", f"{name} is {found}", self.where, INTO_MLX))
-        if target.endswith("norm.weight") and self._norms_are_shifted:
+        if may_be_shifted(target, self.base):
             what = f"{name}: MLX stores the norms of this model as weight + 1, and nothing shows which the base has"
             raise Unsupported(Problem("E-UNSUPPORTED", what, self.where, "fuse it with mlx_lm.fuse"))
         return Targeted(Target(target, value.shape), Replace(value))
@@ -243,14 +242,10 @@ class _Reader:
 
     def _is_table(self, module: str, stored: TensorRef | None, table: Shape) -> bool:
         """Whether the factors are an embedding's: the base's shape tells, or for a square one the module's name."""
-        named = module.rpartition(".")[2] in _EMBEDDINGS
+        named = is_embedding(module)
         if stored is None or table[0] == table[1]:
             return named
         if stored.shape not in (table, table[::-1]):
             what = f"{module}: the factors make {list(table[::-1])}, the base has {list(stored.shape)}"
             raise Mismatch(Problem("E-SHAPE", what, self.where, "is this the adapter's base?"))
         return stored.shape == table
-
-    @property
-    def _norms_are_shifted(self) -> bool:
-        return self.base is not None and model_config(self.base).get("model_type") in _SHIFTED_NORMS
