@@ -421,7 +421,7 @@ def test_options_that_mean_nothing(kit: Kit, tmp_path: Path) -> None:
 
 
 def test_writers_are_those_with_the_verbs() -> None:
-    assert conventions.writers().keys() == {"native", "peft"}
+    assert conventions.writers().keys() == {"native", "peft", "diffusers"}
     for convention in conventions.CONVENTIONS:
         assert hasattr(convention, "write") == (convention.NAME in conventions.writers())
 
@@ -524,7 +524,7 @@ def test_the_command_lists_what_can_be_written(kit: Kit, cli: Cli, tmp_path: Pat
     result = cli("convert", kit / "adapter", "--to", "plain", "-o", tmp_path / "x")
     assert result.code == 2
     assert "'native', 'peft'" in result.err
-    assert "[native|peft]" in cli("convert", "--help").out
+    assert "[native|peft|diffusers]" in cli("convert", "--help").out
 
 
 def test_a_refusal_has_exit_code_2(kit: Kit, cli: Cli, tmp_path: Path) -> None:

@@ -69,6 +69,11 @@ def is_xlabs(module: str) -> bool:
     return _XLABS.search(module) is not None
 
 
+def is_original(module: str) -> bool:
+    """Whether a module of a block is called as in the original model: diffusers' own Flux has no such name."""
+    return _BLOCK.fullmatch(module) is not None and bool(diffusers_modules(module))
+
+
 def diffusers_modules(module: str) -> tuple[str, ...]:
     """The modules that diffusers has for one of the original: ``single_blocks.0.linear2`` -> its ``proj_out``."""
     match = _BLOCK.fullmatch(module)
