@@ -166,6 +166,13 @@ def test_a_text_encoder_without_attention_has_the_names_before_pefts(tmp_path: P
     assert state.keys() == {f"{module}.lora_linear_layer.{side}.weight" for side in ("down", "up")}
 
 
+def test_a_text_encoders_magnitude_has_the_ending_that_transformers_looks_for(tmp_path: Path) -> None:
+    dora = update("dora0-lora")
+    state, _ = convert(adapter_of((Target(TEXT, (6, 4)), dora)), tmp_path)
+    name = f"{TEXT.removesuffix('.weight')}.lora_magnitude_vector.weight"
+    assert torch.equal(state[name], dora.magnitude.read())
+
+
 @pytest.mark.parametrize(
     ("names", "wanted"),
     [
@@ -200,8 +207,9 @@ def test_nothing_is_folded_that_fits(tmp_path: Path) -> None:
         (OUT, update("dora0-lora", rank=3, rule="none", alpha=0.3, dtype="F16")),
         (TEXT, update(rank=1, alpha=-1.0, dtype="BF16")),
         (FC, update(rank=2, rule="alpha", alpha=5.0)),
-        (Target("text_encoder_2.embed.token.weight", (6, 4), layout="embedding"), update(rank=2)),
-        ("text_encoder_2.embed.q_proj.weight", update(rank=2)),
+        (Target("text_encoder_2.embed.token.weight", (6, 4), layout="embedding"), update("dora1-lora", rank=2)),
+        ("text_encoder_2.embed.q_proj.weight", update("dora0-lora", rank=2)),
+        (Target("prior.embed.weight", (6, 4), layout="embedding"), update(rank=2)),
         (FLUX, update(rank=2, rule="alpha/sqrt(rank)", alpha=3.0)),
         (NORM, Replace(TensorRef.of(torch.rand(4)))),
     )
@@ -392,6 +400,7 @@ def test_what_diffusers_can_not_hold(case: str, tmp_path: Path) -> None:
     assert isinstance(error, loratool.Unsupported)
     assert error.message.startswith("diffusers can not hold the ")
     assert why in error.message
+    assert any(name in error.message for name in adapter.targets())
 
 
 def test_all_are_named_at_once(tmp_path: Path) -> None:

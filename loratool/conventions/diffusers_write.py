@@ -190,9 +190,8 @@ class _Component:
                 found[f"{module}.{down}.weight"] = lora.A  # [rank, in...]
                 found[f"{module}.{up}.weight"] = peft_layout.up(lora.B, target)  # [out, rank, 1...]
             if isinstance(item.update, Dora):
-                found[f"{module}.{MAGNITUDE_IN_TEXT if self.is_text else MAGNITUDE}"] = peft_layout.magnitude(
-                    item.update, target
-                )
+                part = MAGNITUDE_IN_TEXT if self.is_text else MAGNITUDE
+                found[f"{module}.{part}"] = peft_layout.magnitude(item.update, target)
         return found | peft_layout.bias_terms(layers, self.biases)
 
     def _spelling(self) -> tuple[str, str]:
