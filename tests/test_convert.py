@@ -421,7 +421,8 @@ def test_options_that_mean_nothing(kit: Kit, tmp_path: Path) -> None:
 
 
 def test_writers_are_those_with_the_verbs() -> None:
-    assert conventions.writers().keys() == {"native", "peft", "litgpt"}
+    wanted = {"native", "peft", "kohya", "lycoris", "diffusers", "litgpt", "torchtune", "mlx", "gguf"}
+    assert conventions.writers().keys() == wanted
     for convention in conventions.CONVENTIONS:
         assert hasattr(convention, "write") == (convention.NAME in conventions.writers())
 

@@ -366,6 +366,36 @@ def test_original_names(tmp_path: Path, prefix: str, before: str) -> None:
     assert len(report.receipt.tensors) == len(base)
 
 
+@pytest.mark.parametrize("before", ["", "transformer."])
+def test_kohya_names_of_the_original(tmp_path: Path, before: str) -> None:
+    """The same of sd-scripts' files: every module of the original, flattened, onto diffusers' model."""
+    torch.manual_seed(0)
+    original = Original({})
+    base = original.converted()
+    weights, state = dict(original.taken), {}
+    for name, weight in original.taken.items():
+        module, _, last = name.rpartition(".")
+        if last == "weight":
+            down, up = torch.randn(2, 4), torch.randn(len(weight), 2)
+            flat = f"lora_unet_{module.replace('.', '_')}"
+            state |= {
+                f"{flat}.lora_down.weight": down,
+                f"{flat}.lora_up.weight": up,
+                f"{flat}.alpha": torch.tensor(1.0),
+            }
+            weights[name] = weight + 0.5 * up @ down
+    truth = Original(weights).converted()
+    save_file({f"{before}{k}": v for k, v in base.items()}, tmp_path / "base.safetensors")
+    save_file(state, tmp_path / "a.safetensors")
+    report = loratool.merge(tmp_path / "base.safetensors", tmp_path / "a.safetensors", tmp_path / "out.safetensors")
+    merged = load_file(tmp_path / "out.safetensors")
+    for name, wanted in truth.items():
+        torch.testing.assert_close(merged[f"{before}{name}"], wanted, rtol=1e-5, atol=1e-5, msg=name)
+    assert len(report.receipt.tensors) == sum(
+        name.endswith(".weight") and tensor.dim() == 2 for name, tensor in base.items()
+    )
+
+
 def test_xlabs(pipelines: dict[str, Path], tmp_path: Path) -> None:
     state: State = {}
     for block, into, out in (

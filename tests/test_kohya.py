@@ -460,3 +460,43 @@ def test_a_pickle_is_as_good(tmp_path: Path) -> None:
     loratool.merge(tmp_path / "base.safetensors", tmp_path / "lora.pt", tmp_path / "out.safetensors")
     check(load_file(tmp_path / "out.safetensors"), base, lora,
           {flat("lora_unet_", path): f"{path}.weight" for path in UNET})  # fmt: skip
+
+
+FLUX_QKV, FLUX_LAST = "lora_unet_double_blocks_0_img_attn_qkv", "lora_unet_final_layer_adaLN_modulation_1"
+FLUX_PARTS = [f"transformer_blocks.0.attn.to_{name}.weight" for name in "qkv"]
+
+
+def test_flux_in_diffusers_names(tmp_path: Path) -> None:
+    """One module of the original is three of diffusers', or one whose halves are swapped."""
+    base = {name: values(8, 4, seed=n) for n, name in enumerate(FLUX_PARTS)} | {"norm_out.linear.weight": values(6, 4)}
+    lora = {}
+    for key, rows in ((FLUX_QKV, 24), (FLUX_LAST, 6)):
+        lora |= {f"{key}.lora_down.weight": values(2, 4), f"{key}.lora_up.weight": values(rows, 2, seed=5)}
+        lora |= {f"{key}.alpha": torch.tensor(4.0)}
+    got = merged(base, lora, tmp_path)
+    deltas = {
+        key: 2 * lora[f"{key}.lora_up.weight"].double() @ lora[f"{key}.lora_down.weight"].double()
+        for key in (FLUX_QKV, FLUX_LAST)
+    }
+    for name, change in zip(FLUX_PARTS, deltas[FLUX_QKV].chunk(3), strict=True):
+        assert_rounded(got[name], base[name].double() + change)
+    swapped = torch.cat(deltas[FLUX_LAST].chunk(2)[::-1])
+    assert_rounded(got["norm_out.linear.weight"], base["norm_out.linear.weight"].double() + swapped)
+
+
+@pytest.mark.parametrize(
+    ("parts", "shape", "why"),
+    [
+        ({"lora_down.weight": (2, 4), "lora_up.weight": (20, 2)}, (8, 4), "has 20 outputs"),
+        ({"hada_w1_a": (24, 2), "hada_w1_b": (2, 4), "hada_w2_a": (24, 2), "hada_w2_b": (2, 4)}, (8, 4),
+         "can not be parted so"),
+    ],
+    ids=["rows", "loha"],
+)  # fmt: skip
+def test_flux_that_does_not_fit_diffusers(
+    parts: dict[str, tuple[int, int]], shape: tuple[int, int], why: str, tmp_path: Path
+) -> None:
+    base = {name: values(*shape) for name in FLUX_PARTS}
+    with pytest.raises(loratool.LoratoolError) as caught:
+        merged(base, {f"{FLUX_QKV}.{part}": values(*size) for part, size in parts.items()}, tmp_path)
+    assert why in str(caught.value)

@@ -5,7 +5,8 @@
     transformer.X.to_q.lora_A.weight            now, as PEFT
 
 Down is A [rank, in], up is B [out, rank], a convolution's [rank, in, k, k] and [out, rank, 1, 1]; `.lora_B.bias` [out]
-and `.lora_magnitude_vector` as PEFT has them. The first segment names a component of the pipeline; a file of one model
+and `.lora_magnitude_vector` as PEFT has them, and an embedding's `.lora_embedding_A` [rank, tokens] and
+`.lora_embedding_B` [dim, rank]. The first segment names a component of the pipeline; a file of one model
 alone has none. The scale is PEFT's with the LoraConfig in the header (`lora_adapter_metadata`), or alpha/rank with
 ``.alpha`` tensors; with neither of them diffusers takes alpha = rank. Never both: its loader refuses that, too.
 """
@@ -16,13 +17,25 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from loratool.adapter import Adapter, Target, Targeted
 from loratool.checkpoint import Checkpoint
 from loratool.container import strict_json
-from loratool.conventions import flux_names
+from loratool.conventions import diffusers_write, flux_names
 from loratool.conventions.choices import Choices
+from loratool.conventions.diffusers_names import (
+    COMPONENTS,
+    FILE_STEM,
+    FOREIGN_PREFIX,
+    MAGNITUDE,
+    METADATA_KEY,
+    NORM,
+    ROOTS,
+    SIDES,
+    key_of,
+    path_of,
+)
 from loratool.conventions.peft_config import PeftConfig, parse, refuse_unsupported
 from loratool.conventions.scalars import scalar
 from loratool.errors import ChoiceNeeded, InvalidFile, LoratoolError, Mismatch, Problem, Unsupported
@@ -35,41 +48,8 @@ NAME = "diffusers"
 TITLE = "diffusers adapter"
 KINDS = ("lora", "dora", "replace", "add")
 TESTED = "diffusers 0.42.1"
-FILE_STEM = "pytorch_lora_weights"
-METADATA_KEY = "lora_adapter_metadata"
-
-# What diffusers' pipelines load adapters into (`_lora_loadable_modules` of its loaders).
-COMPONENTS = (
-    "unet", "transformer", "transformer_2", "transformer_ref", "prior", "connectors", "text_conditioner",
-    "text_encoder", "text_encoder_2", "text_encoder_3",
-)  # fmt: skip
-# What other trainers (ai-toolkit, ComfyUI's) put before the original model's names: no component, only a prefix.
-FOREIGN_PREFIX = "diffusion_model."
-# First segments of denoisers, diffusers' and the original ones: by them a file without prefixes is known.
-ROOTS = {
-    "down_blocks", "mid_block", "up_blocks", "transformer_blocks", "single_transformer_blocks",
-    "double_blocks", "single_blocks",
-}  # fmt: skip
-# Flux control adapters come with trained norms, which replace the base's; the original names end in `.scale`.
-_NORM = re.compile(r"\.(norm_q|norm_k|norm_added_q|norm_added_k)\.weight$|\.(query_norm|key_norm)\.scale$")
-
-_PART = re.compile(
-    r"^(?P<module>.+?)(?:"
-    r"\.(?P<peft>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector|alpha)"
-    r"|\.lora(?:_linear_layer)?\.(?P<side>down|up)\.weight"
-    r"|\.(?P<leaf>\w+)_lora(?P<stream>[12]?)\.(?P<old>down|up)\.weight)$"
-)
-_SIDES = {"down": "lora_A.weight", "up": "lora_B.weight"}
-# Attention processors had the UNet's names for a text encoder's projections as well.
-_TEXT_LEAVES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
-
-
-class Key(NamedTuple):
-    """A stored name, taken apart. `component` is "" where the name has none."""
-
-    component: str
-    module: str
-    part: str
+OPTIONS = ("component",)
+misfits, write = diffusers_write.misfits, diffusers_write.write
 
 
 def detect(source: Checkpoint) -> bool:
@@ -80,7 +60,7 @@ def detect(source: Checkpoint) -> bool:
     if any(name.startswith(("base_model.model.", "transformer.h.")) for name in source.tensors):
         return False
     factors = [
-        name for name in source.tensors if "lora" in name and (key := _key(name)) and key.part in _SIDES.values()
+        name for name in source.tensors if "lora" in name and (key := key_of(name)) and key.part in SIDES.values()
     ]
     if METADATA_KEY in source.metadata or source.shards[0].path.stem.startswith(FILE_STEM):
         return bool(factors)
@@ -103,27 +83,6 @@ def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | N
 
 def unwrap(source: Checkpoint, choices: Choices) -> Mapping[str, TensorRef]:
     return {}
-
-
-def _key(name: str) -> Key | None:
-    """``unet.a.attn1.processor.to_out_lora.up.weight`` -> ("unet", "a.attn1.to_out.0", "lora_B.weight")."""
-    match = _PART.match(name)
-    if match is None:
-        return None
-    segments = [segment for segment in match["module"].split(".") if segment != "processor"]
-    component = segments.pop(0) if segments and segments[0] in COMPONENTS else ""
-    if not component and match["module"].startswith(FOREIGN_PREFIX):
-        segments.pop(0)
-    leaf = match["leaf"]
-    if component.startswith("text_encoder"):
-        segments += [leaf] if leaf else []
-        segments[-1:] = [_TEXT_LEAVES.get(segment, segment) for segment in segments[-1:]]
-    elif leaf in ("qkv", "proj"):
-        segments.append(f"{leaf}_lora{match['stream']}")  # XLabs': it names no module of any base
-    elif leaf:
-        segments += ["to_out", "0"] if leaf == "to_out" else [leaf]
-    side = match["side"] or match["old"]
-    return Key(component, ".".join(segments), _SIDES[side] if side else match["peft"]) if segments else None
 
 
 def _configs(source: Checkpoint) -> dict[str, dict[str, Any]] | None:
@@ -172,7 +131,7 @@ class Reader:
             raise Unsupported(self.problems)
         if not self.modules and not self.norms:
             raise InvalidFile(Problem("E-EMPTY", "no adapter tensor in it", self.where))
-        self.choices.check_used([_path(*key) for key in self.modules], self.where)
+        self.choices.check_used([path_of(*key) for key in self.modules], self.where)
         rename = self._match()
         found: list[Targeted] = []
         for (component, module), parts in self.modules.items():
@@ -195,16 +154,16 @@ class Reader:
         """Every tensor gets its module and part. One that has none would be lost, so it is a problem."""
         styles: dict[str, set[bool]] = defaultdict(set)  # of factors by component: whether they are named as PEFT's
         for name, ref in self.tensors.items():
-            key = _key(name)
+            key = key_of(name)
             if key is not None:
                 parts = self.modules[key.component, key.module]
                 if key.part in parts:
                     what = f"{name!r} and {parts[key.part].name!r} are the same part of {key.module}"
                     self.problems.append(Problem("E-DUPLICATE", what, self.where, "keep one of them"))
                 parts[key.part] = ref
-                if key.part in _SIDES.values():
+                if key.part in SIDES.values():
                     styles[key.component].add(name.endswith(key.part))
-            elif _NORM.search(name):
+            elif NORM.search(name):
                 first, _, rest = name.partition(".")
                 known = first in COMPONENTS
                 bare = name.removeprefix(FOREIGN_PREFIX)
@@ -229,7 +188,7 @@ class Reader:
         """A magnitude of ``to_out`` belongs to ``to_out.0`` where the factors are there."""
         for component, module in [*self.modules]:
             inner = (component, f"{module}.0")
-            if set(self.modules[component, module]) == {"lora_magnitude_vector"} and inner in self.modules:
+            if set(self.modules[component, module]) == {MAGNITUDE} and inner in self.modules:
                 self.modules[inner].update(self.modules.pop((component, module)))
 
     def _split_flux(self) -> None:
@@ -258,7 +217,7 @@ class Reader:
 
     def _rows_of(self, component: str) -> Callable[[str], int | None]:
         def rows(module: str) -> int | None:
-            ref = (self.base or {}).get(_path(component, f"{module}.weight"))
+            ref = (self.base or {}).get(path_of(component, f"{module}.weight"))
             return ref.shape[0] if ref is not None and ref.shape else None
 
         return rows
@@ -271,7 +230,7 @@ class Reader:
         for component, name in self.norms:
             wanted[component].append(name)
         if self.base is None:
-            return _path
+            return path_of
         present = {name.partition(".")[0] for name in self.base} & set(COMPONENTS)
         if len(wanted) > 1 and not present:
             names = ", ".join(component or "one without a name" for component in sorted(wanted))
@@ -298,13 +257,16 @@ class Reader:
     def _module(
         self, component: str, module: str, parts: Mapping[str, TensorRef], rename: Callable[[str, str], str]
     ) -> Iterator[Targeted]:
-        path = _path(component, module)
+        path = path_of(component, module)
+        if parts.keys() & {"lora_embedding_A", "lora_embedding_B"}:
+            yield self._embedding(component, module, parts, rename)
+            return
         A, B = parts.get("lora_A.weight"), parts.get("lora_B.weight")
         if A is None or B is None:
             lack = "down (lora_A)" if B else "up (lora_B)" if A else "down and up"
             what = f"{path} has {', '.join(sorted(parts))} and no {lack}"
             raise InvalidFile(Problem("E-COMPONENTS", what, self.where))
-        bias, magnitude = parts.get("lora_B.bias"), parts.get("lora_magnitude_vector")
+        bias, magnitude = parts.get("lora_B.bias"), parts.get(MAGNITUDE)
         if not A.numel or not B.numel or not 2 <= len(A.shape) == len(B.shape) or any(dim != 1 for dim in B.shape[2:]):
             what = f"{path}: down is {list(A.shape)}, up {list(B.shape)}; they must be [rank, in...] and [out, rank]"
             raise InvalidFile(Problem("E-SHAPE", what, self.where))
@@ -324,6 +286,25 @@ class Reader:
             # A bare scale: the bias has no rank of its own.
             target = Target(rename(component, f"{module}.weight").removesuffix("weight") + "bias", bias.shape)
             yield Targeted(target, Add(bias, Scaling("none", None, None, scaling.scale)))
+
+    def _embedding(
+        self, component: str, module: str, parts: Mapping[str, TensorRef], rename: Callable[[str, str], str]
+    ) -> Targeted:
+        """PEFT's, delta = (B @ A).T with A [rank, tokens], B [dim, rank]; the table is [tokens, dim]."""
+        path = path_of(component, module)
+        A, B, magnitude = (parts.get(part) for part in ("lora_embedding_A", "lora_embedding_B", MAGNITUDE))
+        shapes = ", ".join(f"{part} {list(ref.shape)}" for part, ref in parts.items())
+        if A is None or B is None or parts.keys() - {"lora_embedding_A", "lora_embedding_B", "alpha", MAGNITUDE}:
+            what = f"{path} has {shapes}: an embedding has lora_embedding_A and lora_embedding_B"
+            raise InvalidFile(Problem("E-COMPONENTS", what, self.where))
+        if not A.numel or not B.numel or not len(A.shape) == len(B.shape) == 2 or A.shape[0] != B.shape[1]:
+            what = f"{path} has {shapes}: they must be [rank, tokens] and [dim, rank]"
+            raise InvalidFile(Problem("E-SHAPE", what, self.where))
+        update: Lora | Dora = Lora(B.T, A.T, self._scaling(component, module, A.shape[0]))
+        if magnitude is not None:
+            update = Dora(update, magnitude.reshape(magnitude.numel), axis=1)  # PEFT's norm is over the tokens
+        target = Target(rename(component, f"{module}.weight"), (A.shape[1], B.shape[0]), layout="embedding")
+        return Targeted(target, update)
 
     # -- scale --------------------------------------------------------------------------------------------------------
 
@@ -347,7 +328,7 @@ class Reader:
         """diffusers makes all modules of a component DoRA or none: without a magnitude one gets the base's norm."""
         for component in {component for component, _ in self.modules}:
             own = {module: parts for (owner, module), parts in self.modules.items() if owner == component}
-            missing = [module for module, parts in own.items() if "lora_magnitude_vector" not in parts]
+            missing = [module for module, parts in own.items() if MAGNITUDE not in parts]
             document = (self.documents or {}).get(component)
             wanted = document.get("use_dora", False) if document is not None else len(missing) < len(own)
             if wanted and missing:
@@ -359,7 +340,7 @@ class Reader:
 
     def _scaling(self, component: str, module: str, rank: int) -> Scaling:
         """What diffusers' loader makes of it; unknown where that would be chance."""
-        path = _path(component, module)
+        path = path_of(component, module)
         if self.documents is not None:
             return self._configured(component, module, rank)
         alphas = self.alphas.get(component, {})
@@ -376,7 +357,7 @@ class Reader:
         return Scaling.by("alpha/rank", values.pop() if len(values) == 1 else None, rank)
 
     def _configured(self, component: str, module: str, rank: int) -> Scaling:
-        path, config = _path(component, module), self.configs.get(component)
+        path, config = path_of(component, module), self.configs.get(component)
         if config is None:
             # diffusers then makes a LoraConfig of nothing, and fails on it.
             self.open_scales += 1
@@ -404,7 +385,3 @@ class Reader:
         if self.implied:
             what = f"no alpha is stored for {self.implied} updates: diffusers takes alpha = rank, scale 1"
             self.notes.append(f"{what}; if the trainer had another, load it with alpha and scaling")
-
-
-def _path(component: str, name: str) -> str:
-    return f"{component}.{name}" if component else name

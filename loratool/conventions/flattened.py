@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from loratool.adapter import Adapter, BaseIdentity, Target, Targeted, is_name
 from loratool.checkpoint import Checkpoint
-from loratool.conventions import spellings
+from loratool.conventions import flux_names, spellings
 from loratool.conventions.choices import Choices
 from loratool.errors import ChoiceNeeded, InvalidFile, LoratoolError, Mismatch, Problem, Unsupported
 from loratool.format import is_native
@@ -201,7 +201,7 @@ class FlatReader:
 
     def adapter(self, convention: str) -> Adapter:
         self.choices.refuse("alpha", "scaling", "config", "adapter", "layout", where=self.where)
-        modules = self._chosen(self._sort())
+        modules = [part for module in self._chosen(self._sort()) for part in self._in_diffusers(module)]
         sites = {} if self.base is None else self._sites(modules)
         updates = [item for module in modules for item in self._updates(module, sites)]
         if self.problems:
@@ -251,6 +251,16 @@ class FlatReader:
                 ]
             )
         return list(found.values())
+
+    def _in_diffusers(self, module: Module) -> list[Module]:
+        """The modules that diffusers' Flux has for one of the original, if the base is that; else the module."""
+        try:
+            parts = flux_names.split_flat(module.flat, module.parts, self.base or {}, self.where)
+        except LoratoolError as error:
+            self.problems += error.problems
+            return []
+        prefix, component = module.component.prefix, module.component
+        return [Module(f"{prefix}{name}", component, own) for name, own in parts] or [module]
 
     def _chosen(self, modules: list[Module]) -> list[Module]:
         """The modules of the components that the user wants; all, if nothing was said."""

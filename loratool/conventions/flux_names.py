@@ -1,4 +1,4 @@
-"""Flux's original names, and XLabs' for the same layers, in diffusers' names.
+"""Flux's original names, XLabs' for the same layers, and kohya's flattened ones, in diffusers' names.
 
 diffusers has several modules where the original has one, stacked along the output: they share the down factor, and each
 has its rows of the up factor. How many, its own shapes say. It also swaps the halves of one layer's output.
@@ -7,10 +7,10 @@ has its rows of the up factor. How many, its own shapes say. It also swaps the h
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from loratool.errors import Mismatch, Problem
+from loratool.errors import Mismatch, Problem, Unsupported
 from loratool.tensors import Computed, TensorRef
 
 if TYPE_CHECKING:
@@ -61,12 +61,22 @@ _TOP = {
 }
 _BLOCK = re.compile(r"(double|single)_blocks\.(\d+)\.(.+)")
 _XLABS = re.compile(r"_blocks\.\d+\.(qkv|proj)_lora[12]?$")
-OUTPUTS = ("lora_B.weight", "lora_B.bias", "lora_magnitude_vector")  # parts with a row per output
+OUTPUTS = ("lora_B.weight", "lora_B.bias", "lora_magnitude_vector")  # parts with a row per output, the factor first
+# kohya's: names flattened to one word, and what the parts are called in `flattened`
+_FLAT_BLOCK = re.compile(r"(double|single)_blocks_(\d+)_(.+)")
+_FLAT = {name.replace(".", "_"): name for name in (*_DOUBLE, *_SINGLE, *_TOP)}
+_FLAT_OUTPUTS = ("up",)
+_FLAT_PARTS = {"down", "up", "alpha"}
 
 
 def is_xlabs(module: str) -> bool:
     """Whether a module is called as XLabs' attention processors are: a name that no base has."""
     return _XLABS.search(module) is not None
+
+
+def is_original(module: str) -> bool:
+    """Whether a module of a block is called as in the original model: diffusers' own Flux has no such name."""
+    return _BLOCK.fullmatch(module) is not None and bool(diffusers_modules(module))
 
 
 def diffusers_modules(module: str) -> tuple[str, ...]:
@@ -79,6 +89,39 @@ def diffusers_modules(module: str) -> tuple[str, ...]:
     return tuple(f"{blocks}.{number}.{own}" for own in table.get(name, ()))
 
 
+def original_of(flat: str) -> str:
+    """The original module of a flattened name, "" if there is none: ``single_blocks_0_linear1`` -> with dots."""
+    match = _FLAT_BLOCK.fullmatch(flat)
+    if match is None:
+        return _FLAT[flat] if _FLAT.get(flat) in _TOP else ""
+    kind, number, name = match.groups()
+    module = f"{kind}_blocks.{number}.{_FLAT.get(name, '')}"
+    return module if diffusers_modules(module) else ""
+
+
+def split_flat(
+    flat: str, parts: Mapping[str, TensorRef], base: Mapping[str, TensorRef], where: str
+) -> list[tuple[str, dict[str, TensorRef]]]:
+    """A module of a flattened name by diffusers' modules, as `split` has it; [] if the base has none of them."""
+    module, component = original_of(flat), component_of(base)
+    if not module or component is None:
+        return []
+    before = f"{component}." if component else ""
+
+    def rows_of(name: str) -> int | None:
+        ref = base.get(f"{before}{name}.weight")
+        return ref.shape[0] if ref is not None and ref.shape else None
+
+    names = diffusers_modules(module)
+    if any(rows_of(name) is None for name in names):
+        return []
+    if (len(names) > 1 or module == _SWAPPED) and (foreign := sorted(parts.keys() - _FLAT_PARTS)):
+        what = f"{flat}: diffusers has {', '.join(names)} for it, and {', '.join(foreign)} can not be parted so"
+        hint = "merge into the original version of the model"
+        raise Unsupported(Problem("E-UNSUPPORTED", what, where, hint))
+    return [*split(module, parts, rows_of, where, _FLAT_OUTPUTS)]
+
+
 def component_of(base: Mapping[str, TensorRef]) -> str | None:
     """The component of a base in which Flux has diffusers' names ("" for it alone); None if there is none."""
     for component in ("transformer", ""):
@@ -89,24 +132,28 @@ def component_of(base: Mapping[str, TensorRef]) -> str | None:
 
 
 def split(
-    module: str, parts: Mapping[str, TensorRef], rows_of: Callable[[str], int | None], where: str
+    module: str,
+    parts: Mapping[str, TensorRef],
+    rows_of: Callable[[str], int | None],
+    where: str,
+    outputs: Collection[str] = OUTPUTS,
 ) -> Iterator[tuple[str, dict[str, TensorRef]]]:
-    """A module's parts, by diffusers' modules. `rows_of` is the number of outputs that the base has for one of them."""
-    names = diffusers_modules(module)
-    whole = parts["lora_B.weight"].shape[0] if "lora_B.weight" in parts else 0
+    """A module's parts, by diffusers' modules. `rows_of` is the number of outputs that the base has for one of them.
+
+    `outputs` are the parts with a row per output, the left factor first.
+    """
+    names, up = diffusers_modules(module), next(iter(outputs))
+    whole = parts[up].shape[0] if up in parts and parts[up].shape else 0
     if len(names) == 1 or not whole:
-        yield names[0], {part: _swapped(ref) if _moves(module, part) else ref for part, ref in parts.items()}
+        moves = outputs if module == _SWAPPED else ()
+        yield names[0], {part: _swapped(ref) if part in moves else ref for part, ref in parts.items()}
         return
     rows = [rows_of(name) or 0 for name in names]
     if sum(rows) != whole:
         what = f"{module} has {whole} outputs, the base's {', '.join(names)} have {rows}"
         raise Mismatch(Problem("E-SHAPE", what, where, "is this the adapter's base?"))
     for name, count, start in zip(names, rows, (sum(rows[:n]) for n in range(len(rows))), strict=True):
-        yield name, {p: ref.narrow(0, start, count) if p in OUTPUTS else ref for p, ref in parts.items()}
-
-
-def _moves(module: str, part: str) -> bool:
-    return module == _SWAPPED and part in OUTPUTS
+        yield name, {p: ref.narrow(0, start, count) if p in outputs else ref for p, ref in parts.items()}
 
 
 def _swapped(ref: TensorRef) -> TensorRef:

@@ -7,21 +7,31 @@ line here is tested by loading the folder with PEFT.
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from loratool import folding
 from loratool.adapter import Adapter, Targeted
 from loratool.bundle import Bundle, Content, Safetensors, document
 from loratool.checkpoint import Checkpoint
+from loratool.conventions.peft_layout import (
+    bias_terms,
+    magnitude,
+    misfit_dora,
+    mixed_dora,
+    one_layer,
+    pattern,
+    scales,
+    target_modules,
+    up,
+)
 from loratool.conventions.peft_names import PREFIX
 from loratool.conventions.writing import Misfit, Options, grouped
 from loratool.names import modules, natural, parent
 from loratool.tensors import TensorRef
-from loratool.updates import Add, Dora, Lora, Replace, ReplaceRows, Scaling
+from loratool.updates import Add, Dora, Lora, Replace, ReplaceRows
 
 FILE_STEM = "adapter_model"
 PAIRING = "0.19.1"  # since this PEFT, A goes with a parameter's last dimension and B with the one before it
@@ -35,12 +45,15 @@ DIFFERENCE = Misfit(
 
 def misfits(adapter: Adapter, base: Checkpoint | None, options: Options) -> list[Misfit]:
     parts = _Parts.of(adapter)
-    return [*grouped((name, parts.misfit(name, items)) for name, items in adapter.targets().items()), *parts.mixed()]
+    return [
+        *grouped((name, parts.misfit(name, items)) for name, items in adapter.targets().items()),
+        *mixed_dora(parts.layers),
+    ]
 
 
 def write(adapter: Adapter, base: Checkpoint | None, options: Options) -> Bundle:
     parts = _Parts.of(adapter)
-    layers, notes = {name: _one_layer(items) for name, items in parts.layers.items()}, []
+    layers, notes = {name: one_layer(items) for name, items in parts.layers.items()}, []
     if options.uniform:
         changed = folding.uniform(layers.values())
         notes.append(folding.uniform_note(layers.values(), changed))
@@ -48,7 +61,7 @@ def write(adapter: Adapter, base: Checkpoint | None, options: Options) -> Bundle
     tensors: dict[str, TensorRef] = {}
     for name in sorted(layers, key=natural):
         tensors |= parts.factors(name, layers[name])
-    tensors |= parts.bias_terms(layers)
+    tensors |= bias_terms(layers, parts.biases)
     homes = _Homes.of(parts, base)
     tensors |= homes.tensors
     tensors |= {parts.rows_key(name): update.value for name, update in parts.rows.items()}
@@ -144,7 +157,7 @@ class _Parts:
             return Misfit((), "PEFT adapts parameters that are matrices, or stacks of them")
         if not parameter and len(target.shape) > 5:
             return Misfit((), "PEFT has no layer of so many dimensions")
-        return next((found for item in items if (found := _misfit_dora(item, parameter)) is not None), None)
+        return next((found for item in items if (found := misfit_dora(item, parameter)) is not None), None)
 
     def _is_layer_bias(self, name: str, items: list[Targeted]) -> bool:
         """Whether a stored difference is the bias of a LoRA layer. `lora_bias` is for all layers or none."""
@@ -154,16 +167,6 @@ class _Parts:
         )
         alone = all(item.target.covers_all for item in items)
         return plain and alone and _leaf(name) == "bias" and f"{parent(name)}.weight" in self.layers
-
-    def mixed(self) -> list[Misfit]:
-        """`use_dora` is one flag for all layers: of LoRA and DoRA, what is rarer does not fit."""
-        dora = [name for name, items in self.layers.items() if items[0].update.kind == "dora"]
-        plain = [name for name in self.layers if name not in dora]
-        if not dora or not plain:
-            return []
-        rarer, other = (dora, plain) if len(dora) <= len(plain) else (plain, dora)
-        word = "LoRA without a magnitude" if rarer is dora else "DoRA"
-        return [Misfit(tuple(rarer), f"use_dora is one flag for all layers, and {len(other)} others are {word}")]
 
     # -- tensors ------------------------------------------------------------------------------------------------------
 
@@ -183,16 +186,13 @@ class _Parts:
                 experts, out, rank = B.shape
                 A = A.reshape(experts * rank, A.shape[2])  # expert-major
                 B = B.permute(1, 2, 0).reshape(out, rank * experts)  # rank-major
-            elif len(target.shape) > 2:
-                B = B.reshape(*B.shape, *(1 for _ in target.shape[2:]))  # a convolution of size 1
+            else:
+                B = up(B, target)
             path = module + ".base_layer" * self._outer(name)
             yield f"{path}.lora_A.weight", A
             yield f"{path}.lora_B.weight", B
         if isinstance(update, Dora):
-            size = update.magnitude.numel
-            convolution = len(target.shape) > 2
-            shape = (1, size, *(1 for _ in target.shape[2:])) if convolution else (size,)
-            yield f"{module}.lora_magnitude_vector", update.magnitude.reshape(*shape)
+            yield f"{module}.lora_magnitude_vector", magnitude(update, target)
 
     def _outer(self, name: str) -> int:
         """How many wrappers of other parameters lie around that of this one."""
@@ -202,17 +202,6 @@ class _Parts:
     def wrappers(self, module: str) -> int:
         return len(self.in_module.get(module, ()))
 
-    def bias_terms(self, layers: Mapping[str, Targeted]) -> dict[str, TensorRef]:
-        """`lora_bias`: every layer's B has a bias, under the layer's scale; zeros where none was trained."""
-        found = {}
-        for name, item in layers.items() if self.biases else ():
-            lora, bias = folding.low_rank(item.update), self.biases.get(f"{parent(name)}.bias")
-            assert lora is not None
-            size = item.target.shape[1 if item.target.layout == "in_out" else 0]
-            term = folding.zeros(size) if bias is None else folding.rescaled(bias, lora.factors).value
-            found[f"{parent(name)}.lora_B.bias"] = term
-        return found
-
     @property
     def only_rows(self) -> bool:
         """Whether all there is are the same rows of some tables: an adapter of PEFT's TrainableTokens."""
@@ -221,29 +210,6 @@ class _Parts:
 
     def rows_key(self, name: str) -> str:
         return f"{parent(name)}.{'' if self.only_rows else 'token_adapter.'}trainable_tokens_delta"
-
-
-def _one_layer(items: list[Targeted]) -> Targeted:
-    """The updates of one tensor as a single LoRA or DoRA of all of it."""
-    first = items[0]
-    if isinstance(first.update, Dora):
-        direction = folding.low_rank(first.update)
-        assert direction is not None
-        return replace(first, update=replace(first.update, direction=folding.without_core(direction)))
-    return folding.merged_factors(items)
-
-
-def _misfit_dora(item: Targeted, parameter: bool) -> Misfit | None:
-    update, target = item.update, item.target
-    if not isinstance(update, Dora):
-        return None
-    if not isinstance(update.direction, Lora):
-        return Misfit((), f"PEFT has DoRA on LoRA only, not on {update.direction.kind}")
-    if parameter or not target.covers_all:
-        return Misfit((), "PEFT has DoRA of whole layers only, not of experts, ranges of rows or bare parameters")
-    if update.axis != (1 if target.layout in ("in_out", "embedding") else 0):
-        return Misfit((), "PEFT takes DoRA's norm along another axis")
-    return None
 
 
 # -- whole tensors ----------------------------------------------------------------------------------------------------
@@ -309,72 +275,34 @@ def _config(parts: _Parts, layers: Mapping[str, Targeted], homes: _Homes, base: 
     if parts.only_rows:
         rows = next(iter(tokens.values()))
         return {"peft_type": "TRAINABLE_TOKENS", "target_modules": [*tokens], "token_indices": rows} | _task(base)
-    scalings = {name: lora.factors for name, item in layers.items() if (lora := folding.low_rank(item.update))}
-    rslora = bool(scalings) and all(scaling.rule == "alpha/sqrt(rank)" for scaling in scalings.values())
-    ranks = {_pattern(name, parts): scaling.rank for name, scaling in scalings.items()}
-    alphas = {_pattern(name, parts): _alpha(scaling, rslora) for name, scaling in scalings.items()}
-    rank, alpha = _usual(ranks, 8), _usual(alphas, 8)
+    scalings = {
+        pattern(name if parts.is_parameter(name) else parent(name)): lora.factors
+        for name, item in layers.items()
+        if (lora := folding.low_rank(item.update))
+    }
     parameters = sorted(filter(parts.is_parameter, layers), key=natural)
     linear = [parent(name) for name in layers if name not in parameters]
     biases = [name for name in homes.direct if _leaf(name) == "bias"]
+    known = None if base is None else modules(base.tensors)
     config = {
         "peft_type": "LORA",
         "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
+        **scales(scalings),
         "lora_dropout": 0.0,
         "init_lora_weights": True,
-        "use_rslora": rslora,
         "use_dora": any(isinstance(item.update, Dora) for item in layers.values()),
         "fan_in_fan_out": any(layers[f"{module}.weight"].target.layout == "in_out" for module in linear),
-        "target_modules": _target_modules(linear, base) if layers else NO_LAYERS,
+        "target_modules": target_modules(linear, known) if layers else NO_LAYERS,
         "modules_to_save": [*homes.saved] or None,
         "bias": "none" if not biases else "lora_only" if all(map(parts.wrappers, map(parent, biases))) else "all",
     }
     optional = {
-        "rank_pattern": {pattern: value for pattern, value in ranks.items() if value != rank},
-        "alpha_pattern": {pattern: value for pattern, value in alphas.items() if value != alpha},
         "target_parameters": parameters,
         "peft_version": PAIRING if parameters else "",  # what a square parameter is read by
         "trainable_token_indices": tokens,
         "lora_bias": bool(parts.biases),
     }
     return config | {key: value for key, value in optional.items() if value} | _task(base)
-
-
-def _pattern(name: str, parts: _Parts) -> str:
-    """A regular expression for one layer alone: PEFT matches the ends of names, and a dot matches anything."""
-    return "^" + re.escape(name if parts.is_parameter(name) else parent(name))
-
-
-def _alpha(scaling: Scaling, rslora: bool) -> float:
-    assert scaling.rank is not None, "the updates were checked"
-    known = scaling.alpha if scaling.rule in ("alpha/rank", "alpha/sqrt(rank)") else None
-    if known is None or (scaling.rule == "alpha/sqrt(rank)") != rslora:
-        known = folding.by_rank(scaling.factor, scaling.rank).alpha
-    assert known is not None
-    return int(known) if known == int(known) else known
-
-
-def _usual(values: Mapping[str, Any], default: int) -> Any:
-    return Counter(values.values()).most_common(1)[0][0] if values else default
-
-
-def _target_modules(names: list[str], base: Checkpoint | None) -> list[str] | str:
-    """Full names; their last segments where these are all modules of the base so called (vLLM's users expect them).
-
-    Names in a list match as ends of names. Where the base shows that one would hit another module too, a regular
-    expression takes their place.
-    """
-    names = sorted(names, key=natural)
-    if base is None:
-        return names
-    known, ends = modules(base.tensors), {name.rpartition(".")[2] for name in names}
-    if {name for name in known if name.rpartition(".")[2] in ends} == {*names}:
-        return sorted(ends)
-    if any(other.endswith("." + name) for other in known for name in names):
-        return "|".join(map(re.escape, names))
-    return names
 
 
 def _task(base: Checkpoint | None) -> dict[str, Any]:
