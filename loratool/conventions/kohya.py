@@ -15,11 +15,11 @@ from dataclasses import replace
 from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint
 from loratool.conventions.choices import Choices
+from loratool.conventions.flat_names import component_of
 from loratool.conventions.flattened import (
     FlatReader,
     Module,
     Piece,
-    component_of,
     may_be_flattened,
     parts_pattern,
     training_args,
