@@ -139,7 +139,23 @@ def test_the_files_keys_are_those_of_sd_scripts(tmp_path: Path) -> None:
         "ss_network_dim": "Dynamic",
         "ss_network_alpha": "Dynamic",
     }
-    assert report.notes == ("unet: 3 modules, called lora_unet_...",)
+    several = "diffusers reads one alpha for UNets' attention and one for a text encoder: see --uniform"
+    assert report.notes == ("unet: 3 modules, called lora_unet_...", several)
+
+
+@pytest.mark.parametrize("to", ["kohya", "lycoris"])
+def test_uniform_is_one_rank_and_one_alpha(to: str, tmp_path: Path) -> None:
+    made = adapter_of({f"unet.{name}": update for name, update in UNET.items()} | {
+        "unet.a.weight": [(Target("", (8, 4)), lora(6, (8, 4), rank=2)), (Target("", (8, 4), (2, 5)), lora(7, (3, 4)))],
+    })  # fmt: skip
+    base, out = base_file(made, tmp_path), tmp_path / "x.safetensors"
+    report = loratool.convert(made, out, to, base=base, uniform=True)
+    state = load_file(out)
+    assert {len(value) for key, value in state.items() if key.endswith("lora_down.weight")} == {4}
+    assert {float(value) for key, value in state.items() if key.endswith("alpha")} == {8.0}
+    assert (metadata(out)["ss_network_dim"], metadata(out)["ss_network_alpha"]) == ("4", "8.0")
+    assert any(note.startswith("one rank, 4, and one scale, 2") for note in report.notes)
+    assert_close(merged(base, out), merged(base, made))
 
 
 def test_one_rank_and_alpha_are_told(tmp_path: Path) -> None:
@@ -153,7 +169,7 @@ def test_one_rank_and_alpha_are_told(tmp_path: Path) -> None:
 def test_nothing_is_folded_that_fits(to: str, tmp_path: Path) -> None:
     """Native, there and back: the same factors bit for bit, whatever their dtype, rank and scale."""
     made = adapter_of({**UNET, "mid_block.x.weight": lora(4, rule="none", alpha=0.5, rank=3, dtype="F16"),
-                       "mid_block.y.weight": lora(5, rule="alpha/sqrt(rank)", alpha=-2.0, rank=4)})  # fmt: skip
+                       "mid_block.y.weight": lora(5, rule="alpha/sqrt(rank)", alpha=2.0, rank=4)})  # fmt: skip
     base = base_file(made, tmp_path)
     loratool.convert(made, tmp_path / "x.safetensors", to, as_component="unet", base=base)
     assert loratool.inspect(tmp_path / "x.safetensors").convention == to
@@ -165,10 +181,10 @@ def test_nothing_is_folded_that_fits(to: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("scale", "alpha", "told"),
-    [(0.1, None, True), (0.0, 2.0, False), (1e-300, 2.0, False), (0.75, 1.5, False), (-3.0, -6.0, False)],
+    [(0.1, None, True), (0.0, 2.0, False), (1e-300, 2.0, False), (0.75, 1.5, False), (-3.0, 6.0, False)],
 )
 def test_alpha_is_a_number_that_readers_take(scale: float, alpha: float | None, told: bool, tmp_path: Path) -> None:
-    """0 would be the rank for some of them, and float32 has no 1e-300."""
+    """0 would be the rank for some of them, float32 has no 1e-300, and diffusers never ends on some negative ones."""
     made = adapter_of({"a.weight": lora(rule="none", alpha=scale)})
     base = base_file(made, tmp_path)
     report = loratool.convert(made, tmp_path / "x.safetensors", "kohya", as_component="unet", base=base)
@@ -249,9 +265,9 @@ def test_a_pipeline_says_which_component_is_which(name: str, tmp_path: Path) -> 
     assert component_keys(made, tmp_path, base=base) == wanted
 
 
-def test_an_encoder_that_the_pipeline_does_not_have_does_not_count(tmp_path: Path) -> None:
+def test_an_encoder_that_was_left_out_counts(tmp_path: Path) -> None:
     base = pipeline(tmp_path / "base", {"text_encoder": "C"}, {"text_encoder_2": [None, None]})
-    assert component_keys(adapter_of({"text_encoder.C.a.weight": lora()}), tmp_path, base=base) == {"lora_te_C_a"}
+    assert component_keys(adapter_of({"text_encoder.C.a.weight": lora()}), tmp_path, base=base) == {"lora_te1_C_a"}
 
 
 @pytest.mark.parametrize(

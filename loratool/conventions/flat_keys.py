@@ -128,7 +128,7 @@ class Keys:
     def _of_pipeline(self, folder: str, base: Checkpoint) -> Component | None:
         """The component of a diffusers pipeline, by the name that the pipeline has for it."""
         listed = base.side_json(PIPELINE_INDEX) or {}
-        encoders = [name for name in listed if name.startswith("text_encoder") and listed[name] != [None, None]]
+        encoders = [name for name in listed if name.startswith("text_encoder")]  # also those that are left out
         name = _DENOISERS.get(folder, "")
         if folder in encoders:
             several, kind = len(encoders) > 1, listed[folder]

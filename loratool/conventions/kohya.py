@@ -33,7 +33,7 @@ NAME = "kohya"
 TITLE = "kohya sd-scripts LoRA"
 KINDS = ("lora",)
 TESTED = "diffusers 0.42.1 as consumer"
-OPTIONS = ("component",)
+OPTIONS = ("component", "uniform")
 misfits, write = kohya_write.misfits, kohya_write.write
 
 FACTORS = {"lora_down.weight": "down", "lora_up.weight": "up", "lora_A.weight": "down", "lora_B.weight": "up"}

@@ -45,9 +45,10 @@ def misfits(adapter: Adapter, base: Checkpoint | None, options: Options) -> list
 
 def write(adapter: Adapter, base: Checkpoint | None, options: Options) -> Bundle:
     keys, file = Keys.of(adapter, base, options, KNOWN), FlatFile()
-    for name, items in adapter.targets().items():
-        for key, mine in keys.split(name, items):
-            file.add(key, file.one_lora(mine))
+    parts = [part for name, items in adapter.targets().items() for part in keys.split(name, items)]
+    for key, item in file.uniform([(key, file.one_lora(items)) for key, items in parts], options):
+        assert isinstance(item.update, Lora)
+        file.add(key, item.update)
     return file.bundle("networks.lora", adapter, base, keys)
 
 
@@ -82,17 +83,25 @@ class FlatFile:
     tensors: dict[str, TensorRef] = field(default_factory=dict)
     ranks: set[int] = field(default_factory=set)
     alphas: set[float] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
     several: int = 0  # tensors with several LoRAs
     cores: int = 0  # contracted
     rounded: int = 0  # alphas
 
-    def one_lora(self, items: list[Targeted]) -> Lora:
+    def one_lora(self, items: list[Targeted]) -> Targeted:
         """The LoRAs of one module, of ranges of rows as well, as one without a core."""
         self.several += len(items) > 1
         self.cores += sum(isinstance(item.update, Lora) and item.update.mid is not None for item in items)
-        lora = folding.merged_factors(items).update
-        assert isinstance(lora, Lora)
-        return lora
+        return folding.merged_factors(items)
+
+    def uniform(self, parts: list[tuple[Key, Targeted]], options: Options) -> list[tuple[Key, Targeted]]:
+        """All at one rank and scale, if that is wanted."""
+        if not options.uniform:
+            return parts
+        items = [item for _, item in parts]
+        changed = folding.uniform(items)
+        self.notes.append(folding.uniform_note(items, changed))
+        return [(key, item) for (key, _), item in zip(parts, changed, strict=True)]
 
     def add(self, key: Key, update: Lora) -> None:
         """A LoRA of a whole module; with a Tucker core [rank, rank, kernel...], its factors are of size 1."""
@@ -111,7 +120,8 @@ class FlatFile:
     def alpha(self, update: _U, rank: int) -> tuple[_U, TensorRef]:
         """The update under a scale whose alpha, at this rank, is a number that readers take, and that alpha.
 
-        An alpha of 0 is read as the rank by some: the left factor is then zero, or as small as the scale was.
+        An alpha of 0 is read as the rank by some: the left factor is then zero, or as small as the scale was. On a
+        negative one diffusers' conversion of Flux never ends: the left factor then has its sign.
         """
         scaling = update.scaling
         assert scaling is not None
@@ -121,6 +131,8 @@ class FlatFile:
         if _float32(known) == 0:
             scaling = Scaling.by("alpha/rank", float(rank), rank)
             update, known = folding.rescaled(update, scaling), float(rank)
+        elif known < 0:
+            update, known = folding.rescaled(update, Scaling.by("alpha/rank", -known, rank)), -known
         self.rounded += _float32(known) != known
         self.ranks.add(rank)
         self.alphas.add(known)
@@ -134,7 +146,11 @@ class FlatFile:
         if adapter.base.name:
             metadata["ss_sd_model_name"] = adapter.base.name
         tensors = {name: self.tensors[name] for name in sorted(self.tensors, key=natural)}
-        return Bundle(Safetensors(tensors, metadata), (*self._notes(keys),), None if base is not None else keys.targets)
+        return Bundle(
+            Safetensors(tensors, metadata),
+            (*self.notes, *self._notes(keys)),
+            None if base is not None else keys.targets,
+        )
 
     def _notes(self, keys: Keys) -> Iterator[str]:
         for component in keys.components:
@@ -146,6 +162,8 @@ class FlatFile:
             yield f"{self.cores} Tucker cores are contracted into lora_down, rounded to float32"
         if self.rounded:
             yield f"{self.rounded} alphas, scale times rank, are rounded to float32"
+        if len(self.alphas) > 1:
+            yield "diffusers reads one alpha for UNets' attention and one for a text encoder: see --uniform"
         if any(component.name == "transformer" for component in keys.components):
             yield "sd-scripts has transformers by their original names only; diffusers reads these of Flux's attention"
 

@@ -37,9 +37,13 @@ def misfits(adapter: Adapter, base: Checkpoint | None, options: Options) -> list
 def write(adapter: Adapter, base: Checkpoint | None, options: Options) -> Bundle:
     targets = adapter.targets()
     keys, file, norms = Keys.of(adapter, base, options, FLAT), _LycorisFile(), _norms(targets, base)
-    for name, items in targets.items():
-        for key, mine in keys.split(name, [_difference(item, base) for item in items]):
-            file.add_all(key, mine, norm=parent(name) in norms)
+    parts = [
+        (key, file.one(mine))
+        for name, items in targets.items()
+        for key, mine in keys.split(name, [_difference(item, base) for item in items])
+    ]
+    for key, item in file.uniform(parts, options):
+        file.add_any(key, item, norm=parent(item.target.name) in norms)
     bundle = file.bundle("lycoris.kohya", adapter, base, keys)
     return replace(bundle, notes=(*bundle.notes, *_notes(adapter, file)))
 
@@ -124,12 +128,12 @@ def _norms(targets: Mapping[str, list[Targeted]], base: Checkpoint | None) -> se
 class _LycorisFile(FlatFile):
     """A file with the parts of every kind."""
 
-    def add_all(self, key: Key, items: list[Targeted], *, norm: bool) -> None:
-        """All updates of one parameter of one module: one algorithm, or LoRAs that become one."""
-        if len(items) > 1:
-            self.add(key, self.one_lora(items))
-            return
-        item = folding.of_all_rows(items[0])
+    def one(self, items: list[Targeted]) -> Targeted:
+        """The updates of one parameter as one of all of it: LoRAs become one, other kinds are alone."""
+        return folding.of_all_rows(items[0]) if len(items) == 1 else self.one_lora(items)
+
+    def add_any(self, key: Key, item: Targeted, *, norm: bool) -> None:
+        """An update of all of a module's parameter; `norm` says whether the weight of that is a vector."""
         update, region = item.update, item.target.region
         if isinstance(update, Add):
             part = f"{key.parameter[0]}_norm" if norm else "diff" if key.parameter == "weight" else "diff_b"
