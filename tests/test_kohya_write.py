@@ -293,6 +293,17 @@ def test_a_component_that_nothing_tells_is_asked_for(tmp_path: Path) -> None:
     }
 
 
+def test_a_pipeline_has_parts_that_its_files_have_not(tmp_path: Path) -> None:
+    base = pipeline(tmp_path / "base", {"unet": "U", "vae": "V"})
+    made = adapter_of({"vae.V.a.weight": lora(), "unet.U.a.weight": lora()})
+    error = refused(made, tmp_path, base=base)
+    assert "vae.V.a.weight: its files have no name for a pipeline's vae" in error.message
+    assert len(error.problems) == 1
+    assert component_keys(adapter_of({"unet.U.a.weight": lora()}), tmp_path, base=base) == {"lora_unet_U_a"}
+    alone = adapter_of({"vae.V.a.weight": lora()})
+    assert component_keys(alone, tmp_path, base=base, as_component="prior") == {"lora_prior_unet_V_a"}
+
+
 def test_one_component_is_asked_for_and_there_are_two(tmp_path: Path) -> None:
     error = refused(adapter_of({"unet.a.weight": lora(), "b.weight": lora()}), tmp_path, as_component="unet")
     assert "several components, and --as unet names a single one" in error.message
@@ -379,6 +390,14 @@ def test_names_that_flatten_alike_are_refused_with_both(tmp_path: Path) -> None:
     assert "the lora updates of a.b_c.weight: a.b_c and a_b.c are one name when flattened" in error.message
 
 
+def test_a_bias_is_found_by_the_weight_beside_it(tmp_path: Path) -> None:
+    base = saved({"unet.a.bias": torch.ones(6), "unet.b.weight": torch.ones(6, 4)}, tmp_path / "base.safetensors")
+    made = adapter_of({"unet.a.bias": of("add", (6,)), "unet.b.weight": lora()})
+    error = refused(made, tmp_path, "lycoris", base=base)
+    assert "unet.a.bias: the base has no weight beside it" in error.message
+    assert "unet.b" not in error.message
+
+
 def test_a_module_that_a_reader_would_look_for_elsewhere(tmp_path: Path) -> None:
     base = saved({f"{n}.weight": torch.ones(6, 4) for n in ("x.a", "y.a")}, tmp_path / "base.safetensors")
     for to in ("kohya", "lycoris"):
@@ -400,6 +419,7 @@ KOHYA: dict[str, tuple[dict[str, Any], str, str]] = {
     "loha": ({"unet.a.weight": of("loha")}, "no loha update", "--to lycoris holds it"),
     "difference": ({"unet.a.bias": of("add", (6,))}, "no add update", "--to lycoris holds it"),
     "replaced": ({"unet.a.weight": of("replace")}, "no replace update", "--to lycoris --base BASE holds it"),
+    "rows": ({"unet.a.weight": of("replace_rows")}, "no replace_rows update", "--bake holds the whole tensor"),
     "embedding": ({"unet.a.weight": [(Target("", (6, 4), layout="embedding"), lora())]}, "not embeddings", ""),
     "in_out": ({"unet.a.weight": [(Target("", (6, 4), layout="in_out"), lora())]}, "not matrices stored [in, out]", ""),
     "experts": ({"unet.a.weight": [(STACK, STACKED)]}, "not stacks of experts", ""),
@@ -418,7 +438,7 @@ def test_what_kohya_can_not_hold(case: str, tmp_path: Path) -> None:
     assert why in error.message
     assert error.message.startswith("kohya can not hold")
     assert error.hint == helps or (helps and helps in error.hint)
-    assert "--bake" not in error.hint, "there are no whole tensors in its files"
+    assert "--bake --base BASE" not in error.hint, "there are no whole tensors in its files"
 
 
 def test_all_misfits_are_named_at_once(tmp_path: Path) -> None:

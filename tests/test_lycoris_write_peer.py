@@ -55,7 +55,7 @@ def test_lycoris_computes_what_was_written_for_it(form: str, tmp_path: Path) -> 
     items = []
     for seed, (name, _) in enumerate(layers(model)):
         shape = tuple(base[f"{name}.weight"].shape)
-        if form == "lokr" and max(factorization(shape[0], -1)[1], factorization(shape[1], -1)[1]) <= 2:
+        if form in ("lokr", "dora-lokr") and max(factorization(shape[0], -1)[1], factorization(shape[1], -1)[1]) <= 2:
             continue  # LyCORIS makes such factors whole
         items.append(Targeted(Target(f"{name}.weight", shape), update(form, shape, seed)))
         if form == "add" and f"{name}.bias" in base:

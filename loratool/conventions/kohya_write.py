@@ -35,7 +35,10 @@ KNOWN = tuple(component for component in FLAT if component.name != "model")  # `
 
 STACKED = Misfit((), "its modules are Linear and convolution layers, not stacks of experts")
 # What holds the kinds that kohya's file does not.
-_ELSEWHERE = {"replace": "--to lycoris --base BASE holds it, as a difference"}
+_ELSEWHERE = {
+    "replace": "--to lycoris --base BASE holds it, as a difference",
+    "replace_rows": "--to lycoris --base BASE --bake holds the whole tensor, as a difference",
+}
 
 
 def misfits(adapter: Adapter, base: Checkpoint | None, options: Options) -> list[Misfit]:
