@@ -197,14 +197,54 @@ def of_expert(item: Targeted, expert: int) -> Targeted:
 
 
 def of_all_rows(item: Targeted) -> Targeted:
-    """A LoRA of a range of rows as one of the whole tensor: B [rows, rank] between rows of zeros. Exact."""
+    """A LoRA, a LoHa or a difference of a range of rows as one of the whole tensor. Exact.
+
+    B [rows, rank], B1 and B2, or the value [rows, in...] lie between rows of zeros.
+    """
     update, rows = item.update, item.target.rows
     if rows is None:
         return item
-    assert isinstance(update, Lora), "only LoRA"
-    *lead, _, rank = update.B.shape
-    B = assembled((*lead, item.target.matrix[0], rank), [(update.B, (0,) * len(lead) + (rows[0], 0))])
-    return Targeted(replace(item.target, rows=None), replace(update, B=B))
+
+    def grown(ref: TensorRef, axis: int) -> TensorRef:
+        start = tuple(rows[0] if dim == axis else 0 for dim in range(len(ref.shape)))
+        return assembled((*ref.shape[:axis], item.target.matrix[0], *ref.shape[axis + 1 :]), [(ref, start)])
+
+    whole: Update
+    if isinstance(update, Lora):
+        whole = replace(update, B=grown(update.B, len(update.B.shape) - 2))
+    elif isinstance(update, Loha):
+        axis = len(update.B1.shape) - 2
+        whole = replace(update, B1=grown(update.B1, axis), B2=grown(update.B2, axis))
+    else:
+        assert isinstance(update, Add), "only LoRA, LoHa and differences"
+        whole = replace(update, value=grown(update.value, int(item.target.stacked and item.target.expert is None)))
+    return Targeted(replace(item.target, rows=None), whole)
+
+
+def of_rows(item: Targeted, start: int, stop: int) -> Targeted | None:
+    """The part of an update that changes rows start:stop, as one of a tensor of these rows alone; None if none does.
+
+    Any update of exactly these rows; LoRA, LoHa and differences of any; replacements, and DoRA with a norm per row, of
+    more than these. No experts. Exact.
+    """
+    first, last = item.target.rows or (0, item.target.shape[0])
+    low, high = max(start, first), min(stop, last)
+    if low >= high:
+        return None
+    part = replace(item.target, shape=(stop - start, *item.target.shape[1:]), rows=None)
+    if (first, last) == (start, stop):
+        return Targeted(part, item.update)
+
+    def cut(update: U) -> U:
+        if isinstance(update, Dora):
+            assert update.axis == 0, "a norm over the rows needs all of them"
+            magnitude = update.magnitude.narrow(0, low - first, high - low)
+            return cast(U, replace(update, direction=cut(update.direction), magnitude=magnitude))
+        left = {"B", "B1", "B2", "value"} & update.components().keys()
+        return replace(update, **{part: getattr(update, part).narrow(0, low - first, high - low) for part in left})
+
+    rows = None if (low, high) == (start, stop) else (low - start, high - start)
+    return of_all_rows(Targeted(replace(part, rows=rows), cut(item.update)))
 
 
 def of_all_experts(items: Sequence[Targeted]) -> Targeted:

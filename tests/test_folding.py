@@ -203,6 +203,47 @@ def test_rows_apart_are_the_whole(data: st.DataObject, region: tuple[int, ...], 
     assert torch.equal(applied(padded), applied([item]))
 
 
+@given(st.data(), regions, pick(("lora", "lora-mid", "loha", "loha-mid", "add")))
+def test_rows_of_rows_are_the_part_of_the_whole(data: st.DataObject, region: tuple[int, ...], form: str) -> None:
+    """Of an update of a range of rows, what changes another range; and all of it among rows of zeros."""
+    rows = data.draw(st.lists(st.integers(0, 9), min_size=2, max_size=2, unique=True).map(sorted))
+    target = Target("a.weight", (10, *region[1:]), (rows[0], rows[1]))
+    item = Targeted(target, data.draw(updates(form, target.region)))
+    whole = folding.of_all_rows(item)
+    assert_sound(whole)
+    assert torch.equal(applied([whole]), applied([item]))
+    start, stop = data.draw(st.lists(st.integers(0, 10), min_size=2, max_size=2, unique=True).map(sorted))
+    part = folding.of_rows(item, start, stop)
+    base = Maker(1).values(*target.shape, dtype=torch.float64)
+    if part is None:
+        assert torch.equal(applied([item])[start:stop], base[start:stop])
+    else:
+        assert_sound(part)
+        assert part.target.covers_all
+        moved = applied([part]) - Maker(1).values(*part.target.shape, dtype=torch.float64)
+        torch.testing.assert_close(moved, (applied([item]) - base)[start:stop], rtol=1e-12, atol=1e-12)
+
+
+@given(st.data(), regions, pick(("replace", "dora0-lora", "dora0-loha", "lokr", "dora1-lora")))
+def test_rows_of_all_are_cut_where_that_can_be(data: st.DataObject, region: tuple[int, ...], form: str) -> None:
+    shape = (2 * region[0], *region[1:])
+    exact = form in ("lokr", "dora1-lora")
+    rows = (0, region[0]) if exact else None
+    item = Targeted(Target("a.weight", shape, rows), data.draw(updates(form, region if exact else shape)))
+    part = folding.of_rows(item, 0, region[0])
+    assert part is not None
+    assert part.target == Target("a.weight", region)
+    assert_sound(part)
+    assert (folding.of_rows(item, region[0], shape[0]) is None) == exact
+    if exact:
+        assert part.update is item.update
+    else:
+        state = Maker(1).values(*shape, dtype=torch.float64)
+        got = state[: region[0]].reshape(region[0], -1).clone()
+        part.update.open(torch.float64, None).apply(got, 0, 1.0)
+        torch.testing.assert_close(got, applied([item])[: region[0]].reshape(region[0], -1), rtol=1e-12, atol=1e-12)
+
+
 @given(st.data(), regions, st.integers(1, 3), pick((*MATRIX_FORMS, "add", "replace")))
 def test_experts_apart_are_the_whole(data: st.DataObject, region: tuple[int, ...], experts: int, form: str) -> None:
     target = Target("a.weight", (experts, *region), experts=experts)

@@ -1,4 +1,7 @@
-"""diffusers reads kohya's files, too: what its own loader makes of one is the truth for a UNet in either spelling."""
+"""diffusers reads kohya's files, too: what its own loader makes of one is the truth for a UNet in either spelling.
+
+And of those that `convert --to kohya` writes: fused, they are what a merge of the original adapter is.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,17 @@ import pytest
 import torch
 from models import State, assert_float32_close, changed
 from safetensors.torch import load_file, save_file
+from strategies import Maker, make_update
 from torch import nn
 
 import loratool
+from loratool import Adapter, Target, Targeted
 from loratool.conventions import spellings
 
 pytestmark = pytest.mark.peers
 diffusers = pytest.importorskip("diffusers")
+
+from diffusers_cases import flux, fused, load, quiet, stable_diffusion, states  # noqa: E402
 
 PLACE = "model.diffusion_model."
 COMMON: dict[str, Any] = {
@@ -180,3 +187,95 @@ def test_openclip_as_diffusers_converts_it(tmp_path: Path) -> None:
         assert_float32_close(after[f"{path}.weight"], modules[path].double() + 0.5 * up @ down, name=path)
         found += 1
     assert found == 12
+
+
+# -- what convert writes ----------------------------------------------------------------------------------------------
+
+
+def random_adapter(state: State, parts: tuple[str, ...]) -> Adapter:
+    """LoRAs of many ranks, scales and rules; some with a core, of a range of rows, or two on one tensor."""
+    items = []
+    names = [name for name, W in state.items() if name.endswith(".weight") and any(part in name for part in parts)]
+    for number, name in enumerate(names):
+        shape, make = tuple(state[name].shape), Maker(number)
+        rule, alpha = (("alpha/rank", 3.0), ("none", 0.3), ("alpha/sqrt(rank)", -1.5))[number % 3]
+        target = Target(name, shape, (1, shape[0] // 2) if number % 5 == 1 else None)
+        form = "lora-mid" if len(shape) == 4 and number % 2 else "lora"
+        items.append(Targeted(target, make_update(form, target.region, make, number % 4 + 1, rule, alpha)))
+        if number % 4 == 0:
+            items.append(Targeted(Target(name, shape), make_update("lora", shape, make, 2, "alpha", 0.7)))
+    assert len({item.target.name for item in items}) == len(names) > 0
+    return Adapter(tuple(items))
+
+
+@pytest.mark.parametrize("stored", ["diffusers", "original"])
+@pytest.mark.parametrize("model", LOADERS)
+def test_diffusers_fuses_what_was_written_for_a_unet(model: str, stored: str, tmp_path: Path) -> None:
+    network = unet(model)
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    base, out, file = (tmp_path / f"{name}.safetensors" for name in ("base", "out", "kohya"))
+    save_file(state if stored == "diffusers" else original(state), base)
+    made = random_adapter(load_file(base), ("attn", "proj_", "ff.", "conv1", "in_layers.2", "time_emb_proj", "op."))
+    component = "unet" if stored == "diffusers" else ""
+    report = loratool.convert(made, file, "kohya", base=base, as_component=component, uniform=True)
+    assert not any("see --uniform" in note for note in report.notes)
+    spelled = "lora_unet_input_blocks" if (model, stored) == ("sdxl", "original") else "lora_unet_down_blocks"
+    assert any(key.startswith(spelled) for key in load_file(file))
+    loratool.merge(base, made, out)
+    want = load_file(out)
+    want = want if stored == "diffusers" else back(want, network)
+
+    loader = getattr(diffusers.loaders, LOADERS[model])
+    converted, alphas = loader.lora_state_dict(load_file(file), unet_config=network.config)[:2]
+    loader.load_lora_into_unet(converted, network_alphas=alphas, unet=network)
+    network.fuse_lora()
+    got = {n.replace(".base_layer", ""): v for n, v in network.state_dict().items() if ".lora_" not in n}
+    assert changed(state, got) == changed(state, want)
+    assert len(changed(state, got)) == len(made.targets())
+    for name, value in want.items():
+        assert_float32_close(got[name], value, name=name)
+
+
+PIPELINES: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
+    "sd": (stable_diffusion, ("unet.", "text_encoder."),
+           ("to_q", "to_k", "to_out", "conv1", "proj_in", "ff.net.0", "time_emb_proj", "q_proj", "out_proj", "fc1")),
+    # Of what lora_transformer_ names, diffusers knows the attention.
+    "flux": (flux, ("transformer.", "text_encoder."), ("attn.to_q", "attn.to_out.0", "attn.add_k_proj", "v_proj")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_pipeline_fuses_what_was_written_for_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet(monkeypatch)
+    torch.manual_seed(0)
+    make, components, parts = PIPELINES[name]
+    base = make(tmp_path)
+    pipeline = states(load(base))
+    state = {f"{component[:-1]}.{key}": value for component in components
+             for key, value in pipeline[component[:-1]].items()}  # fmt: skip
+    made = random_adapter(state, parts)
+    report = loratool.convert(made, tmp_path / "kohya.safetensors", "kohya", base=base, uniform=name == "sd")
+    assert len(report.notes) >= len(components)
+    loratool.merge(base, made, tmp_path / "merged")
+    want, got = states(load(tmp_path / "merged")), fused(load(base), tmp_path / "kohya.safetensors")
+    count = 0
+    for component, tensors in want.items():
+        for key, value in tensors.items():
+            if value.is_floating_point():
+                assert_float32_close(got[component][key], value, name=f"{component}.{key}")
+            count += not torch.equal(value, pipeline[component][key])
+    assert count == len(made.targets())
+
+
+def test_diffusers_takes_one_alpha_for_the_attention_of_a_unet(tmp_path: Path) -> None:
+    """Why `--uniform` is told of: alphas that differ are lost on the way through its names of attention processors."""
+    network = unet("sd")
+    save_file(network.state_dict(), tmp_path / "base.safetensors")
+    made = random_adapter(network.state_dict(), ("attn1.to_q",))
+    file = tmp_path / "kohya.safetensors"
+    report = loratool.convert(made, file, "kohya", base=tmp_path / "base.safetensors", as_component="unet")
+    assert any("see --uniform" in note for note in report.notes)
+    loader = diffusers.loaders.StableDiffusionLoraLoaderMixin
+    converted, alphas = loader.lora_state_dict(load_file(file), unet_config=network.config)[:2]
+    with pytest.warns(RuntimeWarning, match="alpha_pattern keys did not match"):
+        loader.load_lora_into_unet(converted, network_alphas=alphas, unet=network)

@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 
 from loratool.adapter import Adapter, BaseIdentity, Target, Targeted, is_name
 from loratool.checkpoint import Checkpoint
-from loratool.conventions import flux_names, spellings
+from loratool.conventions import flux_names
 from loratool.conventions.choices import Choices
+from loratool.conventions.flat_names import Component, Index, Site, component_of, indexed, places, sites
 from loratool.errors import ChoiceNeeded, InvalidFile, LoratoolError, Mismatch, Problem, Unsupported
 from loratool.format import is_native
 from loratool.names import natural, nearest
@@ -29,42 +30,6 @@ from loratool.tensors import Shape, TensorRef
 from loratool.updates import Scaling, Update
 
 NEAR_NAMES = 3  # refused modules that get a suggestion; comparing names is slow
-
-
-class Component(NamedTuple):
-    """A part of a pipeline: what `--component` calls it, what its keys begin with, and where checkpoints keep it."""
-
-    name: str
-    prefix: str
-    places: tuple[str, ...] = ()  # prefixes in the base, for components that would fit at several
-
-
-_UNET_PLACES = ("", "model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")
-_CLIP_L = (
-    "",
-    "cond_stage_model.transformer.",
-    "conditioner.embedders.0.transformer.",
-    "text_encoders.clip_l.transformer.",
-    "text_encoder.",
-)
-_CLIP_G = ("", "conditioner.embedders.1.model.", "text_encoders.clip_g.transformer.", "text_encoder_2.")
-COMPONENTS = (
-    Component("unet", "lora_unet_", _UNET_PLACES),  # sd-scripts calls every diffusion transformer so
-    Component("unet", "diffusion_model.", _UNET_PLACES),
-    Component("transformer", "lora_transformer_", _UNET_PLACES),
-    Component("te", "lora_te_", _CLIP_L),
-    Component("te1", "lora_te1_", _CLIP_L),
-    Component("te2", "lora_te2_", _CLIP_G),
-    Component("te3", "lora_te3_", ("", "text_encoders.t5xxl.transformer.")),
-    Component("prior", "lora_prior_unet_", _UNET_PLACES),
-    Component("prior-te", "lora_prior_te_"),
-    Component("model", "lycoris_"),
-)
-_WHOLE = Component("model", "")  # names that begin with no known component
-
-
-def component_of(key: str) -> Component:
-    return next((component for component in COMPONENTS if key.startswith(component.prefix)), _WHOLE)
 
 
 def parts_pattern(parts: Iterable[str]) -> re.Pattern[str]:
@@ -161,25 +126,6 @@ class Piece(NamedTuple):
 Make = Callable[
     [Module, Shape | None], Iterable[Piece]
 ]  # the updates of a module whose weight has that shape, if known
-
-
-class Site(NamedTuple):
-    """Where a module lies in the base. With `part`, it is that third of the rows (q, k, v in one projection)."""
-
-    weight: str
-    bias: str
-    part: int | None = None
-
-    def target(self, piece: Piece, base: Mapping[str, TensorRef]) -> Target:
-        name = self.weight if piece.parameter == "weight" else self.bias
-        if self.part is None or name not in base:
-            return Target(name, piece.region)
-        size = piece.region[0]
-        return Target(name, base[name].shape, rows=(self.part * size, (self.part + 1) * size))
-
-    def region(self, base: Mapping[str, TensorRef]) -> Shape:
-        rows, *rest = base[self.weight].shape
-        return (rows if self.part is None else rows // 3, *rest)
 
 
 @dataclass
@@ -284,7 +230,7 @@ class FlatReader:
                 if site is None or self.base is None:
                     yield Targeted(Target(f"{module.key}.{piece.parameter}", piece.region), piece.update)
                 else:
-                    yield Targeted(site.target(piece, self.base), piece.update)
+                    yield Targeted(site.target(piece.parameter, piece.region, self.base), piece.update)
         except LoratoolError as error:
             self.problems += [Problem(p.code, p.message, p.where or self.where, p.hint, p.rule) for p in error.problems]
 
@@ -292,7 +238,8 @@ class FlatReader:
 
     def _sites(self, modules: list[Module]) -> dict[str, Site]:
         """Which of the base's modules each key means. What is not there, or not alone there, is a problem."""
-        index = self._index({module.flat for module in modules})
+        assert self.base is not None
+        index = indexed(self.base, {module.flat for module in modules})
         groups: dict[str, list[Module]] = defaultdict(list)
         for module in modules:
             groups[module.component.name].append(module)
@@ -315,44 +262,20 @@ class FlatReader:
             self._absent(absent, {name: len(group) for name, group in groups.items() if name not in absent})
         return found
 
-    def _index(self, wanted: set[str]) -> dict[str, list[tuple[str, str, Site]]]:
-        """Flattened name -> (prefix in the base, path after it, site), for every spelling of the base's modules."""
-        index: dict[str, list[tuple[str, str, Site]]] = defaultdict(list)
-        assert self.base is not None
-        for tensor in self.base:
-            path, _, last = tensor.rpartition(".")
-            if last not in ("weight", "in_proj_weight"):
-                continue
-            bias = f"{path}.{last.removesuffix('weight')}bias"
-            for other in (spellings.Spelling("", path), *spellings.others(path)):
-                site = Site(tensor, bias, other.part)
-                for prefix, tail in _tails(other.path):
-                    if (flat := tail.replace(".", "_")) in wanted:
-                        index[flat].append((prefix, tail, site))
-        return index
-
-    def _place(self, group: list[Module], index: Mapping[str, list[tuple[str, str, Site]]]) -> str | None:
+    def _place(self, group: list[Module], index: Index) -> str | None:
         """The prefix under which the base has most of a component's modules; None if it has none of them."""
-        scores = Counter(
-            prefix for module in group for prefix in {prefix for prefix, _, _ in index.get(module.flat, ())}
-        )
-        best = [prefix for prefix, score in scores.items() if score == max(scores.values())]
+        best = places(group[0].component, [module.flat for module in group], index)
         if len(best) > 1:
-            best = [prefix for prefix in best if prefix in group[0].component.places] or best
-        if len(best) > 1:
-            name, places = group[0].component.name, ", ".join(map(repr, sorted(best)))
-            what = f"{name} fits the base at several places: {places}"
+            what = f"{group[0].component.name} fits the base at several places: {', '.join(map(repr, sorted(best)))}"
             raise ChoiceNeeded(
                 Problem("E-AMBIGUOUS", what, self.where, "give the component that was trained as the base")
             )
         return best[0] if best else None
 
-    def _found(
-        self, group: list[Module], index: Mapping[str, list[tuple[str, str, Site]]], place: str
-    ) -> Iterator[tuple[str, Site]]:
+    def _found(self, group: list[Module], index: Index, place: str) -> Iterator[tuple[str, Site]]:
         suggestions = 0
         for module in group:
-            hits = {tail: site for prefix, tail, site in index.get(module.flat, ()) if prefix == place}
+            hits = sites(module.flat, place, index)
             if "." in module.path and module.path in hits:
                 hits = {module.path: hits[module.path]}
             if len(set(hits.values())) == 1:
@@ -387,10 +310,3 @@ class FlatReader:
                 what += f"; it has those of {fits}"
             hint = f"{options} merges that alone" if fits else "is this the adapter's base?"
             self.problems.append(Problem("E-TARGET", what, self.where, hint))
-
-
-def _tails(path: str) -> Iterator[tuple[str, str]]:
-    """Every way to cut a path at a dot: (prefix with its dot, rest)."""
-    yield "", path
-    for dot in re.finditer(r"\.", path):
-        yield path[: dot.end()], path[dot.end() :]

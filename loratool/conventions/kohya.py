@@ -14,12 +14,13 @@ from dataclasses import replace
 
 from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint
+from loratool.conventions import kohya_write
 from loratool.conventions.choices import Choices
+from loratool.conventions.flat_names import component_of
 from loratool.conventions.flattened import (
     FlatReader,
     Module,
     Piece,
-    component_of,
     may_be_flattened,
     parts_pattern,
     training_args,
@@ -32,6 +33,8 @@ NAME = "kohya"
 TITLE = "kohya sd-scripts LoRA"
 KINDS = ("lora",)
 TESTED = "diffusers 0.42.1 as consumer"
+OPTIONS = ("component", "uniform")
+misfits, write = kohya_write.misfits, kohya_write.write
 
 FACTORS = {"lora_down.weight": "down", "lora_up.weight": "up", "lora_A.weight": "down", "lora_B.weight": "up"}
 PARTS = {**FACTORS, "alpha": "alpha"}
@@ -64,7 +67,9 @@ def _is_flattened(module: str) -> bool:
 
 
 def is_lycoris(source: Checkpoint) -> bool:
-    """Whether a file of this family is LyCORIS's."""
+    """Whether a file of this family is LyCORIS's: by parts that only it has, or by what it says of its trainer."""
+    if source.metadata.get("ss_network_module", "").startswith("lycoris"):
+        return True
     sure, short = parts_pattern(LYCORIS_PARTS), parts_pattern(LYCORIS_SHORT_PARTS)
     return any(
         name.startswith("lycoris_") or sure.fullmatch(name) or (component_of(name).prefix and short.fullmatch(name))

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 
 from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint
-from loratool.conventions import kohya
+from loratool.conventions import kohya, lycoris_write
 from loratool.conventions.choices import Choices
 from loratool.conventions.flattened import (
     FlatReader,
@@ -37,6 +37,8 @@ NAME = "lycoris"
 TITLE = "LyCORIS adapter"
 KINDS = ("lora", "dora", "loha", "lokr", "add")
 TESTED = "lycoris-lora 4.1.3"
+OPTIONS = ("component", "uniform")
+misfits, write = lycoris_write.misfits, lycoris_write.write
 
 _HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 _LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")

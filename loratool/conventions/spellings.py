@@ -48,10 +48,12 @@ _DIFFUSERS_BLOCK = re.compile(
 )
 _OPENCLIP = re.compile(r"transformer\.resblocks\.(?P<layer>\d+)\.(?P<rest>.+)")
 _BARE_CLIP = re.compile(r"(?:encoder\.layers\.\d+|embeddings|final_layer_norm)\b.*")
+_LIBRARY_ROOTS = r"conv_in|conv_norm_out|conv_out|time_embedding|add_embedding|down_blocks|mid_block|up_blocks"
 _ROOTS = (
-    r"input_blocks|middle_block|output_blocks|out|time_embed|label_emb|conv_in|conv_norm_out|conv_out|time_embedding"
-    r"|add_embedding|down_blocks|mid_block|up_blocks|transformer\.resblocks|encoder\.layers"
+    r"input_blocks|middle_block|output_blocks|out|time_embed|label_emb|transformer\.resblocks|encoder\.layers"
+    rf"|{_LIBRARY_ROOTS}"
 )
+_LIBRARY = re.compile(rf"(?:{_LIBRARY_ROOTS})(?=\.|$)")
 _ROOT = re.compile(rf"(?:^|(?<=\.))(?:{_ROOTS})(?=\.|$)")
 
 
@@ -77,6 +79,18 @@ def others(path: str) -> Iterator[Spelling]:
         yield from _to_clip(head, match["layer"], match["rest"])
     elif _BARE_CLIP.fullmatch(tail) and not head.endswith("text_model."):
         yield Spelling(head, f"text_model.{tail}")  # transformers 5 has no such level
+
+
+def libraries(path: str) -> list[Spelling]:
+    """What the libraries call a module of a component that begins at the path's start: itself, or up to three parts.
+
+    >>> [other.path for other in libraries("input_blocks.4.1.proj_in")]
+    ['down_blocks.1.attentions.0.proj_in']
+    >>> [other.path for other in libraries("down_blocks.1.attentions.0.proj_in")]
+    ['down_blocks.1.attentions.0.proj_in']
+    """
+    theirs = [] if _LIBRARY.match(path) else [other for other in others(path) if not other.head]
+    return theirs or [Spelling("", path)]
 
 
 def _to_diffusers(side: str, n: int, rest: str) -> Iterator[str]:

@@ -1,0 +1,114 @@
+"""Which module of a base a flattened name means, and which component of a pipeline it belongs to.
+
+The component (UNet, a text encoder) lies somewhere in the base: at its root, or under a prefix that most of its modules
+share. The base's own names, flattened the same way, say the rest; in either of Stable Diffusion's spellings. Reading
+and writing go by this one table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple, TypeAlias
+
+from loratool.adapter import Target
+from loratool.conventions import spellings
+from loratool.tensors import Shape, TensorRef
+
+
+class Component(NamedTuple):
+    """A part of a pipeline: what `--component` calls it, what its keys begin with, and where checkpoints keep it."""
+
+    name: str
+    prefix: str
+    places: tuple[str, ...] = ()  # prefixes in the base, for components that would fit at several
+
+
+_UNET_PLACES = ("", "model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")
+_CLIP = ("", "cond_stage_model.transformer.", "cond_stage_model.model.", "text_encoder.")
+_CLIP_L = ("", "conditioner.embedders.0.transformer.", "text_encoders.clip_l.transformer.", "text_encoder.")
+_CLIP_G = ("", "conditioner.embedders.1.model.", "text_encoders.clip_g.transformer.", "text_encoder_2.")
+COMPONENTS = (
+    Component("unet", "lora_unet_", _UNET_PLACES),  # sd-scripts calls every diffusion transformer so
+    Component("unet", "diffusion_model.", _UNET_PLACES),
+    Component("transformer", "lora_transformer_", _UNET_PLACES),
+    Component("te", "lora_te_", _CLIP),
+    Component("te1", "lora_te1_", _CLIP_L),
+    Component("te2", "lora_te2_", _CLIP_G),
+    Component("te3", "lora_te3_", ("", "text_encoders.t5xxl.transformer.", "text_encoder_3.")),
+    Component("prior", "lora_prior_unet_", _UNET_PLACES),
+    Component("prior-te", "lora_prior_te_"),
+    Component("model", "lycoris_"),
+)
+_WHOLE = Component("model", "")  # names that begin with no known component
+
+
+def component_of(key: str) -> Component:
+    return next((component for component in COMPONENTS if key.startswith(component.prefix)), _WHOLE)
+
+
+class Site(NamedTuple):
+    """Where a module lies in the base. With `part`, it is that third of the rows (q, k, v in one projection)."""
+
+    weight: str
+    bias: str
+    part: int | None = None
+
+    def target(self, parameter: str, region: Shape, base: Mapping[str, TensorRef]) -> Target:
+        """What an update of this shape changes, of the module's `parameter` ("weight" or "bias")."""
+        name = self.weight if parameter == "weight" else self.bias
+        if self.part is None or name not in base:
+            return Target(name, region)
+        size = region[0]
+        return Target(name, base[name].shape, rows=(self.part * size, (self.part + 1) * size))
+
+    def region(self, base: Mapping[str, TensorRef]) -> Shape:
+        rows, *rest = base[self.weight].shape
+        return (rows if self.part is None else rows // 3, *rest)
+
+
+# Flattened name -> (prefix in the base, path after it, site), for every spelling of the base's modules.
+Index: TypeAlias = Mapping[str, list[tuple[str, str, Site]]]
+
+
+def flattened(path: str) -> str:
+    return path.replace(".", "_")
+
+
+def indexed(base: Iterable[str], wanted: Iterable[str]) -> Index:
+    """Where in a base, given by its tensors' names, the `wanted` flattened names may lie."""
+    wanted = {*wanted}
+    index: dict[str, list[tuple[str, str, Site]]] = defaultdict(list)
+    for tensor in base:
+        path, _, last = tensor.rpartition(".")
+        if last not in ("weight", "in_proj_weight"):
+            continue
+        bias = f"{path}.{last.removesuffix('weight')}bias"
+        for other in (spellings.Spelling("", path), *spellings.others(path)):
+            site = Site(tensor, bias, other.part)
+            for prefix, tail in _tails(other.path):
+                if (flat := flattened(tail)) in wanted:
+                    index[flat].append((prefix, tail, site))
+    return index
+
+
+def places(component: Component, flats: Iterable[str], index: Index) -> list[str]:
+    """The prefixes under which the base has most of a component's modules; a usual one wins over others."""
+    scores = Counter(prefix for flat in flats for prefix in {prefix for prefix, _, _ in index.get(flat, ())})
+    best = [prefix for prefix, score in scores.items() if score == max(scores.values())]
+    if len(best) > 1:
+        best = [prefix for prefix in best if prefix in component.places] or best
+    return best
+
+
+def sites(flat: str, place: str, index: Index) -> dict[str, Site]:
+    """Path after the place -> site, for every module there that is called so when flattened."""
+    return {tail: site for prefix, tail, site in index.get(flat, ()) if prefix == place}
+
+
+def _tails(path: str) -> Iterator[tuple[str, str]]:
+    """Every way to cut a path at a dot: (prefix with its dot, rest)."""
+    yield "", path
+    for dot in re.finditer(r"\.", path):
+        yield path[: dot.end()], path[dot.end() :]
