@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import loratool
-from loratool.conventions.gguf import _MODEL, _STACKS, ARCHITECTURES
+from loratool.conventions.gguf_names import ARCHITECTURES, MODEL, STACKS
 from loratool.gguf import read_gguf
 
 pytestmark = pytest.mark.peers
@@ -33,14 +33,14 @@ def test_names_are_those_of_llama_cpps_map(architecture: str) -> None:
     names, known = name_map(architecture), ARCHITECTURES[architecture]
     for part, owner in known.parts.items():
         assert names.get_name(f"model.layers.1.{owner}") == f"blk.1.{part}", owner
-    for part, owner in _MODEL.items():
+    for part, owner in MODEL.items():
         found = names.get_name(owner)
         assert found == part or (part == "output" and found is None), owner  # some are tied by design
     for part, single in known.experts.items():
         # Its converter stacks them under the name without a number.
         merged = f"model.layers.1.{single.replace('.{}', '')}"
         assert names.get_name(merged) == f"blk.1.{part}", single
-    assert set(known.experts) <= set(_STACKS)
+    assert set(known.experts) <= set(STACKS)
 
 
 def permuted(rows: Tensor, heads: int) -> Tensor:
