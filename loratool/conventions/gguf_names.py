@@ -18,6 +18,7 @@ from loratool.tensors import TensorRef
 EMBEDDING, HEAD = "token_embd", "output"
 REORDERED = ("attn_q", "attn_k")  # of an architecture that is `reordered`
 _TENSOR = re.compile(r"^(?:blk\.(?P<layer>\d+)\.)?(?P<part>\w+)\.weight$")
+_TAIL = re.compile(r"(?:^|\.)((?:layers\.\d+|embed_tokens|lm_head)\..+)$")  # of Hugging Face's name
 
 # Hugging Face's name of a tensor of the whole model, and of one in a layer.
 MODEL = {EMBEDDING: "model.embed_tokens", HEAD: "lm_head"}
@@ -138,10 +139,13 @@ def renaming(
 ) -> tuple[Callable[[str], str], list[str]]:
     """How to turn Hugging Face's names into those that a base has, and a note if they differ.
 
-    By all that the layers can have, not by what is in one adapter: both directions then come to the same rule.
+    By all that the base has of these layers, not by what is in one adapter: both directions then come to one rule.
     """
-    wanted = [name for _, _, name in architecture.names(layers)]
-    return prefix_rule(wanted, wanted if known is None else known, where)
+    if known is None:
+        return str, []
+    tails = {match[1] for name in known if (match := _TAIL.search(name))}
+    wanted = [name for _, _, name in architecture.names(layers) if name.removeprefix("model.") in tails]
+    return prefix_rule(wanted, known, where)
 
 
 def reordered_heads(

@@ -268,8 +268,8 @@ def _notes(parts: Mapping[Place, list[Targeted]], loras: Mapping[Place, Lora], a
     moved = [scale / (alpha / rank) for scale, rank in scales if not _fits(alpha, scale, rank)]
     if moved:
         inexact = sum(not folding.is_exact(factor) for factor in moved)
-        how = f"{inexact} of them by no power of two, rounded to float32" if inexact else "exactly"
-        yield f"llama.cpp has one alpha, {alpha:g}, for all ranks: B of {len(moved)} matrices was scaled; {how}"
+        how = f"{inexact} of them by no power of two and rounded to float32" if inexact else "exactly"
+        yield f"llama.cpp has one alpha, {alpha:g}, for all ranks: B of {len(moved)} matrices was scaled, {how}"
     if rounded := sum(alpha / rank != scale for scale, rank in scales) - len(moved):
         yield f"the scale of {rounded} matrices is rounded to what a float32 alpha gives"
     wider = [place for place, items in parts.items() if folding.rank_of(loras[place]) > max(map(_rank, items))]
