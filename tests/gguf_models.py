@@ -8,7 +8,10 @@ from typing import Any
 import gguf
 import torch
 from models import State, read
+from strategies import RULES, Maker, make_update
 from torch import Tensor
+
+from loratool import Adapter, Target, Targeted
 
 VOCAB, HIDDEN, HEADS, KV = 40, 32, 4, 2
 LLAMA = {
@@ -54,6 +57,25 @@ def save_model(name: str, folder: Path, seed: int = 0) -> Path:
         parameter.data = torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.1) + norm
     model.save_pretrained(folder)
     return folder
+
+
+def adapter_for(base: Path, dtype: str = "F32") -> Adapter:
+    """A LoRA on every matrix that llama.cpp adapts, of several ranks and under every rule."""
+    state, items = read(base), []
+    for number, (name, value) in enumerate(sorted(state.items())):
+        if value.dim() < 2 or ("embed_tokens" in name and "lm_head.weight" not in state):
+            continue
+        layout = "embedding" if "embed_tokens" in name else ""
+        update = make_update(
+            "lora",
+            tuple(value.shape),
+            Maker(number, dtype),
+            1 + number % 3,
+            RULES[number % 4],
+            (0.3, 1.0, 0.7)[number % 3],
+        )
+        items.append(Targeted(Target(name, tuple(value.shape), layout=layout), update))
+    return Adapter(tuple(items))
 
 
 def interleaved(rows: Tensor, heads: int) -> Tensor:

@@ -14,13 +14,11 @@ llama_cpp = pytest.importorskip("xllamacpp", reason="needs xllamacpp")
 
 # ruff: noqa: E402  # the imports below need what is looked for above
 import torch
-from gguf_models import MODELS, VOCAB, save_model, write_model
-from models import fill, read
-from strategies import RULES, Maker, make_update
+from gguf_models import MODELS, VOCAB, adapter_for, save_model, write_model
+from models import fill
 from torch import Tensor
 
 import loratool
-from loratool import Adapter, Target, Targeted
 
 pytestmark = pytest.mark.peers
 
@@ -59,30 +57,11 @@ def farthest(one: Tensor, two: Tensor) -> float:
     return float((one - two).abs().max())
 
 
-def adapter_for(base: Path, dtype: str = "F32", tied: bool = False) -> Adapter:
-    """A LoRA on every matrix, of several ranks and under every rule."""
-    items = []
-    for number, (name, value) in enumerate(sorted(read(base).items())):
-        if value.dim() < 2 or (tied and "embed_tokens" in name):
-            continue
-        layout = "embedding" if "embed_tokens" in name else ""
-        update = make_update(
-            "lora",
-            tuple(value.shape),
-            Maker(number, dtype),
-            1 + number % 3,
-            RULES[number % 4],
-            (0.3, 1.0, 0.7)[number % 3],
-        )
-        items.append(Targeted(Target(name, tuple(value.shape), layout=layout), update))
-    return Adapter(tuple(items))
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_llama_cpp_says_what_the_merged_model_says(name: str, tmp_path: Path) -> None:
     base = save_model(name, tmp_path / "base")
     model = write_model(base, name, tmp_path / "base.gguf")
-    made = adapter_for(base, tied=name.startswith("gemma"))
+    made = adapter_for(base)
     loratool.convert(made, tmp_path / "a.gguf", "gguf", base=base)
     loratool.merge(base, made, tmp_path / "merged")
     before, want = said_by_transformers(base), said_by_transformers(tmp_path / "merged")

@@ -41,7 +41,7 @@ from loratool.updates import Lora, Scaling
 NAME = "gguf"
 TITLE = "llama.cpp adapter (GGUF)"
 KINDS = ("lora",)
-TESTED = "gguf 0.19.0; llama.cpp b11549 (xllamacpp 2026.10.11549)"
+TESTED = "gguf 0.19.0; llama.cpp in xllamacpp 2026.10.11549"
 OPTIONS: tuple[str, ...] = ()
 misfits, write = gguf_write.misfits, gguf_write.write
 
