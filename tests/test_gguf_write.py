@@ -235,7 +235,9 @@ def test_what_is_scaled_is_told(tmp_path: Path) -> None:
         "llama.cpp has one alpha, 4, for all ranks: B of 1 matrices was scaled, exactly",
         "its float64 factors are rounded to float32",
     )
-    assert read_gguf(tmp_path / "a.gguf").tensors["blk.0.attn_q.weight.lora_b"].dtype == "BF16"
+    written = read_gguf(tmp_path / "a.gguf").tensors
+    dtypes = {part: written[f"blk.0.{part}.weight.lora_b"].dtype for part in ("attn_q", "attn_v", "ffn_down")}
+    assert dtypes == {"attn_q": "BF16", "attn_v": "F32", "ffn_down": "F32"}
     assert_same_model(merged(base, tmp_path / "a.gguf"), merged(base, Adapter(items)))
     more = (*items, item("lm_head.weight", (9, 8), rank=3, rule="alpha/sqrt(rank)", alpha=1.0), items[0])
     report = loratool.convert(Adapter(more), tmp_path / "b.gguf", "gguf", base=base)

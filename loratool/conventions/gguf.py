@@ -6,9 +6,9 @@
 
 (NumPy's order; GGUF counts dimensions from the fastest.) The scale is `adapter.lora.alpha` / rank, and 1 for an alpha
 of 0 or none, as in ``src/llama-adapter.h``. Names are llama.cpp's and are turned back into Hugging Face's, for the
-architectures below, whose names are tested against the `gguf` package's own map. llama.cpp rotates neighbouring
-numbers of a head where transformers rotates its halves, so in some architectures the rows of q and k are in another
-order; it is undone with the numbers of heads in the base's config.json.
+architectures of `gguf_names.py`. llama.cpp rotates neighbouring numbers of a head where transformers rotates its
+halves, so in some architectures the rows of q and k are in another order; it is undone with the numbers of heads in
+the base's config.json.
 """
 
 from __future__ import annotations
