@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+from loratool import gguf
 from loratool.container import canonical_order, encode_header
 from loratool.tensors import TensorRef
 
@@ -53,6 +54,27 @@ class Safetensors:
     def _header(self) -> bytes:
         ordered = ((name, self.tensors[name].dtype, self.tensors[name].shape) for name in self._order())
         return encode_header(ordered, self.metadata)
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """Named tensors and keys for llama.cpp, in the order given: strings as text, numbers as float32."""
+
+    tensors: Mapping[str, TensorRef]
+    keys: Mapping[str, str | float]
+    suffixes: tuple[str, ...] = (".gguf",)
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (ref.nbytes + len(gguf.padding(ref.nbytes)) for ref in self.tensors.values())
+        return len(gguf.encode_header(self.keys, self.tensors)) + sum(tensors)
+
+    def write(self, file: BinaryIO) -> None:
+        file.write(gguf.encode_header(self.keys, self.tensors))
+        for ref in self.tensors.values():
+            for chunk in ref.chunks():
+                file.write(chunk)
+            file.write(gguf.padding(ref.nbytes))
 
 
 @dataclass(frozen=True)

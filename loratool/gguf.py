@@ -1,4 +1,5 @@
-"""The GGUF container of llama.cpp, as far as LoRA adapters use it: parsed as an untrusted document, without its data.
+"""The GGUF container of llama.cpp, as far as LoRA adapters use it: its header, parsed as an untrusted document, and
+written.
 
     "GGUF"  u32 version  u64 tensors  u64 keys
     keys:     string name, u32 type, value        (a string is a u64 length and UTF-8)
@@ -28,9 +29,10 @@ if TYPE_CHECKING:
 MAX_HEADER = 1 << 25  # bytes; an adapter's header has no vocabulary in it
 MAX_DIMS = 4  # ggml's own limit
 MAX_NAME = 1024
+ALIGNMENT = 32  # of tensors that are written: what a reader expects where no key says another
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-_STRING, _ARRAY = 8, 9
+_STRING, _ARRAY, _U32, _F32 = 8, 9, 4, 6
 
 # ggml's tensor types. Q8_0 is the one block format that the converter of adapters writes.
 _DTYPES = {0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 30: "BF16"}
@@ -248,3 +250,35 @@ def _not_an_adapter(where: str) -> Unsupported:
     what = "a GGUF model, not an adapter: GGUF is read for adapters only"
     hint = "merge into the safetensors checkpoint it was made from, then convert the result"
     return Unsupported(Problem("E-UNSUPPORTED", what, where, hint))
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def encode_header(keys: Mapping[str, str | float], tensors: Mapping[str, TensorRef]) -> bytes:
+    """Everything before the data: text keys are strings, numbers float32; each tensor is followed by its `padding`.
+
+    Version 3, little-endian. Tensors must be of a dtype that ggml has.
+    """
+    kinds = {dtype: kind for kind, dtype in _DTYPES.items()}
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(keys) + 1)
+    for key, value in keys.items():
+        head += _text(key)
+        head += struct.pack("<I", _STRING) + _text(value) if isinstance(value, str) else struct.pack("<If", _F32, value)
+    head += _text("general.alignment") + struct.pack("<II", _U32, ALIGNMENT)
+    offset = 0
+    for name, ref in tensors.items():
+        dims = ref.shape[::-1]
+        head += _text(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kinds[ref.dtype], offset)
+        offset += ref.nbytes + len(padding(ref.nbytes))
+    return head + padding(len(head))
+
+
+def padding(nbytes: int) -> bytes:
+    """What comes after so many bytes, so that the next tensor is aligned."""
+    return bytes(-nbytes % ALIGNMENT)
+
+
+def _text(value: str) -> bytes:
+    raw = value.encode("utf-8")
+    return struct.pack("<Q", len(raw)) + raw

@@ -12,12 +12,12 @@ gguf = pytest.importorskip("gguf", reason="needs gguf")
 # ruff: noqa: E402  # the imports below need what is looked for above
 import numpy as np
 import torch
+from gguf_models import MODELS, adapter_for, converted_base, interleaved, save_model
 from models import HIDDEN, State, assert_float32_close, changed, fill, llama, mixtral, read, save_base
 from safetensors.torch import load_file
-from torch import Tensor
 
 import loratool
-from loratool.conventions.gguf import _MODEL, _STACKS, ARCHITECTURES
+from loratool.conventions.gguf_names import ARCHITECTURES, MODEL, STACKS
 from loratool.gguf import read_gguf
 
 pytestmark = pytest.mark.peers
@@ -33,19 +33,14 @@ def test_names_are_those_of_llama_cpps_map(architecture: str) -> None:
     names, known = name_map(architecture), ARCHITECTURES[architecture]
     for part, owner in known.parts.items():
         assert names.get_name(f"model.layers.1.{owner}") == f"blk.1.{part}", owner
-    for part, owner in _MODEL.items():
+    for part, owner in MODEL.items():
         found = names.get_name(owner)
         assert found == part or (part == "output" and found is None), owner  # some are tied by design
     for part, single in known.experts.items():
         # Its converter stacks them under the name without a number.
         merged = f"model.layers.1.{single.replace('.{}', '')}"
         assert names.get_name(merged) == f"blk.1.{part}", single
-    assert set(known.experts) <= set(_STACKS)
-
-
-def permuted(rows: Tensor, heads: int) -> Tensor:
-    """What convert_hf_to_gguf.py does to the rows of q and k, and convert_lora_to_gguf.py to those of lora_b."""
-    return rows.reshape(heads, 2, rows.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(rows.shape)
+    assert set(known.experts) <= set(STACKS)
 
 
 def converted(adapter: Path, out: Path, names: Any, *, architecture: str, alpha: float, dtype: Any = None) -> Path:
@@ -63,7 +58,7 @@ def converted(adapter: Path, out: Path, names: Any, *, architecture: str, alpha:
         a, b = state[key], state[key.replace("lora_A", "lora_B").replace(f"{embedding}A", f"{embedding}B")]
         name = names.get_name(module)
         if ARCHITECTURES[architecture].reordered and name.endswith(("attn_q", "attn_k")):
-            b = permuted(b, 4 if name.endswith("q") else 2)
+            b = interleaved(b, 4 if name.endswith("q") else 2)
         if name == "token_embd":
             a = a.T
         for part, value in (("a", a), ("b", b)):
@@ -162,3 +157,30 @@ def test_experts_as_transformers_saves_them(tmp_path: Path) -> None:
     assert len(changed(before, got)) == 9
     for name, value in got.items():
         assert_float32_close(value, want[name], name=name)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_was_written_is_what_llama_cpp_adds(name: str, tmp_path: Path) -> None:
+    """Read by the package; alpha / rank times the product as in llama-adapter.h, on tensors as its converter stores."""
+    base = save_model(name, tmp_path / "base")
+    made = adapter_for(base)
+    loratool.convert(made, tmp_path / "a.gguf", "gguf", base=base)
+    file = gguf.GGUFReader(tmp_path / "a.gguf")
+    alpha = file.fields["adapter.lora.alpha"].contents()
+    assert {key: field.contents() for key, field in file.fields.items() if not key.startswith("GGUF.")} == {
+        gguf.Keys.General.ARCHITECTURE: MODELS[name][2],
+        gguf.Keys.General.TYPE: gguf.GGUFType.ADAPTER,
+        gguf.Keys.Adapter.TYPE: "lora",
+        gguf.Keys.Adapter.LORA_ALPHA: alpha,
+        gguf.Keys.General.ALIGNMENT: 32,
+    }
+    parts = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in file.tensors}
+    assert all(tensor.tensor_type == gguf.GGMLQuantizationType.F32 for tensor in file.tensors)
+    loratool.merge(base, made, tmp_path / "merged")
+    before, want = converted_base(base, name), converted_base(tmp_path / "merged", name)
+    adapted = {key.rpartition(".lora_")[0] for key in parts}
+    assert adapted == changed(before, want)
+    for key in adapted:
+        a, b = parts[f"{key}.lora_a"], parts[f"{key}.lora_b"]
+        delta = a @ b.T if key == "token_embd.weight" else b @ a
+        assert_float32_close(before[key] + alpha / b.shape[-1] * delta, want[key], name=key)

@@ -19,15 +19,20 @@ class Heads:
     key: int
 
 
-def model_config(base: Mapping[str, TensorRef]) -> dict[str, Any]:
-    """The language model's part of the config.json beside the base's weights; {} where there is none."""
+def whole_config(base: Mapping[str, TensorRef]) -> dict[str, Any]:
+    """The config.json beside the base's weights; {} where there is none."""
     for ref in base.values():
         path = ref.data.path
         if path is not None and (file := path.parent / "config.json").is_file():
-            config = read_json(file)
-            text = config.get("text_config")
-            return text if isinstance(text, dict) else config
+            return read_json(file)
     return {}
+
+
+def model_config(base: Mapping[str, TensorRef]) -> dict[str, Any]:
+    """The language model's part of `whole_config`."""
+    config = whole_config(base)
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config
 
 
 def heads_of(config: Mapping[str, Any], where: str) -> Heads:
