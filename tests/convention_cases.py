@@ -1,13 +1,12 @@
-"""A small file of every convention, its truth in float64, and what every writer is tried with.
+"""A small file of every convention, and its truth in float64.
 
-One entry per convention in SAMPLES, and per writer in WRITERS: a new convention fails `test_every_convention.py` until
-it has its own.
+One entry per convention in SAMPLES: a new one fails `test_every_convention.py` until it has its own.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 from models import State
 from safetensors.torch import save_file
-from strategies import Maker, make_update
 from test_gguf import KEYS, gguf_bytes
 from torch import Tensor
 
@@ -38,23 +36,7 @@ class Sample:
     exact: State
     kinds: frozenset[str]
     choices: Mapping[str, Any] = field(default_factory=dict)  # what the files do not say
-    config: Mapping[str, Any] | None = None  # the base's config.json
-
-
-@dataclass(frozen=True)
-class Written:
-    """What a writer is tried with: adapters for one base, which have every kind that it writes, and the options."""
-
-    adapters: Sequence[Adapter]
-    base: State
-    suffix: str = ""  # of the output; none for a folder
-    options: Mapping[str, Any] = field(default_factory=dict)  # of `convert`
-    choices: Mapping[str, Any] = field(default_factory=dict)  # of `load`, for what its files do not say
-    config: Mapping[str, Any] | None = None  # the base's config.json
-
-    @property
-    def kinds(self) -> set[str]:
-        return {item.update.kind for adapter in self.adapters for item in adapter.updates}
+    beside: Mapping[str, Any] = field(default_factory=dict)  # files beside the base: JSON, or text
 
 
 # -- numbers ----------------------------------------------------------------------------------------------------------
@@ -343,7 +325,7 @@ def mlx() -> list[Sample]:
     ]
 
 
-LLAMA = {
+_CONFIG = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
     "num_attention_heads": 2,
@@ -354,6 +336,7 @@ LLAMA = {
     "vocab_size": 9,
     "intermediate_size": 12,
 }
+LLAMA = {"config.json": _CONFIG}
 LAYER = "model.layers.0"
 LLAMA_SHAPES = {
     "model.embed_tokens.weight": (9, 8),
@@ -374,7 +357,7 @@ def gguf() -> list[Sample]:
     state = {"blk.0.attn_q.weight": (A, B[order]), "blk.0.attn_v.weight": (C, D)}
     factors = {f"{key}.lora_{side}": part for key, two in state.items() for side, part in zip("ab", two, strict=True)}
     exact = {q: plus(base[q], A, B), v: plus(base[v], C, D)}
-    return [Sample(file(factors, "a.gguf"), base, exact, frozenset({"lora"}), config=LLAMA)]
+    return [Sample(file(factors, "a.gguf"), base, exact, frozenset({"lora"}), beside=LLAMA)]
 
 
 def megatron() -> list[Sample]:
@@ -404,43 +387,4 @@ SAMPLES: dict[str, Callable[[], list[Sample]]] = {
     "mlx": mlx,
     "gguf": gguf,
     "megatron": megatron,
-}
-
-
-# -- the writers ------------------------------------------------------------------------------------------------------
-
-
-def adapter(base: Mapping[str, Tensor], **forms: str) -> Adapter:
-    """Updates of tensors of a base, by the forms of `strategies.make_update`; all LoRA of one rank and scale."""
-    updates = [
-        Targeted(Target(name, tuple(base[name].shape)), make_update(form, tuple(base[name].shape), Maker(n), RANK))
-        for n, (name, form) in enumerate(forms.items())
-    ]
-    return Adapter(tuple(updates))
-
-
-def on_many(**forms: str) -> Adapter:
-    return adapter(MANY, **{f"l.{name.replace('__', '.')}": form for name, form in forms.items()})
-
-
-def on_llama(*kinds: str) -> Written:
-    """For consumers of language models: attention and MLP by Hugging Face's names, with `kinds` in turn."""
-    base = base_of(**LLAMA_SHAPES)
-    q, v, down = (f"{LAYER}.{name}.weight" for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"))
-    return Written([adapter(base, **{q: kind, v: kind, down: kind}) for kind in kinds], base, config=LLAMA)
-
-
-def all_kinds() -> list[Adapter]:
-    return [
-        on_many(q__weight="lora", v__weight="lora", emb__weight="replace_rows", norm__weight="replace"),
-        on_many(o__weight="lora", o__bias="add"),
-        on_many(q__weight="dora0-lora", v__weight="dora0-lora"),
-        on_many(q__weight="loha", v__weight="loha"),
-        on_many(q__weight="lokr"),
-    ]
-
-
-WRITERS: dict[str, Callable[[], Written]] = {
-    "native": lambda: Written(all_kinds(), MANY, ".safetensors"),
-    "peft": lambda: Written(all_kinds(), MANY),
 }

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from convention_cases import SAMPLES, WRITERS, Sample, Written
+from convention_cases import SAMPLES, Sample
 from models import State, assert_float32_close, changed, read
 from safetensors.torch import save_file
 from strategies import Maker, make_update
-from torch import Tensor
+from writer_cases import WRITERS, Written
 
 import loratool
 from loratool import Adapter, Target, Targeted
@@ -34,21 +34,22 @@ def samples(name: str) -> list[Sample]:
 
 
 def written(name: str) -> Written:
-    assert name in WRITERS, f"{name} can be written and is not tried: give it adapters in convention_cases.WRITERS"
+    assert name in WRITERS, f"{name} can be written and is not tried: give it adapters in writer_cases.WRITERS"
     return WRITERS[name]()
 
 
-def saved(state: Mapping[str, Tensor], config: Mapping[str, Any] | None, folder: Path) -> Path:
+def saved(case: Sample | Written, folder: Path) -> Path:
+    """The base of a case, with what lies beside it."""
     folder.mkdir()
-    save_file(dict(state), folder / "model.safetensors", metadata={"format": "pt"})
-    if config is not None:
-        (folder / "config.json").write_text(json.dumps(config))
+    save_file(dict(case.base), folder / "model.safetensors", metadata={"format": "pt"})
+    for name, content in case.beside.items():
+        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
     return folder
 
 
 def placed(sample: Sample, folder: Path) -> tuple[Path, Path]:
     """The base and the source of a sample, on disk."""
-    base = saved(sample.base, sample.config, folder / "base")
+    base = saved(sample, folder / "base")
     (folder / "source").mkdir()
     return base, sample.write(folder / "source")
 
@@ -178,7 +179,7 @@ def merged(base: Path, adapter: Adapter, out: Path) -> State:
 @every_writer
 def test_what_it_wrote_is_read_with_the_same_deltas(name: str, tmp_path: Path) -> None:
     case = written(name)
-    base = saved(case.base, case.config, tmp_path / "base")
+    base = saved(case, tmp_path / "base")
     for number, adapter in enumerate(case.adapters):
         source, out = tmp_path / f"{number}.safetensors", tmp_path / f"written-{number}{case.suffix}"
         loratool.save(adapter, source)
@@ -190,17 +191,17 @@ def test_what_it_wrote_is_read_with_the_same_deltas(name: str, tmp_path: Path) -
         assert changed(case.base, got) == changed(case.base, want) == adapter.targets().keys()
         for tensor, value in want.items():
             assert_float32_close(got[tensor], value, name=f"{name}: {tensor}")
-        before = {target: {item.update.kind for item in items} for target, items in adapter.targets().items()}
-        after = {target: {item.update.kind for item in items} for target, items in again.targets().items()}
-        assert after == before
+        kinds = {target: {item.update.kind for item in items} for target, items in again.targets().items()}
+        for target, items in adapter.targets().items():
+            assert kinds[target] == {case.turned.get(item.update.kind, item.update.kind) for item in items}
 
 
 @every_writer
 def test_what_it_does_not_hold_is_refused(name: str, tmp_path: Path) -> None:
     """Every kind of update is among those that are tried above, or a misfit that says why; never lost."""
     case = written(name)
-    assert case.kinds <= {*BY_NAME[name].KINDS}
-    base = saved(case.base, case.config, tmp_path / "base")
+    assert {case.turned.get(kind, kind) for kind in case.kinds} <= {*BY_NAME[name].KINDS}
+    base = saved(case, tmp_path / "base")
     target = next(name for name, value in case.base.items() if value.dim() == 2 and name in case.adapters[0].targets())
     shape = tuple(case.base[target].shape)
     for kind in {*native.KINDS} - case.kinds:
