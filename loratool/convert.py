@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ from loratool.conventions.choices import Choices
 from loratool.conventions.writing import Misfit, Options
 from loratool.errors import ChoiceNeeded, LoratoolError, Mismatch, OutputRefused, Problem, Unsupported
 from loratool.format import unknown_alpha
+from loratool.names import listed
 from loratool.quantised import logical
 from loratool.staging import refuse_existing, refuse_small_disk, staged
 from loratool.tensors import FileState
 from loratool.version import TOOL
 
-SHOWN = 3  # names in a message
 _FLAGS = {"uniform": "--uniform", "component": "--as"}
 
 
@@ -102,7 +102,7 @@ def plan_convert(
     if opened is not None:
         inputs = (*inputs, *(FileState.of(shard.path) for shard in opened.shards))
     if baked:
-        notes = (*notes, f"{_named(baked)}: baked in, as whole tensors of this base: no other base fits them any more")
+        notes = (*notes, f"{listed(baked)}: baked in, as whole tensors of this base: no other base fits them any more")
     return Conversion(adapter, read_as, writer, bundle, out, baked, (*notes, *bundle.notes), inputs, view)
 
 
@@ -194,7 +194,7 @@ def _fitted(
         if not bake or not more or base is None:
             raise Unsupported([_refusal(misfit, writer, adapter, bake) for misfit in found])
         if absent := sorted(more - base.tensors.keys()):
-            what = f"{_named(absent)} can not be baked in: the base has no such tensor"
+            what = f"{listed(absent)} can not be baked in: the base has no such tensor"
             raise Mismatch(Problem("E-TARGET", what, str(base.path), "is this the adapter's base?"))
         baked |= more
         adapter = replace(adapter, updates=tuple(_baked(adapter, more, base)))
@@ -213,7 +213,7 @@ def _baked(adapter: Adapter, names: set[str], base: Checkpoint) -> Iterator[Targ
 def _refusal(misfit: Misfit, writer: Writer, adapter: Adapter, bake: bool) -> Problem:
     targets = adapter.targets()
     kinds = sorted({item.update.kind for name in misfit.names for item in targets.get(name, ())})
-    what = f"{writer.NAME} can not hold the {' and '.join(kinds)} updates of {_named(misfit.names)}: {misfit.why}"
+    what = f"{writer.NAME} can not hold the {' and '.join(kinds)} updates of {listed(misfit.names)}: {misfit.why}"
     baking = "--bake --base BASE replaces them by whole merged tensors" if misfit.bakeable and not bake else ""
     return Problem("E-UNSUPPORTED", what, hint="; or ".join(filter(None, (misfit.help, baking))))
 
@@ -244,9 +244,4 @@ def _check_readable(place: Path, conversion: Conversion) -> None:
     except LoratoolError as error:
         raise AssertionError(f"the {writer.NAME} adapter that was written can not be read back: {error}") from error
     if lost := sorted(wanted - {*found}):
-        raise AssertionError(f"the {writer.NAME} adapter that was written lacks {_named(lost)}")
-
-
-def _named(names: Iterable[str]) -> str:
-    listed: Sequence[str] = list(names)
-    return ", ".join(listed[:SHOWN]) + (f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else "")
+        raise AssertionError(f"the {writer.NAME} adapter that was written lacks {listed(lost)}")

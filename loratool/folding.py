@@ -186,6 +186,21 @@ def without_core(update: Lora) -> Lora:
     return Lora(_computed(A.name, dtype, shape, make), update.B, update.factors)
 
 
+def multiplied(update: Lora) -> TensorRef:
+    """B @ A as one tensor [out, in, kernel...], without the scale: rounded once, to float32 (or float64)."""
+    components = update.components()
+    dtype = "F64" if any(ref.dtype == "F64" for ref in components.values()) else "F32"
+    kernel = update.A.shape[2:] if update.mid is None else update.mid.shape[2:]
+    shape = (update.B.shape[0], update.A.shape[1], *kernel)
+
+    def make() -> torch.Tensor:
+        import torch
+
+        return update.open(torch.float64, None).delta(0, shape[0]).to(torch_dtype(dtype)).reshape(shape)
+
+    return _computed(update.B.name, dtype, shape, make)
+
+
 # -- parts and wholes -------------------------------------------------------------------------------------------------
 
 

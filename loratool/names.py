@@ -32,6 +32,12 @@ def natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name) if part]
 
 
+def listed(names: Iterable[str], shown: int = 3) -> str:
+    """``a, b, c and 7 more``: as many names as a message can bear."""
+    known = [*names]
+    return ", ".join(known[:shown]) + (f" and {len(known) - shown} more" if len(known) > shown else "")
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The most similar known names, for an error message; those with the same last segments first."""
     tail = ".".join(name.split(".")[-2:])

@@ -295,7 +295,7 @@ ROWS = Target("", (6, 4), rows=(0, 3))
 STACK = (3, 6, 4)
 MISFITS: dict[str, tuple[Adapter, str]] = {
     "loha": (adapter_of(a__weight=lora(), b__weight=[(Target("", (6, 4)), update_of("loha"))]), "no loha update"),
-    "lokr": (adapter_of(b__weight=[(Target("", (6, 4)), update_of("lokr"))]), "no lokr update"),
+    "lokr": (adapter_of(a__weight=lora(), b__weight=[(Target("", (6, 4)), update_of("lokr"))]), "no lokr update"),
     "dora of loha": (adapter_of(b__weight=[(Target("", (6, 4)), update_of("dora0-loha"))]), "on LoRA only"),
     "dora of rows": (adapter_of(b__weight=[(ROWS, update_of("dora0-lora", (3, 4)))]), "whole layers only"),
     "dora of the other axis": (adapter_of(b__weight=[(Target("", (6, 4)), update_of("dora1-lora"))]), "another axis"),
@@ -367,7 +367,7 @@ def test_what_peft_can_not_hold(case: str, tmp_path: Path) -> None:
 
 def test_all_misfits_are_named_at_once(tmp_path: Path) -> None:
     updates = {f"l{n}__weight": [(Target("", (6, 4)), update_of("loha"))] for n in range(5)}
-    error = refused(adapter_of(**updates, b__weight=update_of("add")), tmp_path)
+    error = refused(adapter_of(a__weight=lora(), **updates, b__weight=update_of("add")), tmp_path)
     assert len(error.problems) == 2
     assert "l0.weight, l1.weight, l2.weight and 2 more" in error.message
     assert "loha updates" in error.message
@@ -375,11 +375,11 @@ def test_all_misfits_are_named_at_once(tmp_path: Path) -> None:
 
 
 def test_baking_needs_the_base(kit: Kit, tmp_path: Path) -> None:
-    loha = adapter_of(l__0__q__weight=[(Target("", (6, 4)), update_of("loha"))])
-    error = refused(loha, tmp_path, bake=True)
+    dora = adapter_of(l__0__q__weight=[(Target("", (6, 4)), update_of("dora0-loha"))])
+    error = refused(dora, tmp_path, bake=True)
     assert error.code == "E-OPTION"
     assert "--base" in error.hint
-    report = loratool.convert(loha, tmp_path / "out", "peft", base=kit / "base", bake=True)
+    report = loratool.convert(dora, tmp_path / "out", "peft", base=kit / "base", bake=True)
     assert report.baked == ("l.0.q.weight",)
     assert any("baked in" in note for note in report.notes)
 
@@ -529,8 +529,9 @@ def test_the_command_lists_what_can_be_written(kit: Kit, cli: Cli, tmp_path: Pat
 
 
 def test_a_refusal_has_exit_code_2(kit: Kit, cli: Cli, tmp_path: Path) -> None:
-    loratool.save(adapter_of(a__weight=[(Target("", (6, 4)), update_of("lokr"))]), tmp_path / "lokr.safetensors")
-    result = cli("convert", tmp_path / "lokr.safetensors", "--to", "peft", "-o", tmp_path / "out")
+    mixed = adapter_of(a__weight=[(Target("", (6, 4)), update_of("lokr"))], b__weight=lora())
+    loratool.save(mixed, tmp_path / "mixed.safetensors")
+    result = cli("convert", tmp_path / "mixed.safetensors", "--to", "peft", "-o", tmp_path / "out")
     assert (result.code, result.out) == (2, "")
     assert result.err.startswith("error[E-UNSUPPORTED]: peft can not hold the lokr updates of a.weight")
 
@@ -706,7 +707,7 @@ def test_peft_loads_an_adapter_of_whole_tensors_only(tmp_path: Path) -> None:
     made = build(case, tmp_path)
     name = "model.layers.0.mlp.up_proj.weight"
     shape = tuple(read(made.base)[name].shape)
-    adapter = Adapter((Targeted(Target(name, shape), make_update("loha", shape, Maker(5))),))
+    adapter = Adapter((Targeted(Target(name, shape), make_update("dora0-loha", shape, Maker(5))),))
     loratool.convert(adapter, tmp_path / "out", "peft", base=made.base, bake=True)
     loratool.merge(made.base, adapter, tmp_path / "ours")
     got, want = quietly_merged(loaded_by_peft(case, tmp_path / "out")), read(tmp_path / "ours")

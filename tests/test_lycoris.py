@@ -164,10 +164,6 @@ BAD: dict[str, tuple[State, str, str]] = {
     "magnitude-alone": ({"lycoris_fc.dora_scale": values(8, 1)}, "E-COMPONENTS", "no factors"),
     "magnitude-diff": ({"lycoris_fc.diff": values(8, 6), "lycoris_fc.dora_scale": values(8, 1)}, "E-COMPONENTS", "no"),
     "alpha-alone": ({"lycoris_fc.alpha": torch.tensor(1.0)}, "E-COMPONENTS", "only alpha"),
-    "ia3": ({"lycoris_fc.weight": values(8), "lycoris_fc.on_input": values(1)}, "E-UNSUPPORTED", "2 tensors are of (I"),
-    "oft": ({"lycoris_fc.oft_blocks": values(2, 4, 4), "lycoris_fc.alpha": values(1)}, "E-UNSUPPORTED", "OFT or BOFT"),
-    "glora": ({f"lycoris_fc.{n}.weight": values(2, 2) for n in ("a1", "a2", "b1", "b2")}, "E-UNSUPPORTED", "GLoRA"),
-    "tlora": ({"lycoris_fc.lambda_layer": values(1, 2)}, "E-UNSUPPORTED", "T-LoRA"),
     "unknown": ({**LOHA, "lycoris_fc.weight": values(2)}, "E-UNSUPPORTED", "1 tensors are no part of an adapter"),
 }  # fmt: skip
 
@@ -181,6 +177,58 @@ def test_what_is_wrong_is_said(name: str, tmp_path: Path) -> None:
     assert message in str(caught.value)
     assert "lora.safetensors" in str(caught.value)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def ia3(key: str) -> State:
+    return {f"{key}.weight": values(8), f"{key}.on_input": torch.tensor(0)}
+
+
+def glora(key: str) -> State:
+    return {f"{key}.{n}.weight": values(2, 2) for n in ("a1", "a2", "b1", "b2")} | {f"{key}.alpha": torch.tensor(1.0)}
+
+
+def blocks(key: str, *shape: int) -> State:
+    return {f"{key}.oft_blocks": values(*shape), f"{key}.rescale": values(8, 1), f"{key}.alpha": torch.tensor(0.1)}
+
+
+REFUSED: dict[str, tuple[State, str]] = {
+    "ia3": (ia3("lycoris_fc"), "1 module is of IA3, which is not supported: it multiplies the base's weights"),
+    "glora": (glora("lycoris_fc"), "1 module is of GLoRA, which is not supported: its delta has the base's weights"),
+    "oft": (blocks("lycoris_fc", 2, 4, 4), "1 module is of OFT, which is not supported: it rotates the base's weights"),
+    "oft-old": ({"lycoris_fc.oft_diag": values(2, 4, 4)}, "1 module is of OFT, which"),
+    "boft": (blocks("lycoris_fc", 2, 2, 4, 4), "1 module is of BOFT, which is not supported: it rotates"),
+    "tlora": ({"lycoris_fc.lambda_layer": values(1, 2)}, "1 module is of T-LoRA, which is not supported"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_method_that_depends_on_the_base_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    lora, message = REFUSED[name]
+    with pytest.raises(loratool.LoratoolError) as caught:
+        merged({**lora, **loha("lycoris_conv")}, tmp_path)
+    (problem,) = caught.value.problems
+    assert problem.code == "E-UNSUPPORTED"
+    assert problem.message.startswith(message)
+    assert problem.message.endswith("; lycoris_fc")
+    assert "LyCORIS" in problem.hint
+    assert "lora.safetensors" in problem.where
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_every_method_of_a_mixed_file_is_named_once_with_its_modules(tmp_path: Path) -> None:
+    lora = {key: value for n in range(5) for key, value in ia3(f"lora_unet_{n}").items()}
+    lora |= blocks("lora_te_a", 2, 4, 4) | blocks("lora_te_b", 2, 2, 4, 4) | {"lora_te_c.strange": values(2)}
+    file = saved(lora, tmp_path / "x.safetensors")
+    for act in (loratool.inspect, loratool.load):
+        with pytest.raises(loratool.Unsupported) as caught:
+            act(file)
+        said = [problem.message for problem in caught.value.problems]
+        assert len(said) == 4
+        assert said[0].startswith("1 module is of BOFT")
+        assert said[1].startswith("5 modules are of IA3")
+        assert said[1].endswith("; lora_unet_0, lora_unet_1, lora_unet_2 and 2 more")
+        assert said[2].startswith("1 module is of OFT")
+        assert said[3] == "1 tensors are no part of an adapter that this convention knows: lora_te_c.strange"
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (1, 0), (1, 5), (8,)])
@@ -197,9 +245,9 @@ def test_a_rescaled_scale_that_the_file_does_not_hold_is_refused(tmp_path: Path)
     assert merged(lora, tmp_path, {"ss_network_args": json.dumps({"algo": "lokr"})})
 
 
-@pytest.mark.parametrize("name", [*DELTAS, *(name for name in BAD if name not in ("alpha-alone",))])
+@pytest.mark.parametrize("name", [*DELTAS, *REFUSED, *(name for name in BAD if name != "alpha-alone")])
 def test_files_are_known_by_their_names(name: str, tmp_path: Path) -> None:
-    lora = DELTAS[name][0] if name in DELTAS else BAD[name][0]
+    lora = {**BAD, **DELTAS, **REFUSED}[name][0]
     for prefix in ("lycoris_", "lora_unet_", "lora_te2_", "diffusion_model."):
         file = saved({k.replace("lycoris_", prefix): v for k, v in lora.items()}, tmp_path / f"{prefix}.safetensors")
         assert [c.NAME for c in conventions.matching(open_checkpoint(file))] == ["lycoris"], prefix

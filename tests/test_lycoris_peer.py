@@ -168,19 +168,24 @@ def test_rs_lora_is_in_the_saved_alpha(layer: str, algorithm: str, tmp_path: Pat
     assert shown.scale == pytest.approx(3.0 / rank**0.5)
 
 
-REFUSED = {"ia3": "(IA)^3", "diag-oft": "OFT or BOFT", "boft": "OFT or BOFT", "glora": "GLoRA", "tlora": "T-LoRA"}
+REFUSED = {"ia3": "IA3", "diag-oft": "OFT", "boft": "BOFT", "glora": "GLoRA", "tlora": "T-LoRA"}
 
 
+@pytest.mark.parametrize("options", [{}, {"rescaled": True, "train_on_input": True, "rs_lora": True}], ids=str)
 @pytest.mark.parametrize("algorithm", REFUSED)
-def test_what_is_no_difference_of_weights_is_refused_by_name(algorithm: str, tmp_path: Path) -> None:
+def test_what_is_no_difference_of_weights_is_refused_by_name(
+    algorithm: str, options: dict[str, bool], tmp_path: Path
+) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 16))
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Conv2d(16, 16, 1))
     save_file(model.state_dict(), tmp_path / "base.safetensors")
-    network = lycoris.create_lycoris(model, 1.0, linear_dim=4, warn_on_unmatched=False, algo=algorithm)
+    sizes = {"linear_dim": 4, "conv_dim": 4}
+    network = lycoris.create_lycoris(model, 1.0, warn_on_unmatched=False, algo=algorithm, **sizes, **options)
     network.apply_to()
     network.save_weights(str(tmp_path / "lycoris.safetensors"), torch.float32, {})
     with pytest.raises(loratool.LoratoolError) as caught:
         loratool.merge(tmp_path / "base.safetensors", tmp_path / "lycoris.safetensors", tmp_path / "out.safetensors")
     (problem,) = caught.value.problems
     assert problem.code == "E-UNSUPPORTED"
-    assert f"tensors are of {REFUSED[algorithm]}" in problem.message
+    assert problem.message.startswith(f"3 modules are of {REFUSED[algorithm]}, which is not supported")
+    assert problem.message.endswith("; lycoris_0, lycoris_1, lycoris_2")

@@ -25,7 +25,7 @@ from loratool.conventions.choices import Choices
 from loratool.conventions.flat_names import Component, Index, Site, component_of, indexed, places, sites
 from loratool.errors import ChoiceNeeded, InvalidFile, LoratoolError, Mismatch, Problem, Unsupported
 from loratool.format import is_native
-from loratool.names import natural, nearest
+from loratool.names import listed, natural, nearest
 from loratool.tensors import Shape, TensorRef
 from loratool.updates import Scaling, Update
 
@@ -108,6 +108,17 @@ class Module:
         return region
 
 
+class Foreign(NamedTuple):
+    """A method that is refused by name: why a merge can not have it, and what helps."""
+
+    method: str
+    why: str
+    help: str = "let the trainer merge it into the base"
+
+
+Name = Callable[[str, TensorRef], Foreign]  # of a part in the file, and its tensor
+
+
 def bare(shape: Shape) -> Shape:
     """A shape without trailing kernel dimensions of 1: a 1x1 convolution is a linear layer."""
     while len(shape) > 2 and shape[-1] == 1:
@@ -136,7 +147,8 @@ class FlatReader:
     choices: Choices
     base: Mapping[str, TensorRef] | None
     parts: Mapping[str, str]  # spelling in the file -> name for `make`
-    foreign: Mapping[str, str]  # parts of methods that are refused -> the method
+    foreign: Iterable[str]  # parts of methods that are refused
+    method: Name  # which method that is
     make: Make
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -170,32 +182,28 @@ class FlatReader:
 
     def _sort(self) -> list[Module]:
         known, foreign = parts_pattern(self.parts), parts_pattern(self.foreign)
-        alien = [match for match in map(foreign.fullmatch, self.source.tensors) if match]
-        methods = {match["module"]: self.foreign[match["part"]] for match in alien}
+        alien = [(match, ref) for key, ref in self.source.tensors.items() if (match := foreign.fullmatch(key))]
+        methods = {match["module"]: self.method(match["part"], ref) for match, ref in alien}
         found: dict[str, Module] = {}
-        refused: dict[str, list[str]] = defaultdict(list)
+        refused: dict[Foreign, list[str]] = defaultdict(list)
+        for owner, method in methods.items():
+            refused[method].append(owner)
+        strange = []
         for key, ref in self.source.tensors.items():
             match = known.fullmatch(key) or foreign.fullmatch(key)
-            method = methods.get(match["module"] if match else key.rpartition(".")[0])
-            if method is not None:
-                refused[f"of {method}, which is not supported"].append(key)
-            elif match is None:
-                refused["no part of an adapter that this convention knows"].append(key)
-            else:
-                module = found.setdefault(match["module"], Module(match["module"], component_of(key)))
-                part = self.parts[match["part"]]
-                if part in module.parts:
-                    what = f"{key} and {module.parts[part].name} are the same part of one module"
-                    self.problems.append(Problem("E-DUPLICATE", what, self.where))
-                module.parts[part] = ref
-        if refused:
-            hint = "let the trainer merge it into the base"
-            raise Unsupported(
-                [
-                    Problem("E-UNSUPPORTED", f"{len(keys)} tensors are {what}: {', '.join(keys[:3])}", self.where, hint)
-                    for what, keys in sorted(refused.items())
-                ]
-            )
+            if (match["module"] if match else key.rpartition(".")[0]) in methods:
+                continue
+            if match is None:
+                strange.append(key)
+                continue
+            module = found.setdefault(match["module"], Module(match["module"], component_of(key)))
+            part = self.parts[match["part"]]
+            if part in module.parts:
+                what = f"{key} and {module.parts[part].name} are the same part of one module"
+                self.problems.append(Problem("E-DUPLICATE", what, self.where))
+            module.parts[part] = ref
+        if refused or strange:
+            raise Unsupported([*self._refusals(refused), *self._strangers(strange)])
         return list(found.values())
 
     def _in_diffusers(self, module: Module) -> list[Module]:
@@ -207,6 +215,17 @@ class FlatReader:
             return []
         prefix, component = module.component.prefix, module.component
         return [Module(f"{prefix}{name}", component, own) for name, own in parts] or [module]
+
+    def _refusals(self, refused: Mapping[Foreign, list[str]]) -> Iterator[Problem]:
+        for foreign, modules in sorted(refused.items()):
+            count = f"{len(modules)} modules are" if len(modules) > 1 else "1 module is"
+            what = f"{count} of {foreign.method}, which is not supported: {foreign.why}; {listed(modules)}"
+            yield Problem("E-UNSUPPORTED", what, self.where, foreign.help)
+
+    def _strangers(self, keys: list[str]) -> Iterator[Problem]:
+        if keys:
+            what = f"{len(keys)} tensors are no part of an adapter that this convention knows: {listed(keys)}"
+            yield Problem("E-UNSUPPORTED", what, self.where, "let the trainer merge it into the base")
 
     def _chosen(self, modules: list[Module]) -> list[Module]:
         """The modules of the components that the user wants; all, if nothing was said."""

@@ -19,6 +19,7 @@ from loratool.conventions.choices import Choices
 from loratool.conventions.flat_names import component_of
 from loratool.conventions.flattened import (
     FlatReader,
+    Foreign,
     Module,
     Piece,
     may_be_flattened,
@@ -38,7 +39,8 @@ misfits, write = kohya_write.misfits, kohya_write.write
 
 FACTORS = {"lora_down.weight": "down", "lora_up.weight": "up", "lora_A.weight": "down", "lora_B.weight": "up"}
 PARTS = {**FACTORS, "alpha": "alpha"}
-FOREIGN = {"reshape_weight": "ComfyUI's padding of weights"}
+PADDING = Foreign("ComfyUI's padding of weights", "the base's own weights get another shape")
+FOREIGN = {"reshape_weight": PADDING}
 
 # Parts that only LyCORIS writes, the first group under any name, the second where a component goes before them.
 LYCORIS_PARTS = (
@@ -78,7 +80,7 @@ def is_lycoris(source: Checkpoint) -> bool:
 
 
 def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | None) -> Adapter:
-    adapter = FlatReader(source, choices, base, PARTS, FOREIGN, _pieces).adapter(NAME)
+    adapter = FlatReader(source, choices, base, PARTS, FOREIGN, _method, _pieces).adapter(NAME)
     if str(training_args(source).get("split_qkv", "")).lower() == "true":
         note = "trained with split_qkv: its scale is alpha / (rank of q, k and v together), as sd-scripts loads it"
         adapter = replace(adapter, notes=(*adapter.notes, note))
@@ -87,6 +89,10 @@ def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | N
 
 def unwrap(source: Checkpoint, choices: Choices) -> Mapping[str, TensorRef]:
     return {}
+
+
+def _method(part: str, ref: TensorRef) -> Foreign:
+    return FOREIGN[part]
 
 
 def _pieces(module: Module, region: Shape | None) -> Iterator[Piece]:

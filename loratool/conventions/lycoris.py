@@ -10,6 +10,7 @@ Per module, after its flattened name (`lycoris_...` or sd-scripts' prefixes):
     alpha                                         scale = alpha / rank, whatever the trainer's rule was
 
 What is learned is what LyCORIS's forward computes; its `merge_to` applies the scale of LoHa and LoKr twice.
+IA3, OFT, BOFT and GLoRA change the base's weights by what these are: their files hold no difference, and are refused.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from loratool.conventions import kohya, lycoris_write
 from loratool.conventions.choices import Choices
 from loratool.conventions.flattened import (
     FlatReader,
+    Foreign,
     Module,
     Piece,
     bare,
@@ -48,12 +50,20 @@ PARTS = {
     "lora_mid.weight": "mid",
     **{part: part for part in (*_HADA, *_LOKR, *_WHOLE, "dora_scale")},
 }
+
+# Methods whose change depends on the base's weights: no difference that could be added is in the file.
+_MERGE = "let LyCORIS (or the trainer) merge it into the base, and take that model as the base from then on"
+IA3 = Foreign("IA3", "it multiplies the base's weights, W' = W (1 + w)", _MERGE)
+OFT = Foreign("OFT", "it rotates the base's weights, W' = R W", _MERGE)
+BOFT = Foreign("BOFT", "it rotates the base's weights with butterfly factors, W' = R1 R2 ... W", _MERGE)
+GLORA = Foreign("GLoRA", "its delta has the base's weights in it, b1 b2 + (W a1) a2", _MERGE)
+TLORA = Foreign("T-LoRA", "its rank depends on the time step, and its delta on factors that it started from", _MERGE)
 FOREIGN = {
     **kohya.FOREIGN,
-    "on_input": "(IA)^3",
-    **dict.fromkeys(("oft_blocks", "oft_diag", "rescale"), "OFT or BOFT"),
-    **{f"{factor}.weight": "GLoRA" for factor in ("a1", "a2", "b1", "b2", "bm")},
-    **dict.fromkeys(("q_layer.weight", "p_layer.weight", "lambda_layer"), "T-LoRA"),
+    "on_input": IA3,
+    **dict.fromkeys(("oft_blocks", "oft_diag"), OFT),
+    **{f"{factor}.weight": GLORA for factor in ("a1", "a2", "b1", "b2", "bm")},
+    **dict.fromkeys(("q_layer.weight", "p_layer.weight", "lambda_layer"), TLORA),
 }
 
 
@@ -67,11 +77,16 @@ def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | N
     def pieces(module: Module, region: Shape | None) -> Iterator[Piece]:
         return _pieces(module, region, rescaled)
 
-    return FlatReader(source, choices, base, PARTS, FOREIGN, pieces).adapter(NAME)
+    return FlatReader(source, choices, base, PARTS, FOREIGN, _method, pieces).adapter(NAME)
 
 
 def unwrap(source: Checkpoint, choices: Choices) -> Mapping[str, TensorRef]:
     return {}
+
+
+def _method(part: str, ref: TensorRef) -> Foreign:
+    """OFT has one stack of blocks [blocks, size, size]; BOFT several, one after the other."""
+    return BOFT if part == "oft_blocks" and len(ref.shape) == 4 else FOREIGN[part]
 
 
 def _pieces(module: Module, region: Shape | None, rescaled: bool) -> Iterator[Piece]:

@@ -20,6 +20,7 @@ from loratool.conventions.architecture import architecture_of
 from loratool.conventions.choices import Choices
 from loratool.conventions.peft_base import BaseFacts
 from loratool.conventions.peft_config import MAX_ROW, PeftConfig, parse, refuse_unsupported
+from loratool.conventions.peft_folder import FILE_STEM
 from loratool.conventions.peft_layers import replicate
 from loratool.conventions.peft_names import PART, PREFIX, Module, is_wrapped, sort_keys
 from loratool.conventions.peft_tokens import patched, reordered, row_numbers
@@ -34,7 +35,6 @@ TITLE = "PEFT adapter"
 KINDS = ("lora", "dora", "loha", "lokr", "replace", "add", "replace_rows")
 TESTED = "peft 0.21.2"
 OPTIONS = ("uniform",)
-FILE_STEM = peft_write.FILE_STEM
 misfits, write = peft_write.misfits, peft_write.write
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loratool.conventions.peft_layers import parse_ranges
+from loratool.conventions.peft_methods import why_not
 from loratool.errors import InvalidFile, LoratoolError, Problem, Unsupported
 from loratool.tensors import is_int
 
@@ -149,8 +150,8 @@ def refuse_unsupported(
     problems = []
     kind = document.get("peft_type", "LORA")
     if kind not in kinds:
-        hint = "merge it with PEFT's merge_and_unload()"
-        problems.append(Problem("E-UNSUPPORTED", f"peft_type {kind} is not supported", where, hint))
+        why, helps = why_not(kind)
+        problems.append(Problem("E-UNSUPPORTED", f"peft_type {kind!s:.40} is not supported: {why}", where, helps))
     init = document.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(MUTATING_INITS) and not base_inside:
         what = f"init_lora_weights is {init!r}: it changed the base before training, so the base on disk is another one"

@@ -94,7 +94,7 @@ def scales(scalings: Mapping[str, Scaling]) -> dict[str, Any]:
     rslora = bool(scalings) and all(scaling.rule == "alpha/sqrt(rank)" for scaling in scalings.values())
     ranks = {pattern: scaling.rank for pattern, scaling in scalings.items()}
     alphas = {pattern: _alpha(scaling, rslora) for pattern, scaling in scalings.items()}
-    rank, alpha = _usual(ranks, 8), _usual(alphas, 8)
+    rank, alpha = usual(ranks, 8), usual(alphas, 8)
     patterns = {
         "rank_pattern": {pattern: value for pattern, value in ranks.items() if value != rank},
         "alpha_pattern": {pattern: value for pattern, value in alphas.items() if value != alpha},
@@ -114,10 +114,15 @@ def _alpha(scaling: Scaling, rslora: bool) -> float:
     if known is None or (scaling.rule == "alpha/sqrt(rank)") != rslora:
         known = folding.by_rank(scaling.factor, scaling.rank).alpha
     assert known is not None
-    return int(known) if known == int(known) else known
+    return plain_number(known)
 
 
-def _usual(values: Mapping[str, Any], default: int) -> Any:
+def plain_number(value: float) -> float:
+    """4 for 4.0: people write ranks and alphas so."""
+    return int(value) if value == int(value) else value
+
+
+def usual(values: Mapping[str, Any], default: int) -> Any:
     return Counter(values.values()).most_common(1)[0][0] if values else default
 
 

@@ -6,7 +6,9 @@ import re
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from loratool.conventions import peft_methods
 from loratool.errors import Problem, Unsupported
+from loratool.names import listed, natural
 from loratool.tensors import TensorRef
 
 PREFIX = "base_model.model."
@@ -25,13 +27,6 @@ WRAPPED_PART = re.compile(
     r"|lora_magnitude_vector|trainable_tokens_delta|(?P<saved>modules_to_save)))"
     r"\.(?P<adapter>(?!weight$|bias$)[^.]+)(?P<after>\.(?(saved).+|(?:weight|bias)))?$"
 )
-# Parts of other methods, and of LoRA variants whose delta is another formula.
-_METHODS = (
-    r"ia3_|p?vera_|oft_|boft_|vblora_|randlora_|fourierft_|waveft_|hra_|hira_|glora_|gralora_|delora_|tinylora_|unilora_"
-    r"|shira_|road_|c3a_|miss_|bone_|psoft_|adamss_|deft_|beft_|frod_|lily_|peanut_|ln_tuning_"
-)
-FOREIGN = re.compile(rf"\.((?:{_METHODS}|lora_diag|lora_[A-Z])\w*)\b")
-_FOREIGN_WRAPPED = re.compile(rf"(?:^|\.)((?:{_METHODS})\w*)\.(?!weight$|bias$)[^.]+(?:\.weight|\.bias)?$")
 
 
 @dataclass
@@ -62,35 +57,48 @@ def is_wrapped(names: Iterable[str]) -> bool:
     return any(match is not None and not match["saved"] for match in matches)
 
 
-def foreign_wrapped(names: Iterable[str]) -> str | None:
-    """The part of a wrapped checkpoint that belongs to a method which is not read, e.g. ``ia3_l``; or None."""
-    listed = list(names)
-    if not any(".base_layer." in name for name in listed):
-        return None
-    return next((match[1] for name in listed if (match := _FOREIGN_WRAPPED.search(name))), None)
+def foreign_wrapped(names: Iterable[str]) -> dict[str, set[str]]:
+    """The methods in a wrapped checkpoint that are not read, with their modules; {} if there are none."""
+    known = list(names)
+    wrapped = any(".base_layer." in name for name in known)
+    return _by_method(peft_methods.of_wrapped_key(name) for name in known if wrapped)
+
+
+def foreign_problems(found: Mapping[str, set[str]], where: str) -> list[Problem]:
+    """One refusal per method, by name."""
+    problems = []
+    for method, owners in sorted(found.items()):
+        why, helps = peft_methods.why_not(method)
+        what = f"{method} is not supported: {why}; it is in {listed(sorted(owners, key=natural))}"
+        problems.append(Problem("E-UNSUPPORTED", what, where, helps))
+    return problems
+
+
+def _by_method(found: Iterable[tuple[str, str] | None]) -> dict[str, set[str]]:
+    methods: dict[str, set[str]] = {}
+    for method, module in filter(None, found):
+        methods.setdefault(method, set()).add(module.removeprefix(PREFIX))
+    return methods
 
 
 def sort_keys(parts: Mapping[str, TensorRef], where: str) -> Keys:
     """Keys by module, and whole tensors by the base's name. Raises Unsupported for parts of other methods."""
     found: dict[tuple[str, int], Module] = {}
     keys = Keys([], {}, [])
-    problems = []
+    foreign = _by_method(peft_methods.of_key(key) for key in parts if not PART.match(key))
+    if foreign:
+        raise Unsupported(foreign_problems(foreign, where))
     for key, ref in parts.items():
         match = PART.match(key)
         if match:
             module = _without_layers(match["module"])
             part = match["part"].removeprefix("token_adapter.")
             found.setdefault((module.name, module.depth), module).parts[part] = ref
-        elif foreign := FOREIGN.search("." + key):
-            what = f"tensor {ref.name!r}: {foreign[1]} belongs to a method that is not supported"
-            problems.append(Problem("E-UNSUPPORTED", what, where, "merge it with PEFT"))
         elif (trained := _trained_copy(key, parts)) is not None:
             # bias="all" saves a trained head's bias three times; modules_to_save has the trained one.
             keys.notes.append(f"{ref.name}: {trained} is the trained copy, this one is not used")
         else:
             keys.whole[key.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = ref
-    if problems:
-        raise Unsupported(problems)
     keys.modules = list(found.values())
     return keys
 

@@ -17,7 +17,7 @@ from loratool.checkpoint import Checkpoint
 from loratool.conventions.choices import Choices
 from loratool.conventions.peft import PeftReader
 from loratool.conventions.peft_config import parse, refuse_unsupported
-from loratool.conventions.peft_names import PREFIX, WRAPPED_PART, foreign_wrapped, is_wrapped
+from loratool.conventions.peft_names import PREFIX, WRAPPED_PART, foreign_problems, foreign_wrapped, is_wrapped
 from loratool.errors import ChoiceNeeded, InvalidFile, Problem, Unsupported
 from loratool.tensors import TensorRef
 
@@ -28,7 +28,7 @@ TESTED = "peft 0.21.2"
 
 
 def detect(source: Checkpoint) -> bool:
-    return is_wrapped(source.tensors) or foreign_wrapped(source.tensors) is not None
+    return is_wrapped(source.tensors) or bool(foreign_wrapped(source.tensors))
 
 
 def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | None) -> Adapter:
@@ -98,9 +98,7 @@ def _choose(source: Checkpoint, choices: Choices) -> str:
             )
         )
     if not found:
-        what = f"{foreign_wrapped(source.tensors)} in it belongs to a method of PEFT that is not supported"
-        hint = "merge it with PEFT's merge_and_unload()"
-        raise Unsupported(Problem("E-UNSUPPORTED", what, str(source.path), hint))
+        raise Unsupported(foreign_problems(foreign_wrapped(source.tensors), str(source.path)))
     if len(found) > 1:
         raise ChoiceNeeded(
             Problem(

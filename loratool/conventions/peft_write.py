@@ -14,8 +14,10 @@ from typing import Any
 
 from loratool import folding
 from loratool.adapter import Adapter, Targeted
-from loratool.bundle import Bundle, Content, Safetensors, document
+from loratool.bundle import Bundle
 from loratool.checkpoint import Checkpoint
+from loratool.conventions import peft_write_products as products
+from loratool.conventions.peft_folder import INSIDE, PART_OF_A_TENSOR, Homes, folder, leaf, task
 from loratool.conventions.peft_layout import (
     bias_terms,
     magnitude,
@@ -27,13 +29,11 @@ from loratool.conventions.peft_layout import (
     target_modules,
     up,
 )
-from loratool.conventions.peft_names import PREFIX
 from loratool.conventions.writing import Misfit, Options, grouped
 from loratool.names import modules, natural, parent
 from loratool.tensors import TensorRef
 from loratool.updates import Add, Dora, Lora, Replace, ReplaceRows
 
-FILE_STEM = "adapter_model"
 PAIRING = "0.19.1"  # since this PEFT, A goes with a parameter's last dimension and B with the one before it
 NO_LAYERS = "dummy-target-modules"  # PEFT's own word for an adapter that wraps nothing (peft/utils/constants.py)
 
@@ -44,6 +44,8 @@ DIFFERENCE = Misfit(
 
 
 def misfits(adapter: Adapter, base: Checkpoint | None, options: Options) -> list[Misfit]:
+    if (kind := products.kind_of(adapter)) is not None:
+        return products.misfits(adapter, kind)
     parts = _Parts.of(adapter)
     return [
         *grouped((name, parts.misfit(name, items)) for name, items in adapter.targets().items()),
@@ -52,6 +54,8 @@ def misfits(adapter: Adapter, base: Checkpoint | None, options: Options) -> list
 
 
 def write(adapter: Adapter, base: Checkpoint | None, options: Options) -> Bundle:
+    if (kind := products.kind_of(adapter)) is not None:
+        return products.write(adapter, kind, base, options)
     parts = _Parts.of(adapter)
     layers, notes = {name: one_layer(items) for name, items in parts.layers.items()}, []
     if options.uniform:
@@ -62,16 +66,11 @@ def write(adapter: Adapter, base: Checkpoint | None, options: Options) -> Bundle
     for name in sorted(layers, key=natural):
         tensors |= parts.factors(name, layers[name])
     tensors |= bias_terms(layers, parts.biases)
-    homes = _Homes.of(parts, base)
+    homes = Homes.of(parts.whole, parts.wrapped, base)
     tensors |= homes.tensors
     tensors |= {parts.rows_key(name): update.value for name, update in parts.rows.items()}
     config = _config(parts, layers, homes, base)
-    config["base_model_name_or_path"] = adapter.base.name or _name_of(base)
-    files: dict[str, Content] = {
-        "adapter_config.json": document(dict(sorted(config.items()))),
-        f"{FILE_STEM}.safetensors": Safetensors({PREFIX + key: ref for key, ref in tensors.items()}, {"format": "pt"}),
-    }
-    return Bundle(files, (*notes, *_notes(parts, layers, config, homes)))
+    return folder(adapter, base, config, tensors, (*notes, *_notes(parts, layers, config, homes)))
 
 
 @dataclass
@@ -107,7 +106,7 @@ class _Parts:
         found: dict[str, list[str]] = defaultdict(list)
         for name in self.layers:
             found[parent(name)].append(name)
-        return {module: sorted(names, key=lambda name: "down" in _leaf(name)) for module, names in found.items()}
+        return {module: sorted(names, key=lambda name: "down" in leaf(name)) for module, names in found.items()}
 
     def is_parameter(self, name: str) -> bool:
         """Whether a tensor is a bare parameter for PEFT (`target_parameters`), not the weight of a layer it knows.
@@ -115,7 +114,7 @@ class _Parts:
         A router beside stacked experts is a module of its own class in transformers 5; as a parameter it can be
         targeted there, and where it is a Linear as well.
         """
-        if _leaf(name) != "weight" or self.layers[name][0].target.stacked or len(self.in_module[parent(name)]) > 1:
+        if leaf(name) != "weight" or self.layers[name][0].target.stacked or len(self.in_module[parent(name)]) > 1:
             return True
         beside = f"{parent(parent(name))}.experts."
         return any(other.startswith(beside) and items[0].target.stacked for other, items in self.layers.items())
@@ -132,10 +131,10 @@ class _Parts:
         if "add" in kinds and (kinds["add"] > 1 or not self._is_layer_bias(name, items)):
             return DIFFERENCE
         if any(item.update.kind == "replace" and not item.target.covers_all for item in items):
-            return Misfit((), "PEFT replaces whole tensors only, not one expert or a range of rows")
+            return PART_OF_A_TENSOR
         if name in self.rows:
             target = items[0].target
-            if len(target.shape) != 2 or target.layout == "in_out" or _leaf(name) != "weight" or not parent(name):
+            if len(target.shape) != 2 or target.layout == "in_out" or leaf(name) != "weight" or not parent(name):
                 return Misfit((), "PEFT trains single rows of embeddings and Linear layers only")
             if len(items) > 1:
                 return Misfit((), "PEFT has either trained rows or LoRA on a table, not both")
@@ -149,8 +148,8 @@ class _Parts:
         if name.endswith(".in_proj_weight"):
             return ATTENTION
         if any(module.startswith(outer + ".") for outer in self.in_module):
-            return Misfit((), "it lies inside another module with LoRA")
-        inner = [_leaf(other) for other in self.in_module[module]]
+            return INSIDE
+        inner = [leaf(other) for other in self.in_module[module]]
         if len(inner) > 2 or (len(inner) == 2 and sum("down" in leaf for leaf in inner) != 1):
             return Misfit((), f"the order in which PEFT wraps {', '.join(inner)} of one module is in no file")
         if parameter and len(target.matrix) != 2:
@@ -166,7 +165,7 @@ class _Parts:
             for layer, items in self.layers.items()
         )
         alone = all(item.target.covers_all for item in items)
-        return plain and alone and _leaf(name) == "bias" and f"{parent(name)}.weight" in self.layers
+        return plain and alone and leaf(name) == "bias" and f"{parent(name)}.weight" in self.layers
 
     # -- tensors ------------------------------------------------------------------------------------------------------
 
@@ -199,8 +198,11 @@ class _Parts:
         order = self.in_module[parent(name)]
         return len(order) - 1 - order.index(name)
 
-    def wrappers(self, module: str) -> int:
-        return len(self.in_module.get(module, ()))
+    @property
+    def wrapped(self) -> dict[str, int]:
+        """How many wrappers lie around each module; those for trained rows leave its names as they are."""
+        rows = dict.fromkeys(map(parent, self.rows), 0)
+        return rows | {module: len(names) for module, names in self.in_module.items()}
 
     @property
     def only_rows(self) -> bool:
@@ -212,69 +214,14 @@ class _Parts:
         return f"{parent(name)}.{'' if self.only_rows else 'token_adapter.'}trainable_tokens_delta"
 
 
-# -- whole tensors ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Homes:
-    """Where whole tensors go: `saved` modules, or straight into the base's own (`direct`), as PEFT's `bias=` does.
-
-    PEFT loads a module of `modules_to_save` only with every tensor it has, which the base shows: without a base, and
-    where modules nest, tensors go in directly. They then change the base model that they are loaded into.
-    """
-
-    tensors: Mapping[str, TensorRef]
-    saved: tuple[str, ...]
-    direct: tuple[str, ...]
-
-    @classmethod
-    def of(cls, parts: _Parts, base: Checkpoint | None) -> _Homes:
-        tensors: dict[str, TensorRef] = {}
-        saved, direct = [], []
-        by_module: dict[str, list[str]] = defaultdict(list)
-        for name in sorted(parts.whole, key=natural):
-            by_module[parent(name)].append(name)
-        for module, names in by_module.items():
-            if base is not None and _can_be_saved(module, names, parts, base):
-                saved.append(module)
-                own = {name: ref for name, ref in base.tensors.items() if parent(name) == module}
-                tensors |= {**own, **{name: parts.whole[name] for name in names}}
-            else:
-                direct += names
-                tensors |= {_direct_key(name, parts): parts.whole[name] for name in names}
-        return cls(tensors, tuple(saved), tuple(direct))
-
-
-def _can_be_saved(module: str, names: list[str], parts: _Parts, base: Checkpoint) -> bool:
-    """Whether a module can be one of `modules_to_save`, which match the ends of names."""
-    if not module or all(_leaf(name) == "bias" for name in names):
-        return False
-    known = modules(base.tensors)
-    wrapped = {*parts.in_module, *map(parent, parts.rows)}
-    near = [other for other in known | wrapped if other != module and other.endswith(module)]
-    below = [other for other in known if other.startswith(module + ".")]
-    around = [other for other in wrapped if (module + ".").startswith(other + ".")]
-    return not (near or below or around)
-
-
-def _direct_key(name: str, parts: _Parts) -> str:
-    """A tensor's own name, with the `base_layer` segments that wrapping puts into it."""
-    path: list[str] = []
-    own = ""
-    for segment in parent(name).split("."):
-        own = f"{own}.{segment}" if own else segment
-        path += [segment, *["base_layer"] * parts.wrappers(own)]
-    return ".".join([*filter(None, path), _leaf(name)])
-
-
 # -- the config -------------------------------------------------------------------------------------------------------
 
 
-def _config(parts: _Parts, layers: Mapping[str, Targeted], homes: _Homes, base: Checkpoint | None) -> dict[str, Any]:
+def _config(parts: _Parts, layers: Mapping[str, Targeted], homes: Homes, base: Checkpoint | None) -> dict[str, Any]:
     tokens = {parent(name): update.index.read().tolist() for name, update in parts.rows.items()}
     if parts.only_rows:
         rows = next(iter(tokens.values()))
-        return {"peft_type": "TRAINABLE_TOKENS", "target_modules": [*tokens], "token_indices": rows} | _task(base)
+        return {"peft_type": "TRAINABLE_TOKENS", "target_modules": [*tokens], "token_indices": rows} | task(base)
     scalings = {
         pattern(name if parts.is_parameter(name) else parent(name)): lora.factors
         for name, item in layers.items()
@@ -282,7 +229,7 @@ def _config(parts: _Parts, layers: Mapping[str, Targeted], homes: _Homes, base: 
     }
     parameters = sorted(filter(parts.is_parameter, layers), key=natural)
     linear = [parent(name) for name in layers if name not in parameters]
-    biases = [name for name in homes.direct if _leaf(name) == "bias"]
+    biases = [name for name in homes.direct if leaf(name) == "bias"]
     known = None if base is None else modules(base.tensors)
     config = {
         "peft_type": "LORA",
@@ -294,7 +241,7 @@ def _config(parts: _Parts, layers: Mapping[str, Targeted], homes: _Homes, base: 
         "fan_in_fan_out": any(layers[f"{module}.weight"].target.layout == "in_out" for module in linear),
         "target_modules": target_modules(linear, known) if layers else NO_LAYERS,
         "modules_to_save": [*homes.saved] or None,
-        "bias": "none" if not biases else "lora_only" if all(map(parts.wrappers, map(parent, biases))) else "all",
+        "bias": "none" if not biases else "lora_only" if all(map(parts.wrapped.get, map(parent, biases))) else "all",
     }
     optional = {
         "target_parameters": parameters,
@@ -302,32 +249,17 @@ def _config(parts: _Parts, layers: Mapping[str, Targeted], homes: _Homes, base: 
         "trainable_token_indices": tokens,
         "lora_bias": bool(parts.biases),
     }
-    return config | {key: value for key, value in optional.items() if value} | _task(base)
+    return config | {key: value for key, value in optional.items() if value} | task(base)
 
 
-def _task(base: Checkpoint | None) -> dict[str, Any]:
-    """What the base's config says of its class; PEFT then wraps it with the methods for that."""
-    config = (base.side_json("config.json") if base is not None else None) or {}
-    causal = any(str(name).endswith("ForCausalLM") for name in config.get("architectures") or ())
-    return {"task_type": "CAUSAL_LM" if causal else None}
-
-
-def _name_of(base: Checkpoint | None) -> str | None:
-    return None if base is None else str(base.path)
-
-
-def _leaf(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
-def _notes(parts: _Parts, layers: Mapping[str, Targeted], config: Mapping[str, Any], homes: _Homes) -> Iterator[str]:
+def _notes(parts: _Parts, layers: Mapping[str, Targeted], config: Mapping[str, Any], homes: Homes) -> Iterator[str]:
     if several := sum(len(items) > 1 for items in parts.layers.values()):
         yield f"{several} tensors had several LoRAs: their factors are side by side, in one of a larger rank"
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         yield "vLLM reads one rank and one alpha for all layers, not rank_pattern and alpha_pattern: see --uniform"
     if config.get("use_dora") or config.get("modules_to_save") or homes.direct:
         yield "vLLM loads no DoRA and no whole tensors"
-    if others := [name for name in homes.direct if _leaf(name) != "bias"]:
+    if others := [name for name in homes.direct if leaf(name) != "bias"]:
         why = "they are loaded into the base model itself, where no other adapter and no switching off undoes them"
         yield f"{len(others)} whole tensors ({others[0]} ...) are not in modules_to_save: {why}"
     if not layers and not parts.only_rows:

@@ -1,0 +1,106 @@
+"""Every method in PEFT's own list of them is read, or refused by its name, with the reason and what helps."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft_cases import peft
+from safetensors.torch import save_file
+
+import loratool
+from loratool.conventions import peft_methods
+from loratool.conventions.peft_config import KINDS
+
+pytestmark = pytest.mark.heavy
+
+TYPES = [kind.value for kind in peft().PeftType]
+REFUSED = [kind for kind in TYPES if kind not in KINDS]
+
+
+def mapping(name: str, kind: str) -> Any:
+    """What PEFT's own tables have of a method: its tuner, the prefix of its parts."""
+    return getattr(sys.modules["peft.mapping"], name).get(peft().PeftType(kind))
+
+
+def mergeable(kind: str) -> bool:
+    """Whether a tuner of PEFT's has layers that can be merged: not all refuse it in the same way."""
+    tuner = mapping("PEFT_TYPE_TO_TUNER_MAPPING", kind)
+    if not hasattr(tuner, "merge_and_unload"):
+        return False
+    layer = getattr(tuner, "tuner_layer_cls", None)
+    classes = [
+        one
+        for module in [*sys.modules]
+        if module.startswith(tuner.__module__.rpartition(".")[0] + ".layer")
+        for _, one in inspect.getmembers(sys.modules[module], inspect.isclass)
+        if isinstance(layer, type) and issubclass(one, layer)
+    ]
+    merges = [one.__dict__["merge"] for one in classes if "merge" in one.__dict__]
+    return bool(merges) and not any("raise NotImplementedError" in inspect.getsource(merge) for merge in merges)
+
+
+def test_every_peft_type_is_read_or_refused() -> None:
+    assert {*KINDS} <= {*TYPES}
+    assert len(REFUSED) > 35
+
+
+def folder(kind: str, tmp_path: Path, tensors: dict[str, torch.Tensor] | None = None, **more: Any) -> Path:
+    tmp_path.mkdir(exist_ok=True)
+    save_file(tensors or {"prompt_embeddings": torch.ones(2, 2)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind, **more}))
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_folder_is_refused_by_its_method(kind: str, tmp_path: Path) -> None:
+    """Whatever its tensors are called: even those of a LoRA, which would merge as one."""
+    lora = {f"base_model.model.q.lora_{n}.weight": torch.ones(2, 2) for n in "AB"}
+    for number, tensors in enumerate((None, lora)):
+        adapter = folder(kind, tmp_path / str(number), tensors, r=2)
+        for act in (loratool.inspect, loratool.load):
+            with pytest.raises(loratool.Unsupported) as caught:
+                act(adapter)
+            (problem,) = caught.value.problems
+            assert problem.code == "E-UNSUPPORTED"
+            assert problem.message.startswith(f"peft_type {kind} is not supported: ")
+            assert ("merge_and_unload" in problem.hint) == mergeable(kind), "the help must help"
+            assert "PEFT" in problem.hint
+
+
+@pytest.mark.parametrize("kind", [kind for kind in REFUSED if kind in peft_methods.METHODS])
+def test_tensors_alone_tell_their_method(kind: str, tmp_path: Path) -> None:
+    """Without the config, and in a wrapped checkpoint: one refusal for all modules of a method."""
+    prefix = mapping("PEFT_TYPE_TO_PREFIX_MAPPING", kind)
+    names = [f"base_model.model.l.{n}.q.{prefix}x" for n in range(12)]
+    save_file({name: torch.ones(2, 2) for name in names}, tmp_path / "x.safetensors")
+    with pytest.raises(loratool.Unsupported) as caught:
+        loratool.inspect(tmp_path / "x.safetensors", convention="peft")
+    (problem,) = caught.value.problems
+    assert problem.message.startswith(f"{kind} is not supported: ")
+    assert problem.message.endswith("it is in l.0.q, l.1.q, l.2.q and 9 more")
+    state = {f"{name}.default": torch.ones(2, 2) for name in names}
+    state |= {name.replace(f"{prefix}x", "base_layer.weight"): torch.ones(2, 2) for name in names}
+    save_file(state, tmp_path / "wrapped.safetensors")
+    with pytest.raises(loratool.Unsupported) as caught:
+        loratool.inspect(tmp_path / "wrapped.safetensors")
+    assert caught.value.message == problem.message
+
+
+def test_all_methods_with_parts_of_their_own_are_known() -> None:
+    without = {*peft_methods.PROMPTS, "XLORA"}  # XLORA's parts are LoRA's, and a classifier
+    assert {*peft_methods.METHODS} - {*TYPES} == {"BONE"}
+    assert {*REFUSED} - {*peft_methods.METHODS} == without
+    for kind in {*peft_methods.METHODS} - {"BONE"}:
+        assert mapping("PEFT_TYPE_TO_PREFIX_MAPPING", kind).startswith(f"{kind.lower()}_")
+
+
+def test_a_variant_of_lora_is_refused_by_its_part(tmp_path: Path) -> None:
+    names = [f"base_model.model.q.{part}" for part in ("lora_A.weight", "lora_B.weight", "lora_diag")]
+    with pytest.raises(loratool.Unsupported, match=r"a variant of LoRA \(lora_diag\) is not supported: .*; it is in q"):
+        loratool.load(folder("LORA", tmp_path, {name: torch.ones(2, 2) for name in names}, r=2))
