@@ -217,7 +217,8 @@ def test_whatever_is_in_it_arrives(case: Case) -> None:
 def test_mlx_holds_every_lora_of_matrices(case: Case) -> None:
     """Of ranges of rows, of single experts, several of one tensor: nothing is refused, with a base or without."""
     adapter, state = of_layers(case)
-    assume(all(len(entry.target.matrix) == 2 for entry in adapter.updates))
+    adapter = replace(adapter, updates=tuple(item for item in adapter.updates if len(item.target.matrix) == 2))
+    assume(adapter.updates)
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder, "base.safetensors")
         save_file(state, base)

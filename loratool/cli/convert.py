@@ -25,7 +25,13 @@ Examples:
 @options.out("The adapter to write: a file or a folder, as the convention has it.")
 @click.option("--base", type=click.Path(path_type=Path), help="The adapter's base, for what only it can tell.")
 @click.option("--uniform", is_flag=True, help="One rank and one scale for all LoRA updates, for consumers like vLLM.")
-@click.option("--as", "as_component", default="", metavar="NAME", help="The pipeline's part it is for: unet, te1 ...")
+@click.option(
+    "--as",
+    "as_component",
+    default="",
+    metavar="NAME",
+    help="The pipeline's part it is for: unet, te1 ...",
+)
 @click.option("--bake", is_flag=True, help="Write what does not fit as whole merged tensors (with --base).")
 @options.reading
 @options.component

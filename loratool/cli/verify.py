@@ -93,20 +93,20 @@ def verify_command(
 
 def _print(report: VerifyReport) -> None:
     output.notes(report.notes)
-    if not report.answer:
-        for finding in report.findings:
-            output.say(f"no: {output.some(finding.tensors)}: {finding.text}")
-        worst = sorted((check for check in report.tensors if check.wrong), key=lambda check: -check.wrong)[:WORST]
+    for finding in report.findings:
+        output.say(f"no: {finding.text}")
+        output.say(f"  in: {output.some(finding.tensors)}")
+    worst = sorted((check for check in report.tensors if check.wrong), key=lambda check: -check.wrong)[:WORST]
+    if worst:
         rows = [(c.name, f"{c.ulps:g}", f"{c.differing:,}", f"{c.wrong:,}", f"{c.elements:,}") for c in worst]
-        if rows:
-            output.print_table(("tensor", "ulps", "differing", "wrong", "of elements"), rows, numeric=range(1, 5))
+        output.print_table(("tensor", "ulps", "differing", "wrong", "of elements"), rows, numeric=range(1, 5))
     differing, elements = report.counts
-    looked = "a sample of " if report.sample else ""
+    targets = output.count(len(report.tensors), "changed tensor")
+    others = output.count(report.untouched, "other") + (" is" if report.untouched == 1 else " are")
     output.say(
-        f"{report.merged}: {'yes' if report.answer else 'no'}: {looked}"
-        f"{output.count(len(report.tensors), 'changed tensor')}, at most {report.ulps:g} units in the last place off,"
-        f" {differing:,} of {elements:,} elements not the nearest; {report.untouched:,} untouched ones"
-        f" {'are' if report.untouched != 1 else 'is'} the base's"
+        f"{report.merged}: {'yes' if report.answer else 'no'}{', by a sample' if report.sample else ''}: {targets},"
+        f" {report.ulps:g} units in the last place off at most, {differing:,} of {elements:,} elements not the nearest;"
+        f" {others} the base's"
     )
-    if line := output.survives(report.survival):
+    if report.answer and (line := output.survives(report.survival)):
         output.say(line)
