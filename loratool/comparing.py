@@ -9,19 +9,21 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from loratool import diagnosis, maps
-from loratool.blocks import Merged, each_block, float32_error, row_count
+from loratool.blocks import SAMPLED, Merged, each_block, float32_error, row_count
 from loratool.changes import Fitted
 from loratool.checkpoint import Checkpoint
 from loratool.conventions.choices import Choices
 from loratool.diagnosis import Reason
 from loratool.layout import NewTensor, Weighted
 from loratool.requantise import Requantiser
+from loratool.rounding import differing
 from loratool.survival import Survival, survival_of
 from loratool.tensors import DTYPE_BITS, MERGEABLE, FileSpan, FileState, TensorRef, torch_dtype
 
 if TYPE_CHECKING:
     import torch
 
+EVIDENCE = 1 << 17  # numbers that are enough to find a reason
 OFTEN = 0.01  # of 16-bit elements next to the right one: more than float32 arithmetic leaves
 ROUNDED_DELTA = 2.0**-8  # how far a delta is off, relatively, that was rounded to bfloat16, and again when scaled
 
@@ -200,7 +202,7 @@ class Comparison:
         """Compare a tensor with the correctly rounded result, block by block; find out why it is another one."""
         wanted, survival = job.wanted, Survival()
         sink: _Comparing | None = None
-        bad: list[tuple[int, int]] = []
+        bad: list[int] = []  # rows
 
         def receive(block: Merged) -> None:
             nonlocal sink, survival
@@ -209,10 +211,11 @@ class Comparison:
             error = float32_error(block)
             if self.rounded_delta and block.exact is not None and wanted.source is not None:
                 error = error + (block.exact - block.stored.to(block.exact.dtype)).abs().double() * ROUNDED_DELTA
-            if sink.compare(block.values, there, error):
-                bad.append((block.start, block.stop))
+            if len(wrong := sink.compare(block.values, there, error)):
+                bad.extend((block.start + int(wrong[0]), block.start + int(wrong[-1])))
             if block.exact is not None and wanted.source is not None:
-                survival = survival.plus(survival_of(block.stored, block.exact, there))
+                sample = slice(None, None, SAMPLED)
+                survival = survival.plus(survival_of(block.stored[sample], block.exact[sample], there[sample]))
 
         rows = _sampled(job.name, row_count(wanted), self.share) if self.share < 1 else None
         each_block(wanted, receive, rows=rows, reproducible=True)
@@ -222,13 +225,16 @@ class Comparison:
         often = DTYPE_BITS[wanted.dtype] <= 16 and sink.differing > sink.elements * OFTEN
         if not wanted.updates or not (sink.wrong or often):
             return check
-        reason = self._why(job, sink.rows, bad or [rows or (0, 1)])
+        reason = self._why(job, sink.rows, bad or [rows[0] if rows else 0])
         return replace(check, reason=reason) if sink.wrong or reason.word == "rounded-delta" else check
 
-    def _why(self, job: Job, rows: TensorRef, bad: Sequence[tuple[int, int]]) -> Reason:
+    def _why(self, job: Job, rows: TensorRef, bad: Sequence[int]) -> Reason:
+        """The reason, from some rows at the first and the last of those that are wrong."""
         import torch
 
-        ranges = list(dict.fromkeys((bad[0], bad[-1])))
+        height = max(1, EVIDENCE // max(1, rows.shape[1]))
+        starts = [max(0, min(row, rows.shape[0] - height)) for row in (bad[0], bad[-1])]
+        ranges = [(start, min(start + height, rows.shape[0])) for start in dict.fromkeys(starts)]
         there = torch.cat([rows.narrow(0, start, stop - start).read().double() for start, stop in ranges])
         by_adapter: dict[str, list[Weighted]] = {}
         for weighted in job.wanted.updates:
@@ -252,20 +258,23 @@ class _Comparing:
         self.elements = self.differing = self.wrong = self.row = 0
         self.furthest = 0.0
 
-    def compare(self, wanted: torch.Tensor, there: torch.Tensor, error: torch.Tensor | float = 0.0) -> int:
-        """Note a block; return how many elements are neither close enough nor within `error` of what is wanted."""
-        distance = diagnosis.ulps_between(wanted, there, self.rows.dtype)  # [rows, columns]
-        if not distance.numel():
-            return 0
-        self.elements += distance.numel()
+    def compare(self, wanted: torch.Tensor, there: torch.Tensor, error: torch.Tensor | None = None) -> torch.Tensor:
+        """Note a block; return the rows in it with elements that are neither close enough nor within `error`."""
+        import torch
+
+        self.elements += there.numel()
+        where = differing(wanted, there)  # flat indices, few of them in a right merge
+        if not len(where):
+            return where
+        one, other, rows = wanted.view(-1)[where], there.view(-1)[where], where // there.shape[1]
+        distance = diagnosis.ulps_between(one, other, self.rows.dtype)
         self.differing += int((distance > 0).sum())
         self.furthest = max(self.furthest, float(distance.max()))
-        far = distance > self.ulps
-        if far.any():
-            far &= ~((wanted.double() - there.double()).abs() <= error)
-        wrong = int(far.sum())
-        self.wrong += wrong
-        return wrong
+        allowed = error.expand(there.shape)[rows, where - rows * there.shape[1]] if error is not None else 0.0
+        far = (distance > self.ulps) & ~((one.double() - other.double()).abs() <= allowed)
+        self.wrong += int(far.sum())
+        found: torch.Tensor = torch.unique_consecutive(rows[far])
+        return found
 
     def write(self, data: memoryview) -> int:
         import torch
