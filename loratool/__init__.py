@@ -1,7 +1,19 @@
 """LoRA adapters as one exact, versioned file: extract, inspect, merge, unmerge."""
 
 from loratool.adapter import Adapter, BaseIdentity, Target, Targeted, TensorIdentity
-from loratool.api import convert, extract, inspect, load, merge, plan, save, unmerge, validate
+from loratool.api import (
+    convert,
+    extract,
+    inspect,
+    iter_merged,
+    load,
+    merge,
+    open_merged,
+    plan,
+    save,
+    unmerge,
+    validate,
+)
 from loratool.convert import ConvertReport
 from loratool.errors import (
     AnswerIsNo,
@@ -19,6 +31,7 @@ from loratool.plan import Plan
 from loratool.summary import Summary
 from loratool.tensors import TensorRef
 from loratool.version import __version__
+from loratool.virtual import MergedFile, MergedFolder, MergedSlice
 
 __all__ = [
     "Adapter",
@@ -30,6 +43,9 @@ __all__ = [
     "InvalidFile",
     "LoratoolError",
     "MergeReport",
+    "MergedFile",
+    "MergedFolder",
+    "MergedSlice",
     "Mismatch",
     "OutputRefused",
     "Plan",
@@ -46,8 +62,10 @@ __all__ = [
     "convert",
     "extract",
     "inspect",
+    "iter_merged",
     "load",
     "merge",
+    "open_merged",
     "plan",
     "save",
     "unmerge",

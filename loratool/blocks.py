@@ -108,7 +108,7 @@ def each_block(
     exactly, to the same bits on every machine; without it, about 20 in a million elements of 16 bits are the other
     neighbour.
     """
-    tensor = replace(tensor, updates=tuple(map(_held, tensor.updates)))
+    tensor = held(tensor)
     matrices, height, columns = _matrices(tensor)
     low, high = rows or (0, matrices * height)
     with _rows(tensor, height, columns, device) as source:
@@ -132,6 +132,23 @@ def each_block(
                 if opened or tensor.source is None or tensor.source.dtype != tensor.dtype:
                     values, exact, largest = _merged(tensor, source, opened, stored, start, stop, reproducible)
                 receive(Merged(first + start, first + stop, stored, values, exact, largest, source, opened, first))
+
+
+def block_rows(tensor: NewTensor) -> list[tuple[int, int]]:
+    """The rows start:stop of each block that `each_block` hands out, in its order, counted through all matrices."""
+    matrices, rows, columns = _matrices(tensor)
+    blocks = [*_blocks(rows, columns, tensor)]
+    return [(matrix * rows + start, matrix * rows + stop) for matrix in range(matrices) for start, stop in blocks]
+
+
+def held(tensor: NewTensor) -> NewTensor:
+    """A tensor of which blocks can be asked for again and again, without reading a whole factor each time."""
+    return replace(tensor, updates=tuple(map(_held, tensor.updates)))
+
+
+def stacked(tensor: NewTensor) -> bool:
+    """Whether its first dimension counts experts, of which each is a matrix for updates."""
+    return any(item.target.stacked for item, _ in tensor.updates)
 
 
 def whole(tensor: NewTensor, reproducible: bool = False) -> torch.Tensor:
@@ -221,7 +238,7 @@ def restore(
 
     `tensor.updates` carry the weights of the merge. Raises InvalidFile for a record that does not fit.
     """
-    tensor = replace(tensor, updates=tuple(map(_held, tensor.updates)))
+    tensor = held(tensor)
     after = blake3()
     matrices, rows, columns = _matrices(tensor)
     blocks, norms = record.read_blocks(), iter(record.norms)
@@ -399,13 +416,13 @@ def _at_once(inside: Sequence[Part]) -> int:
 
 def _matrices(tensor: NewTensor) -> tuple[int, int, int]:
     """A tensor as (matrices, rows, columns): one matrix per expert where updates see experts, else one."""
-    stacked = any(item.target.stacked for item, _ in tensor.updates)
-    shape = tensor.shape[1:] if stacked else tensor.shape
+    experts = stacked(tensor)
+    shape = tensor.shape[1:] if experts else tensor.shape
     rows = shape[0] if shape else 1
     columns = 1
     for dim in shape[1:]:
         columns *= dim
-    return tensor.shape[0] if stacked else 1, rows, columns
+    return tensor.shape[0] if experts else 1, rows, columns
 
 
 def _ordered(tensor: NewTensor, matrix: int) -> list[Weighted]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 Step = Callable[[int], None]
-Receive = Callable[["torch.Tensor", int], None]  # rows of the merged weight, and the number of the first
+Receive = Callable[["torch.Tensor", int], None]  # rows of the weight, as numbers or codes, and the number of the first
 
 
 def problems(
@@ -117,7 +117,7 @@ class Requantiser:
         scales = self._scales(tensor)
         survived = None
         if tensor.part == "codes":
-            survived = _write_codes(tensor, scales, put)
+            survived = each_codes(tensor, scales, lambda codes, _: put(codes))
         else:
             put(scales.to(torch_dtype(tensor.dtype)))
         if not digests or tensor.original is None:
@@ -132,11 +132,11 @@ class Requantiser:
         with own:
             if name in self.scales:
                 return self.scales.pop(name)  # for the second of the two: nobody needs them after it
-            self.scales[name] = _new_scales(tensor)
+            self.scales[name] = new_scales(tensor)
             return self.scales[name]
 
 
-def _new_scales(tensor: NewTensor) -> torch.Tensor:
+def new_scales(tensor: NewTensor) -> torch.Tensor:
     """The scales of a merged weight [tile rows, tile columns], in float32, as the output's dtype can hold them."""
     import torch
 
@@ -172,10 +172,13 @@ def _note_peaks(peaks: torch.Tensor, values: torch.Tensor, start: int, tile: tup
     peaks.scatter_reduce_(0, which.unsqueeze(1).expand_as(across), across, "amax")
 
 
-def _write_codes(tensor: NewTensor, scales: torch.Tensor, put: Callable[[torch.Tensor], None]) -> float | None:
-    """Write the codes; return how much of the change they keep: 1 if all, 0 if none. None if nothing changes.
+def each_codes(
+    tensor: NewTensor, scales: torch.Tensor, receive: Receive, rows: tuple[int, int] | None = None
+) -> float | None:
+    """Hand out the codes block by block, or only the blocks that hold some of the rows start:stop.
 
-    That is the projection of the change that dequantising shows on the one that the adapters ask for.
+    Returns how much of the change those blocks keep: 1 if all, 0 if none. None if nothing changes. That is the
+    projection of the change that dequantising shows on the one that the adapters ask for.
     """
     import torch
 
@@ -190,22 +193,26 @@ def _write_codes(tensor: NewTensor, scales: torch.Tensor, put: Callable[[torch.T
         first, last = start // scheme.tile[0], -(-stop // scheme.tile[0])
         scale = scheme.spread(scales[first:last], start, stop)
         codes = (W / scale.masked_fill(scale == 0, 1)).clamp_(-top, top).to(dtype)  # [rows, columns]
-        put(codes)
+        receive(codes, start)
         before = scheme.rows(start, stop)
         change = (codes.float() * scale - before).double()
         wanted = (W - before).double()
         kept += float((change * wanted).sum())
         asked += float(wanted.square().sum())
 
-    _merge(tensor, encode)
+    _merge(tensor, encode, rows)
     return kept / asked if asked else None
 
 
-def _merge(tensor: NewTensor, receive: Receive) -> None:
+def _merge(tensor: NewTensor, receive: Receive, rows: tuple[int, int] | None = None) -> None:
     """Compute the merged weight in float32 and hand it on, some rows at a time."""
+    each_block(in_float32(tensor), lambda block: receive(block.values, block.start), rows=rows)
+
+
+def in_float32(tensor: NewTensor) -> NewTensor:
+    """The merged weight that a part stands for, before it is quantised again."""
     assert tensor.source is not None
-    whole = replace(tensor, dtype="F32", shape=tensor.source.shape, part="")
-    each_block(whole, lambda block: receive(block.values, block.start))
+    return replace(tensor, dtype="F32", shape=tensor.source.shape, part="")
 
 
 def _scheme(tensor: NewTensor) -> Scaled:

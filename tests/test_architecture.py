@@ -23,9 +23,9 @@ PACKAGE = Path(loratool.__file__).parent
 # Arrows go down only: a room imports from rooms further up in this list, or from itself.
 ROOMS = (
     ("errors", "version"),
-    ("tensors", "rounding"),
-    ("container", "gguf", "npz", "pickles", "staging", "names"),
-    ("updates", "checkpoint"),
+    ("tensors", "rounding", "workers"),
+    ("container", "gguf", "npz", "pickles", "staging", "names", "slicing", "recycling"),
+    ("updates", "checkpoint", "spans"),
     ("adapter", "quantised"),
     ("maps",),
     ("format",),
@@ -36,6 +36,7 @@ ROOMS = (
     ("conventions",),
     ("binding", "requantise"),
     ("changes",),
+    ("virtual",),
     ("plan",),
     ("resume",),
     ("merge",),
