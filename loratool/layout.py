@@ -86,9 +86,7 @@ class OutputFile:
     tensors: tuple[tuple[str, str, Shape], ...]  # (name, dtype, shape) in order of offset
     metadata: Mapping[str, str]
     same_as: Path | None = None  # the input file, where the output is to be equal to it
-    made_of: tuple[
-        TensorRef | NewTensor, ...
-    ] = ()  # what each of `tensors` is: stored so, or computed
+    made_of: tuple[TensorRef | NewTensor, ...] = ()  # what each of `tensors` is: stored so, or computed
 
     def with_metadata(self, metadata: Mapping[str, str]) -> OutputFile:
         """The same file with other metadata; tasks move with the header's length."""

@@ -32,9 +32,7 @@ from loratool.workers import worker_count, workers
 if TYPE_CHECKING:
     import torch
 
-SCALES_HELD = (
-    8  # weights whose new scales are kept: codes and scales are asked for apart
-)
+SCALES_HELD = 8  # weights whose new scales are kept: codes and scales are asked for apart
 
 Receive = Callable[["torch.Tensor", int], None]  # rows of a tensor, and the number of the first
 Piece = tuple[int, int, int]  # rows start:stop of a tensor, and the place of the first among those that are asked for
