@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -576,42 +575,59 @@ def test_transformers_loads_a_model_that_was_never_written(trained: Path) -> Non
     assert {name: bits(tensor) for name, tensor in found.items()} == {n: bits(t) for n, t in wanted.items()}
 
 
-def shard_of(base: Path, adapter: Path, rank: int, out: Path) -> None:
-    """What one of two ranks reads: rows of the first layer of a pair, columns of the second, and all of the rest."""
-    with loratool.open_merged(base, adapter, threads=1) as merged:
-        mine = {}
-        for name in merged.keys():  # noqa: SIM118
-            part = merged.get_slice(name)
-            if name.endswith(("q_proj.weight", "up_proj.weight")):
-                half = part.get_shape()[0] // 2
-                mine[name] = part[rank * half : (rank + 1) * half]
-            elif name.endswith(("o_proj.weight", "down_proj.weight")):
-                half = part.get_shape()[1] // 2
-                mine[name] = part[:, rank * half : (rank + 1) * half].contiguous()
-            else:
-                mine[name] = part[:]
-        save_file(mine, out)
+RANK = """
+import os, sys
+import torch.distributed as dist, transformers
+from safetensors.torch import save_file
+from transformers.distributed import DistributedConfig
+import loratool
+from loratool.virtual import _Engine
+base, adapter, meet, out = sys.argv[1:]
+dist.init_process_group("gloo", init_method=meet, rank=int(os.environ["RANK"]), world_size=2)
+asked, read = {}, _Engine.read
+def noting(engine, entry, bounds):
+    found = read(engine, entry, bounds)
+    asked[entry.name] = asked.get(entry.name, 0) + found.numel()
+    return found
+_Engine.read = noting
+config = transformers.AutoConfig.from_pretrained(base)
+with loratool.open_merged(base, adapter, threads=1) as merged:
+    slices = {name: merged.get_slice(name) for name in merged.keys()}
+    model = transformers.LlamaForCausalLM.from_pretrained(
+        None, config=config, state_dict=slices, dtype=config.dtype, distributed_config=DistributedConfig(tp_plan="auto")
+    )
+mine = {}
+for name, parameter in model.named_parameters():
+    mine[name] = (parameter.to_local() if hasattr(parameter, "to_local") else parameter).detach().contiguous()
+assert asked == {name: tensor.numel() for name, tensor in mine.items()}, "more was computed than this rank holds"
+save_file(mine, out)
+dist.destroy_process_group()
+"""
 
 
-def test_two_ranks_read_their_halves(trained: Path, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+def test_two_ranks_load_their_halves(trained: Path, tmp_path: Path) -> None:
+    """transformers' tensor parallelism: rows of the first layers of each pair, columns of the second ones."""
     paths = [tmp_path / f"rank{rank}.safetensors" for rank in range(2)]
     ranks = [
-        context.Process(target=shard_of, args=(trained / "base", trained / "adapter", rank, path))
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, trained / "base", trained / "adapter", f"file://{tmp_path / 'meet'}", path],
+            stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "RANK": f"{rank}", "LOCAL_RANK": f"{rank}",
+                 "WORLD_SIZE": "2"},
+        )
         for rank, path in enumerate(paths)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-        assert process.exitcode == 0
+    ]  # fmt: skip
+    said = [process.communicate(timeout=240)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], "".join(said)
     first, second = map(load_file, paths)
     whole = {n: t for file in sorted((trained / "merged").glob("*.safetensors")) for n, t in load_file(file).items()}
     assert first.keys() == second.keys() == whole.keys()
+    cuts = set()
     for name, wanted in whole.items():
         if first[name].shape == wanted.shape:
-            together = first[name]
-            assert bits(second[name]) == bits(wanted)
-        else:
-            together = torch.cat([first[name], second[name]], dim=int(first[name].shape[0] == wanted.shape[0]))
-        assert bits(together) == bits(wanted), name
+            assert bits(first[name]) == bits(second[name]) == bits(wanted)
+            continue
+        cut = int(first[name].shape[0] == wanted.shape[0])
+        cuts.add((name.split(".")[-2], cut))
+        assert [bits(half) for half in wanted.chunk(2, cut)] == [bits(first[name]), bits(second[name])], name
+    assert {("q_proj", 0), ("up_proj", 0), ("o_proj", 1), ("down_proj", 1)} <= cuts

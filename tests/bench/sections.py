@@ -259,4 +259,31 @@ def _undo(bench: Bench, delta: float, most: float) -> None:
         remove(path)
 
 
-SECTIONS = {"speed": speed, "memory": memory, "scale": scale, "inspect": inspect, "undo": undo}
+def read(bench: Bench) -> None:
+    """Merged on read, against plain `safe_open` of the merged folder.
+
+    Both open their files and copy all tensors, one after the other, into parameters that are there already: what
+    `safe_open` gives is a mapping of the file, which costs nothing until it is read.
+    """
+    base, merged = bench.base(bench.size), bench.folder / "merged"
+    nbytes = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    for rank in (16, 64):
+        adapter = bench.adapter(bench.size, rank)
+        bench.loratool(base, "merge", base, adapter, "--no-digests")(merged)
+        measure.read("check", base, adapter, merged)
+
+        def case(how: str, adapter: Path = adapter) -> Case:
+            return lambda out: measure.read(how, base, adapter, merged)
+
+        plain, ours = f"safe_open of the merge, all 7, r={rank}", f"open_merged, all 7, r={rank}"
+        rows = bench.measure("read", base, {plain: case("plain"), ours: case("merged")}, copies=False)
+        pairs = [*zip(rows[plain].runs, rows[ours].runs, strict=True)]
+        bench.claim(f"{ours}: throughput to safe_open's", [a.work / b.work for a, b in pairs], " times", least=0.6)
+        bench.claim(f"{ours}: processor time to safe_open's process", [b.cpu / a.cpu for a, b in pairs], " times")
+        for what, row in rows.items():
+            bench.claim(f"{what}: into memory", [nbytes / run.work / 1e9 for run in row.runs], " GB/s")
+            bench.claim(f"{what}: peak beside the parameters", [(run.peak - nbytes) / MB for run in row.runs], " MB")
+        remove(merged)
+
+
+SECTIONS = {"speed": speed, "memory": memory, "scale": scale, "inspect": inspect, "undo": undo, "read": read}
