@@ -93,6 +93,9 @@ class Merged(NamedTuple):
     first: int  # the number of the matrix's first row
 
 
+Place = Callable[[int, int], "torch.Tensor | None"]  # [rows, columns] in one piece; None: the block's own memory
+
+
 @gradual_underflow()
 def each_block(
     tensor: NewTensor,
@@ -101,12 +104,14 @@ def each_block(
     rows: tuple[int, int] | None = None,
     reproducible: bool = False,
     device: str = "cpu",
+    place: Place | None = None,
 ) -> None:
     """Merge a tensor block by block, or only the blocks that hold some of the rows start:stop.
 
     Blocks are the same ones whatever rows are wanted, and so are their bits. `reproducible` rounds as if computed
     exactly, to the same bits on every machine; without it, about 20 in a million elements of 16 bits are the other
-    neighbour.
+    neighbour. `place` says where the values of the rows start:stop of a block are to be rounded to, if not to memory
+    that the next block uses again; blocks in which nothing is computed do not go there.
     """
     tensor = held(tensor)
     matrices, height, columns = _matrices(tensor)
@@ -130,7 +135,10 @@ def each_block(
                 stored = source.read(first + start, first + stop)
                 values, exact, largest = stored, None, 0.0
                 if opened or tensor.source is None or tensor.source.dtype != tensor.dtype:
-                    values, exact, largest = _merged(tensor, source, opened, stored, start, stop, reproducible)
+                    out = place(first + start, first + stop) if place is not None else None
+                    if out is None:
+                        out = source.buffer("out", torch_dtype(tensor.dtype), stop - start)
+                    values, exact, largest = _merged(tensor, source, opened, stored, out, start, stop, reproducible)
                 receive(Merged(first + start, first + stop, stored, values, exact, largest, source, opened, first))
 
 
@@ -274,18 +282,18 @@ def _merged(
     source: Rows,
     opened: Sequence[_Opened],
     stored: torch.Tensor,
+    out: torch.Tensor,
     start: int,
     stop: int,
     reproducible: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Rows start:stop of the result, in the output's dtype; before they were rounded; and their largest magnitude,
-    which is finite."""
+    """Rows start:stop of the result, in `out`; before they were rounded; and their largest magnitude, which is
+    finite."""
     W = source.widened(stored, stop - start)
     inside = [*_inside(opened, W, start, stop)]
     for update, part, offset in inside:
         update.block.apply(part, offset, update.weight)
     largest = max(map(abs, extremes(W)))
-    out = source.buffer("out", torch_dtype(tensor.dtype), stop - start)
     if not reproducible or not inside or compute_dtype(tensor) == "F64":
         return _finite(round_once(W, out), largest, tensor), W, largest
     size = _size(inside, W, start)

@@ -6,6 +6,7 @@ that copies tensor after tensor into a model would pay for them every time.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import threading
@@ -56,7 +57,11 @@ class Recycled:
                 self.spare = [memory for memory in self.spare if memory is not best]
                 return best
             self.most = max(self.most, nbytes)
-        return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without them
+                memory.madvise(mmap.MADV_HUGEPAGE)  # fewer and larger pages to touch first
+        return memory
 
     def _give(self, memory: mmap.mmap) -> None:
         with self.lock:

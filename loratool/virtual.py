@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter
-from loratool.blocks import block_rows, each_block, held, stacked
+from loratool.blocks import Place, block_rows, each_block, held, stacked
 from loratool.changes import fitted, inputs
 from loratool.conventions.choices import Choices
 from loratool.errors import Closed, Mismatch, NoSuchTensor, Problem, Unsupported
@@ -108,10 +108,13 @@ class MergedFile:
         self._refuse_closed()
         return dict(self._metadata) or None
 
-    def get_tensor(self, name: str) -> torch.Tensor:
-        """A tensor, computed now."""
+    def get_tensor(self, name: str, out: torch.Tensor | None = None) -> torch.Tensor:
+        """A tensor, computed now: into `out`, if that is given, which saves a copy and the memory for it.
+
+        `out` is contiguous, on the CPU, and of the tensor's shape and dtype. What it holds after an error is undefined.
+        """
         entry = self._entry(name)
-        return self._engine.read(entry, tuple((0, size) for size in entry.shape))
+        return self._engine.read(entry, tuple((0, size) for size in entry.shape), out)
 
     def get_tensors(self) -> dict[str, torch.Tensor]:
         """All tensors, in memory at once."""
@@ -250,11 +253,16 @@ class _Engine:
             what = f"torch has no dtype {entry.dtype}, in which {entry.name} is stored"
             raise Unsupported(Problem("E-TENSOR", what, self.path)) from None
 
-    def read(self, entry: _Entry, bounds: Bounds) -> torch.Tensor:
+    def read(self, entry: _Entry, bounds: Bounds, out: torch.Tensor | None = None) -> torch.Tensor:
         """A part of a tensor. Raises InvalidFile if a file that it comes from is another one now, or was meanwhile."""
         self.refuse_closed()
-        self.dtype(entry)
-        out = self.memory.empty([stop - start for start, stop in bounds], entry.dtype)
+        dtype, shape = self.dtype(entry), tuple(stop - start for start, stop in bounds)
+        if out is None:
+            out = self.memory.empty(shape, entry.dtype)
+        elif (out.dtype, tuple(out.shape), out.device.type, out.is_contiguous()) != (dtype, shape, "cpu", True):
+            what = f"{entry.name} is {entry.dtype} {list(shape)}, `out` must be that too, on the CPU and contiguous"
+            raise Mismatch(Problem("E-SHAPE", what, self.path, f"it is {out.dtype} {list(out.shape)} on {out.device}"))
+        out = out.detach()  # a parameter, too
         try:
             if out.numel():
                 self._fill(entry, bounds, out)
@@ -287,12 +295,13 @@ class _Engine:
     # --- computed ---
 
     def _merged(self, tensor: NewTensor, bounds: Bounds, out: torch.Tensor) -> None:
-        def each(rows: tuple[int, int], receive: Receive) -> None:
+        def each(rows: tuple[int, int], receive: Receive, place: Place) -> None:
             each_block(
                 tensor,
                 lambda block: receive(block.values, block.start),
                 rows=rows,
                 reproducible=self.reproducible,
+                place=place,
             )
 
         self._computed(tensor, bounds, out, each)
@@ -300,7 +309,7 @@ class _Engine:
     def _codes(self, tensor: NewTensor, bounds: Bounds, out: torch.Tensor) -> None:
         scales = self._scales(tensor)
 
-        def each(rows: tuple[int, int], receive: Receive) -> None:
+        def each(rows: tuple[int, int], receive: Receive, _: Place) -> None:
             each_codes(tensor, scales, receive, rows)
 
         self._computed(in_float32(tensor), bounds, out, each)
@@ -322,7 +331,7 @@ class _Engine:
         tensor: NewTensor,
         bounds: Bounds,
         out: torch.Tensor,
-        each: Callable[[tuple[int, int], Receive], None],
+        each: Callable[[tuple[int, int], Receive, Place], None],
     ) -> None:
         """Rows on the workers, whole blocks to each of them. `each` hands out the blocks that hold some rows."""
         depth = min(2 if stacked(tensor) else 1, len(tensor.shape))  # the dimensions that rows are counted through
@@ -331,13 +340,20 @@ class _Engine:
 
         def work(pieces: Sequence[Piece]) -> None:
             for start, stop, place in pieces:
-                each((start, stop), functools.partial(keep, start, stop, place))
+                at = (start, stop, place)
+                each((start, stop), functools.partial(keep, *at), functools.partial(straight, *at))
+
+        def straight(start: int, stop: int, place: int, low: int, high: int) -> torch.Tensor | None:
+            """Where a block's rows low:high go without a copy: if all of them are asked for, with all columns."""
+            if low < start or stop < high or target.shape[1:] != tensor.shape[depth:]:
+                return None
+            return target[place + low - start : place + high - start].view(high - low, -1)
 
         def keep(start: int, stop: int, place: int, values: torch.Tensor, first: int) -> None:
             low, high = max(start, first), min(stop, first + len(values))
-            if low < high:
-                rows = values[low - first : high - first].view(high - low, *tensor.shape[depth:])
-                target[place + low - start : place + high - start] = rows[columns]
+            kept = target[place + low - start : place + high - start]
+            if values.data_ptr() != kept.data_ptr():
+                kept.copy_(values[low - first : high - first].view(high - low, *tensor.shape[depth:])[columns])
 
         pieces = _pieces(runs(tensor.shape[:depth], bounds[:depth]), block_rows(tensor))
         self._run([functools.partial(work, _joined(share)) for share in shares(pieces, self.threads)])

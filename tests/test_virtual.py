@@ -257,6 +257,22 @@ def test_get_tensors_gives_all(tmp_path: Path) -> None:
             assert {n: bits(t) for n, t in found.items()} == {n: bits(t) for n, t in wanted.items()}
 
 
+def test_a_tensor_can_be_computed_where_it_is_wanted(tmp_path: Path) -> None:
+    setting = quantised(tmp_path)
+    loratool.merge(setting.base, setting.adapters, tmp_path / "out")
+    wanted = load_file(tmp_path / "out" / "model.safetensors")
+    with small_blocks(4096), loratool.open_merged(setting.base, setting.adapters) as merged:
+        for name, tensor in wanted.items():
+            mine = torch.nn.Parameter(torch.empty_like(tensor), requires_grad=tensor.dtype == torch.bfloat16)
+            version = mine.data_ptr()
+            assert merged.get_tensor(name, out=mine).data_ptr() == version
+            assert bits(mine.detach()) == bits(tensor), name
+        W = wanted["norm"]
+        for wrong in (torch.empty(4, dtype=W.dtype), torch.empty(3), torch.empty(3, device="meta", dtype=W.dtype),
+                      torch.empty(6, dtype=W.dtype)[::2]):  # fmt: skip
+            assert refused(lambda: merged.get_tensor("norm", out=wrong)).code == "E-SHAPE"  # noqa: B023
+
+
 # --- only what is asked for -----------------------------------------------------------------------------------------
 
 
@@ -608,15 +624,14 @@ dist.destroy_process_group()
 def test_two_ranks_load_their_halves(trained: Path, tmp_path: Path) -> None:
     """transformers' tensor parallelism: rows of the first layers of each pair, columns of the second ones."""
     paths = [tmp_path / f"rank{rank}.safetensors" for rank in range(2)]
+    here = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "WORLD_SIZE": "2"}
+    arguments = [sys.executable, "-c", RANK, trained / "base", trained / "adapter", f"file://{tmp_path / 'meet'}"]
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, trained / "base", trained / "adapter", f"file://{tmp_path / 'meet'}", path],
-            stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "RANK": f"{rank}", "LOCAL_RANK": f"{rank}",
-                 "WORLD_SIZE": "2"},
+            [*arguments, path], stderr=subprocess.PIPE, text=True, env={**here, "RANK": f"{n}", "LOCAL_RANK": f"{n}"}
         )
-        for rank, path in enumerate(paths)
-    ]  # fmt: skip
+        for n, path in enumerate(paths)
+    ]
     said = [process.communicate(timeout=240)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], "".join(said)
     first, second = map(load_file, paths)

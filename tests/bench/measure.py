@@ -43,15 +43,23 @@ for file in files:
         for name in opened.offset_keys():
             part = opened.get_slice(name)
             parameters[name] = torch.ones(part.get_shape(), dtype=part[:0].dtype)  # every page of it is there
+if how.startswith("new"):
+    parameters.clear()
 started = time.monotonic()
 with contextlib.ExitStack() as stack:
-    if how == "plain":
+    if how.endswith("plain"):
         shards = [stack.enter_context(safe_open(file, "pt")) for file in files]
     else:
         shards = [stack.enter_context(loratool.open_merged(base, adapter, threads=int(threads)))]
     for shard in shards:
         for name in shard.offset_keys():
-            parameters[name].copy_(shard.get_tensor(name))
+            if how.startswith("new"):
+                tensor = shard.get_tensor(name)
+                parameters[name] = tensor.clone() if how == "new plain" else tensor
+            elif how == "straight":
+                shard.get_tensor(name, out=parameters[name])
+            else:
+                parameters[name].copy_(shard.get_tensor(name))
 seconds = time.monotonic() - started
 if how == "check":
     for file in files:
@@ -124,7 +132,9 @@ def peft(base: Path, adapter: Path, out: Path, backed: int) -> Run:
 
 
 def read(how: str, base: Path, adapter: Path, merged: Path) -> Run:
-    """Copy a merged model into parameters in memory: with safe_open from its folder, or with open_merged."""
+    """Bring a merged model into parameters in memory: "plain", with safe_open from its folder; with open_merged
+    "straight" into them, or "copied"; "check" is the latter, and compares them afterwards. "new plain" and "new" make
+    tensors in memory of their own instead, which nobody has touched before."""
     threads = len(os.sched_getaffinity(0))
     return run([sys.executable, "-c", READ, how, str(base), str(adapter), str(merged), str(threads)])
 
