@@ -43,20 +43,15 @@ for file in files:
         for name in opened.offset_keys():
             part = opened.get_slice(name)
             parameters[name] = torch.ones(part.get_shape(), dtype=part[:0].dtype)  # every page of it is there
-if how.startswith("new"):
-    parameters.clear()
 started = time.monotonic()
 with contextlib.ExitStack() as stack:
-    if how.endswith("plain"):
+    if how == "plain":
         shards = [stack.enter_context(safe_open(file, "pt")) for file in files]
     else:
         shards = [stack.enter_context(loratool.open_merged(base, adapter, threads=int(threads)))]
     for shard in shards:
         for name in shard.offset_keys():
-            if how.startswith("new"):
-                tensor = shard.get_tensor(name)
-                parameters[name] = tensor.clone() if how == "new plain" else tensor
-            elif how == "straight":
+            if how == "straight":
                 shard.get_tensor(name, out=parameters[name])
             else:
                 parameters[name].copy_(shard.get_tensor(name))
@@ -133,8 +128,7 @@ def peft(base: Path, adapter: Path, out: Path, backed: int) -> Run:
 
 def read(how: str, base: Path, adapter: Path, merged: Path) -> Run:
     """Bring a merged model into parameters in memory: "plain", with safe_open from its folder; with open_merged
-    "straight" into them, or "copied"; "check" is the latter, and compares them afterwards. "new plain" and "new" make
-    tensors in memory of their own instead, which nobody has touched before."""
+    "straight" into them, or "copied"; "check" is the latter, and compares them afterwards."""
     threads = len(os.sched_getaffinity(0))
     return run([sys.executable, "-c", READ, how, str(base), str(adapter), str(merged), str(threads)])
 

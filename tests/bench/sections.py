@@ -262,9 +262,9 @@ def _undo(bench: Bench, delta: float, most: float) -> None:
 def read(bench: Bench) -> None:
     """Merged on read, against plain `safe_open` of the merged folder, in the page cache.
 
-    What `safe_open` gives is a mapping of the file, which costs nothing until it is copied: so all bring all tensors,
-    one after the other, into memory of their own. That is memory which was used before, as of the parameters of a
-    model that is loaded again, or new.
+    What `safe_open` gives is a mapping of the file, which costs nothing until it is copied: so all open their files and
+    bring all tensors, one after the other, into parameters that are there already. `open_merged` computes into them,
+    or gives tensors that are then copied.
     """
     base, merged = bench.base(bench.size), bench.folder / "merged"
     nbytes = sum(file.stat().st_size for file in base.glob("*.safetensors"))
@@ -276,21 +276,16 @@ def read(bench: Bench) -> None:
         def case(how: str, adapter: Path = adapter) -> Case:
             return lambda out: measure.read(how, base, adapter, merged)
 
-        plain, new_plain = (f"safe_open, into {where} memory, {what}" for where in ("used", "new"))
-        straight, new = (f"open_merged, into {where} memory, {what}" for where in ("used", "new"))
-        copied = f"open_merged, copied into used memory, {what}"
-        cases = {plain: case("plain"), straight: case("straight"), copied: case("copied"),
-                 new_plain: case("new plain"), new: case("new")}  # fmt: skip
+        plain, copied, straight = (f"{how}, {what}" for how in ("safe_open", "open_merged, copied", "open_merged"))
+        cases = {plain: case("plain"), straight: case("straight"), copied: case("copied")}
         rows = bench.measure("read", base, cases, copies=False)
-        for ours, theirs in ((straight, plain), (copied, plain), (new, new_plain)):
-            pairs = zip(rows[theirs].runs, rows[ours].runs, strict=True)
-            least = 0.6 if rank == 16 and ours != copied else None
-            bench.claim(
-                f"{ours}: throughput to safe_open's", [a.work / b.work for a, b in pairs], " times", least=least
-            )
+        for ours, least in ((straight, 0.6 if rank == 16 else None), (copied, None)):
+            pairs = zip(rows[plain].runs, rows[ours].runs, strict=True)
+            ratios = [theirs.work / own.work for theirs, own in pairs]
+            bench.claim(f"{ours}: throughput to safe_open's", ratios, " times", least=least)
         for name, row in rows.items():
             bench.claim(f"{name}: throughput", [nbytes / run.work / 1e9 for run in row.runs], " GB/s")
-            bench.claim(f"{name}: peak beside the tensors", [(run.peak - nbytes) / MB for run in row.runs], " MB")
+            bench.claim(f"{name}: peak beside the parameters", [(run.peak - nbytes) / MB for run in row.runs], " MB")
         remove(merged)
 
 
