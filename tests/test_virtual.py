@@ -28,6 +28,7 @@ from torch import Tensor
 import loratool
 from loratool import Adapter, LoratoolError, MergedFile, MergedFolder, Target, Targeted, TensorRef
 from loratool.recycling import Recycled
+from loratool.rounding import gradual_underflow
 from loratool.slicing import box, runs
 from loratool.tensors import OWN_PAGES
 from loratool.workers import workers
@@ -439,6 +440,20 @@ def test_the_default_dtype_of_the_process_changes_no_bit(tmp_path: Path) -> None
             assert_folder(merged, tmp_path / "out", [slice(3, 9)])
     finally:
         torch.set_default_dtype(before)
+
+
+def test_a_thread_s_subnormal_numbers_are_left_as_they_were() -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # which has no number as small as the one that is tried
+    try:
+        with gradual_underflow():
+            pass
+    finally:
+        torch.set_default_dtype(before)
+    try:
+        assert (torch.full((1,), 2.0**-140) * 1.0).item() > 0
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def test_many_threads_may_read_at_once(tmp_path: Path) -> None:
