@@ -612,15 +612,15 @@ import torch.distributed as dist, transformers
 from safetensors.torch import save_file
 from transformers.distributed import DistributedConfig
 import loratool
-from loratool.virtual import _Engine
+from loratool.ondemand import Engine
 base, adapter, meet, out = sys.argv[1:]
 dist.init_process_group("gloo", init_method=meet, rank=int(os.environ["RANK"]), world_size=2)
-asked, read = {}, _Engine.read
+asked, read = {}, Engine.read
 def noting(engine, entry, bounds):
     found = read(engine, entry, bounds)
     asked[entry.name] = asked.get(entry.name, 0) + found.numel()
     return found
-_Engine.read = noting
+Engine.read = noting
 config = transformers.AutoConfig.from_pretrained(base)
 with loratool.open_merged(base, adapter, threads=1) as merged:
     slices = {name: merged.get_slice(name) for name in merged.keys()}
