@@ -21,10 +21,9 @@ from loratool.comparing import Comparison, Finding, MergedTensors, TensorCheck
 from loratool.conventions.choices import Choices
 from loratool.errors import ChoiceNeeded, Mismatch, Problem
 from loratool.names import listed
-from loratool.plan import WORKERS
 from loratool.quantised import logical
 from loratool.survival import Survival, loss, survival_json
-from loratool.workers import Meter, ProgressCallback, workers
+from loratool.workers import Meter, ProgressCallback, worker_count, workers
 
 ULPS = 1  # the largest accepted distance, in units of the last place
 
@@ -106,7 +105,7 @@ def run_verify(
     meter = Meter(sum(job.nbytes for job in jobs), progress)
     checks: list[TensorCheck] = []
     same, other = 0, []
-    with workers(threads or WORKERS) as pool:
+    with workers(worker_count(threads)) as pool:
         running = {pool.submit(work.look, job): job for job in jobs}
         for done in as_completed(running):
             job, found = running[done], done.result()

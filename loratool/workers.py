@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
+
+from loratool.errors import ChoiceNeeded, Problem
+
+WORKERS = min(8, os.cpu_count() or 1)  # tasks that run at a time
+_STARTING = threading.Lock()  # two pools that start at once would put each other's number back
 
 
 class Progress(NamedTuple):
@@ -33,12 +39,39 @@ class Meter:
                 self.progress(Progress(self.done, self.total, what))
 
 
+def worker_count(threads: int | None) -> int:
+    """As many as asked for. Raises ChoiceNeeded for none."""
+    if threads is not None and threads < 1:
+        raise ChoiceNeeded(Problem("E-OPTION", f"{threads} threads can do nothing"))
+    return threads or WORKERS
+
+
 def workers(count: int) -> ThreadPoolExecutor:
-    """Threads with torch on one thread each: blocks are too small to be worth its own, which wait for each other."""
-    return ThreadPoolExecutor(count, initializer=_single_threaded)
+    """A pool of `count` threads, all started, with one torch thread each: blocks are too small to be worth its own.
 
-
-def _single_threaded() -> None:
+    torch keeps the number per thread. But a thread that is new starts with what was set last, in whatever thread: so
+    that is asked of a new one before the workers set theirs, and set again by another new one.
+    """
     import torch
 
-    torch.set_num_threads(1)  # of this thread: OpenMP keeps the number per thread
+    pool = ThreadPoolExecutor(count, thread_name_prefix="loratool")
+    there = threading.Barrier(count)
+
+    def alone() -> None:
+        torch.set_num_threads(1)
+        torch.get_num_threads()  # a thread takes up the process's number when it is first asked: not later than now
+        there.wait()
+
+    with _STARTING, ThreadPoolExecutor(1) as before, ThreadPoolExecutor(1) as after:
+        number = before.submit(torch.get_num_threads).result()
+        try:
+            started = [pool.submit(alone) for _ in range(count)]
+            for done in started:
+                done.result()
+        except BaseException:  # the system has no more threads, or a signal came: nobody may wait for the others
+            there.abort()
+            pool.shutdown()
+            raise
+        finally:
+            after.submit(torch.set_num_threads, number).result()
+    return pool
