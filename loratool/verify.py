@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from loratool.errors import ChoiceNeeded, Mismatch, Problem
 from loratool.names import listed
 from loratool.quantised import logical
 from loratool.survival import Survival, loss, survival_json
-from loratool.workers import Meter, ProgressCallback, worker_count, workers
+from loratool.workers import Meter, ProgressCallback, each_done, worker_count, workers
 
 ULPS = 1  # the largest accepted distance, in units of the last place
 
@@ -106,9 +106,7 @@ def run_verify(
     checks: list[TensorCheck] = []
     same, other = 0, []
     with workers(worker_count(threads)) as pool:
-        running = {pool.submit(work.look, job): job for job in jobs}
-        for done in as_completed(running):
-            job, found = running[done], done.result()
+        for job, found in each_done(pool, [partial(work.look_at, job) for job in jobs]):
             meter.step(job.nbytes, job.name)
             if isinstance(found, TensorCheck):
                 checks.append(found)

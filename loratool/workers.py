@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from queue import SimpleQueue
+from typing import NamedTuple, TypeVar, cast
 
 from loratool.errors import ChoiceNeeded, Problem
+
+T = TypeVar("T")
 
 WORKERS = min(8, os.cpu_count() or 1)  # tasks that run at a time
 _STARTING = threading.Lock()  # two pools that start at once would put each other's number back
@@ -60,14 +63,13 @@ def workers(count: int) -> ThreadPoolExecutor:
     def alone() -> None:
         torch.set_num_threads(1)
         torch.get_num_threads()  # a thread takes up the process's number when it is first asked: not later than now
-        there.wait()
+        there.wait()  # each job has a thread of its own
 
     with _STARTING, ThreadPoolExecutor(1) as before, ThreadPoolExecutor(1) as after:
         number = before.submit(torch.get_num_threads).result()
         try:
-            started = [pool.submit(alone) for _ in range(count)]
-            for done in started:
-                done.result()
+            for _ in each_done(pool, [alone] * count):
+                pass
         except BaseException:  # the system has no more threads, or a signal came: nobody may wait for the others
             there.abort()
             pool.shutdown()
@@ -75,3 +77,30 @@ def workers(count: int) -> ThreadPoolExecutor:
         finally:
             after.submit(torch.set_num_threads, number).result()
     return pool
+
+
+def each_done(pool: ThreadPoolExecutor, jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """Run jobs, and give out what they return as they end. Raises the first error; jobs that wait are given up then.
+
+    The thread that waits may be interrupted by a signal anywhere. It shares no condition variable with the workers, as
+    it would in waiting for their futures: an interrupt inside of one leaves it broken for them.
+    """
+    ended: SimpleQueue[tuple[T, None] | tuple[None, BaseException]] = SimpleQueue()
+
+    def run(job: Callable[[], T]) -> None:
+        try:
+            found = job()
+        except BaseException as error:
+            ended.put((None, error))
+        else:
+            ended.put((found, None))
+
+    try:
+        for _ in [pool.submit(run, job) for job in jobs]:
+            found, error = ended.get()
+            if error is not None:
+                raise error
+            yield cast(T, found)
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
