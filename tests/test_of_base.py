@@ -15,6 +15,10 @@ from test_quantised import NAME, SHAPE, dequantised, fp8_base
 from torch import Tensor
 
 import loratool
+from loratool.checkpoint import open_checkpoint
+from loratool.conventions import of_base
+from loratool.conventions.flat_names import Stored
+from loratool.quantised import logical
 
 SHAPES = {"fc": (8, 6), "conv": (8, 6, 3, 3), "point": (8, 6, 1, 1), "tall": (700, 300)}  # the last: several blocks
 
@@ -153,6 +157,15 @@ def test_a_quantised_base_counts_as_the_numbers_it_stands_for(layout: str, tmp_p
     assert_float32_close(got[NAME], dequantised(state, NAME, layout).double() * (1 + w.double()[:, None]))
 
 
+def test_a_part_of_a_quantised_weight_counts_as_such_too(tmp_path: Path) -> None:
+    state = fp8_base(tmp_path / "base", "small-blocks")
+    whole = logical(open_checkpoint(tmp_path / "base")).tensors[NAME]
+    w = values(100, seed=1)
+    got = of_base.scaled(loratool.TensorRef.of(w), 0, Stored(whole.narrow(0, 130, 100), whole)).read()
+    want = dequantised(state, NAME, "small-blocks")[130:230].double() * w.double()[:, None]
+    assert_float32_close(got, want)
+
+
 # -- without the base --------------------------------------------------------------------------------------------------
 
 
@@ -251,7 +264,7 @@ def test_it_goes_where_differences_and_loras_go(tmp_path: Path) -> None:
 @pytest.mark.parametrize("which", ["base.safetensors", "lora.safetensors"])
 @pytest.mark.parametrize("verb", ["merge", "convert"])
 def test_a_file_replaced_between_reading_and_writing_is_noticed(verb: str, which: str, tmp_path: Path) -> None:
-    file, adapter, out = placed(base_of(), both(), tmp_path)
+    file, adapter, out = placed(base_of(), ia3("fc", 0), tmp_path)
     module = importlib.import_module(f"loratool.{verb}")
     if verb == "merge":
         plan = loratool.plan(file, adapter, out)
