@@ -12,6 +12,7 @@ from loratool import format as native_format
 from loratool.adapter import Adapter
 from loratool.binding import led
 from loratool.checkpoint import open_checkpoint, read_json
+from loratool.conventions import of_base
 from loratool.conventions.choices import Choices
 from loratool.conventions.writing import Options
 from loratool.convert import ConvertReport, plan_convert, run_convert
@@ -129,7 +130,7 @@ def save(adapter: Adapter, path: PathLike) -> None:
 
     Raises ChoiceNeeded for an unknown scale, InvalidFile for a contradiction, OutputRefused if `path` exists.
     """
-    native_format.write(adapter, Path(path))
+    native_format.write(of_base.bound(adapter), Path(path))
 
 
 @_typed

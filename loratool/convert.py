@@ -12,7 +12,7 @@ from loratool.adapter import Adapter, Targeted
 from loratool.binding import Binding, Part, led
 from loratool.bundle import Bundle
 from loratool.checkpoint import Checkpoint, open_checkpoint
-from loratool.conventions import Writer
+from loratool.conventions import Writer, of_base
 from loratool.conventions.choices import Choices
 from loratool.conventions.writing import Misfit, Options
 from loratool.errors import ChoiceNeeded, LoratoolError, Mismatch, OutputRefused, Problem, Unsupported
@@ -92,6 +92,7 @@ def plan_convert(
     opened = None if base is None else logical(open_checkpoint(base))
     view = None if opened is None else maps.View(opened.tensors, choices.maps or maps.shipped())
     adapter, read_as, inputs = _read(source, choices, convention, opened, view)
+    adapter = of_base.bound(adapter)
     problems, notes = _unfit(adapter, choices, opened)
     if problems:
         raise Mismatch(problems)

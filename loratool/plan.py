@@ -18,11 +18,13 @@ from loratool.binding import Binding, Part
 from loratool.blocks import BLOCK_BYTES, compute_dtype
 from loratool.changes import fitted, inputs
 from loratool.checkpoint import Checkpoint, open_checkpoint
+from loratool.conventions import of_base
 from loratool.conventions.choices import Choices
 from loratool.errors import AnswerIsNo, ChoiceNeeded, InvalidFile, Mismatch, OutputRefused, Problem
 from loratool.format import content_digest
 from loratool.layout import Change, NewTensor, OutputFile, Weighted, names_clash, output_files, output_index
 from loratool.maps.cutting import Derived
+from loratool.names import listed
 from loratool.receipt import MergedAdapter, Receipt
 from loratool.tensors import CHUNK, DTYPE_BITS, FileState, TensorRef
 from loratool.undo import UndoRecord
@@ -307,6 +309,8 @@ def plan_unmerge(
     binding = Binding(against)
     binding.read(given, choices or Choices())
     problems += binding.problems
+    if base is None and (unknown := [*_of_the_merged(binding)]):
+        raise Mismatch([*problems, *unknown])
     parts = _matched(binding.parts, found, problems)
     record = read_undo(undo_path) if undo_path is not None else None
     # A record proves what comes out instead.
@@ -366,6 +370,16 @@ def plan_unmerge(
         record=record,
     )
     return settled(plan, threads, max_memory, device)
+
+
+def _of_the_merged(binding: Binding) -> Iterator[Problem]:
+    """Adapters whose numbers come from the base's weights, where there are only those of the merged checkpoint."""
+    for part in binding.parts:
+        weights = of_base.weights(part.original)
+        if theirs := [name for name, weight in weights.items() if weight is binding.base.tensors.get(name)]:
+            what = f"its updates of {listed(theirs)} are computed from the base's weights, which are not here"
+            hint = "give --base BASE, or instead of the adapter what `convert --to native --base BASE` makes of it"
+            yield Problem("E-RECEIPT", what, part.name, hint)
 
 
 def _unmerged_view(merged: Checkpoint, found: Receipt) -> Checkpoint:
