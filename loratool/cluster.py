@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -18,13 +19,14 @@ def dask_executor(address: str) -> Iterator[Executor]:
     """The cluster of the scheduler at `address` ("host:8786"), or of its scheduler file, until the block ends.
 
     Raises ChoiceNeeded (E-OPTION) where `distributed` is not installed or the file is not there, OutputRefused
-    (E-WORKER) if no scheduler answers.
+    (E-WORKER) if no scheduler answers. For the command line: it silences the logs of `distributed`.
     """
     try:
         from distributed import Client
     except ImportError:
         what = "a Dask cluster needs the package `distributed`, which is not installed"
         raise ChoiceNeeded(Problem("E-OPTION", what, hint="pip install 'loratool[dask]'")) from None
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # it logs tracebacks of what is told in a line here
     is_file = address.endswith(".json") or Path(address).is_file()
     if is_file and not Path(address).is_file():
         what, hint = f"there is no scheduler file {address}", "start `dask scheduler --scheduler-file` first"
