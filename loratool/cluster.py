@@ -19,14 +19,15 @@ def dask_executor(address: str) -> Iterator[Executor]:
     """The cluster of the scheduler at `address` ("host:8786"), or of its scheduler file, until the block ends.
 
     Raises ChoiceNeeded (E-OPTION) where `distributed` is not installed or the file is not there, OutputRefused
-    (E-WORKER) if no scheduler answers. For the command line: it silences the logs of `distributed`.
+    (E-WORKER) if no scheduler answers. For the command line: it silences the log of `distributed`.
     """
     try:
         from distributed import Client
     except ImportError:
         what = "a Dask cluster needs the package `distributed`, which is not installed"
         raise ChoiceNeeded(Problem("E-OPTION", what, hint="pip install 'loratool[dask]'")) from None
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # it logs tracebacks of what is told in a line here
+    for name in ("distributed", "distributed.client"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # a lost connection is a traceback there
     is_file = address.endswith(".json") or Path(address).is_file()
     if is_file and not Path(address).is_file():
         what, hint = f"there is no scheduler file {address}", "start `dask scheduler --scheduler-file` first"

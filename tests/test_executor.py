@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
@@ -34,7 +35,8 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def processes() -> Iterator[Executor]:
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+    elsewhere = {"initializer": os.chdir, "initargs": ("/",)}
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn"), **elsewhere) as pool:
         yield pool
 
 
@@ -144,8 +146,9 @@ def test_a_pickled_base_is_the_same(zipped: bool, tmp_path: Path, processes: Exe
     state = {f"{n}.weight": torch.randn(96, 80) for n in range(6)}
     torch.save(state, tmp_path / "base" / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     adapter = one("lora", (96, 80), name="2.weight")
+    executor = processes if zipped else Wrong(lambda future, call: pytest.fail("a base in memory was sent"))
     loratool.merge(tmp_path / "base", adapter, tmp_path / "local")
-    loratool.merge(tmp_path / "base", adapter, tmp_path / "there", executor=processes)
+    loratool.merge(tmp_path / "base", adapter, tmp_path / "there", executor=executor)
     assert files_of(tmp_path / "there") == files_of(tmp_path / "local")
 
 
@@ -346,10 +349,14 @@ def test_an_error_of_a_task_is_that_of_a_local_merge(tmp_path: Path, processes: 
 
 
 def test_a_base_that_changes_is_noticed_by_the_worker(world: Path) -> None:
+    files = {path: path.stat().st_mtime_ns for path in (world / "base").glob("*.safetensors")}
+
     def touched(future: Future[Any], call: Callable[[], Any]) -> None:
-        for path in (world / "base").glob("*.safetensors"):
+        for path in files:
             os.utime(path, (1, 1))
         future.set_result(call())
+        for path, time_then in files.items():
+            os.utime(path, ns=(time_then, time_then))  # the parent sees nothing of it
 
     with pytest.raises(loratool.InvalidFile) as caught:
         loratool.merge(world / "base", adapters(world), world / "out", executor=Wrong(touched))
@@ -383,8 +390,15 @@ def test_the_memory_of_one_task_is_what_is_limited(world: Path, threads: Executo
 # --- on the way ------------------------------------------------------------------------------------------------------
 
 
-def test_progress_adds_up_and_comes_from_the_caller(world: Path, processes: Executor) -> None:
+def test_progress_adds_up_and_comes_from_the_caller(
+    world: Path, processes: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     steps: list[tuple[int, int]] = []
+    finished: list[str] = []
+    file_done = Journal.file_done
+    monkeypatch.setattr(
+        Journal, "file_done", lambda own, file, known: [finished.append(file), file_done(own, file, known)]
+    )
 
     def note(step: loratool.Progress) -> None:
         assert threading.current_thread() is threading.main_thread()
@@ -394,6 +408,7 @@ def test_progress_adds_up_and_comes_from_the_caller(world: Path, processes: Exec
     assert [done for done, _ in steps] == sorted(done for done, _ in steps)
     assert steps[-1] == (plan.nbytes, plan.nbytes)
     assert len(steps) > len(plan.files) * 2
+    assert sorted(finished) == sorted(file.name for file in plan.files)
 
 
 def test_only_so_many_calls_are_on_their_way(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,18 +434,32 @@ def test_only_so_many_calls_are_on_their_way(world: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, BrokenPipeError, ZeroDivisionError])
-def test_an_interrupted_merge_leaves_nothing_and_nothing_runs_on(
-    failure: type[BaseException], world: Path, threads: Executor
-) -> None:
+def test_an_interrupted_merge_leaves_nothing_and_nothing_runs_on(failure: type[BaseException], world: Path) -> None:
+    running: list[object] = []
+
+    class Slow(ThreadPoolExecutor):
+        def submit(self, function: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
+            def slowly() -> Any:
+                running.append(self)
+                time.sleep(0.05)
+                try:
+                    return function(*arguments, **options)
+                finally:
+                    running.pop()
+
+            return super().submit(slowly)
+
     def stop(step: loratool.Progress) -> None:
         if step.done > step.total / 3:
             raise failure
 
-    with pytest.raises(failure):
-        loratool.merge(world / "base", adapters(world), world / "out", executor=threads, progress=stop)
-    assert threads.submit(int, "7").result() == 7, "the executor is still usable"
-    assert not (world / "out").exists()
-    assert not scratch(world)
+    with Slow(3) as pool:
+        with pytest.raises(failure):
+            loratool.merge(world / "base", adapters(world), world / "out", executor=pool, progress=stop)
+        assert not running
+        assert not (world / "out").exists()
+        assert not scratch(world)
+        loratool.merge(world / "base", adapters(world), world / "out", executor=pool)
 
 
 def test_calls_that_run_twice_and_too_late_change_nothing(world: Path) -> None:
