@@ -26,7 +26,7 @@ def dask_executor(address: str) -> Iterator[Executor]:
     except ImportError:
         what = "a Dask cluster needs the package `distributed`, which is not installed"
         raise ChoiceNeeded(Problem("E-OPTION", what, hint="pip install 'loratool[dask]'")) from None
-    for name in ("distributed", "distributed.client"):
+    for name in ("distributed", "distributed.client", "tornado.application"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # a lost connection is a traceback there
     is_file = address.endswith(".json") or Path(address).is_file()
     if is_file and not Path(address).is_file():
