@@ -116,7 +116,8 @@ def _result(future: Future[Any]) -> Any:
 
 
 def _lost(error: Exception) -> OutputRefused:
-    what = f"the executor gave up: {type(error).__name__}: {str(error) or 'a call was cancelled'}"
+    said = " ".join(str(error).split()) or "a call was cancelled"
+    what = f"the executor gave up: {type(error).__name__}: {said:.400}"
     if isinstance(error, ImportError | AttributeError):
         return OutputRefused(Problem("E-WORKER", what, hint=INSTALL))
     hint = "see the workers' logs: --dry-run tells the memory that each task may need; then run it again"
