@@ -118,9 +118,7 @@ def _result(future: Future[Any]) -> Any:
 def _lost(error: Exception) -> OutputRefused:
     said = " ".join(str(error).split()) or "a call was cancelled"
     what = f"the executor gave up: {type(error).__name__}: {said:.400}"
-    if isinstance(error, ImportError | AttributeError):
-        return OutputRefused(Problem("E-WORKER", what, hint=INSTALL))
-    hint = "see the workers' logs: --dry-run tells the memory that each task may need; then run it again"
+    hint = "see the workers' logs: have they the memory (--dry-run)? have they, and the scheduler, the same releases?"
     return OutputRefused(Problem("E-WORKER", what, hint=hint))
 
 
@@ -138,9 +136,9 @@ def _check_workers(executor: Executor, site: Site) -> None:
             raise OutputRefused(Problem("E-WORKER", "the cluster has no workers", hint="start some, `dask worker`"))
     problems: dict[tuple[str, str], list[str]] = defaultdict(list)
     for address, answer in answers.items():
-        seen = answer if isinstance(answer, Seen) else Seen("", ((f"fails: {answer!r}", INSTALL),))
+        seen = answer if isinstance(answer, Seen) else Seen("", ((f"fails: {answer}", INSTALL),))
         for wrong in seen.wrong:
-            problems[wrong].append(f"{address} ({seen.host})" if address else seen.host)
+            problems[wrong].append(" on ".join(filter(None, (address, seen.host))))
     if problems:
         raise OutputRefused(
             Problem("E-WORKER", f"a worker {what}", ", ".join(places[:4]) + (", ..." if places[4:] else ""), hint)
