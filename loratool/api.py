@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypeVar
 
@@ -16,7 +17,7 @@ from loratool.conventions import of_base
 from loratool.conventions.choices import Choices
 from loratool.conventions.writing import Options
 from loratool.convert import ConvertReport, plan_convert, run_convert
-from loratool.errors import InvalidFile, Problem
+from loratool.errors import ChoiceNeeded, InvalidFile, Problem
 from loratool.extract import ExtractReport, run_extract
 from loratool.merge import MergeReport, UnmergeReport, run_merge, run_unmerge
 from loratool.plan import Plan, plan_merge, plan_unmerge
@@ -278,6 +279,7 @@ def merge(
     max_memory: int | None = None,
     device: str = "cpu",
     progress: ProgressCallback | None = None,
+    executor: Executor | None = None,
 ) -> MergeReport:
     """Write base + adapters as a checkpoint: W + sum of weight * scale * delta, rounded once.
 
@@ -293,8 +295,14 @@ def merge(
     arithmetic to a GPU. `progress` is called from the
     workers, one call at a time. Every problem is raised before a byte is written.
 
+    With an `executor` of `concurrent.futures`, its workers do the work: processes, or machines that share a file system
+    and have the same releases of loratool and torch. `max_memory` is then what one task may use, and `progress` is
+    called from this thread. Where their CPUs are of different kinds, `reproducible` gives the same bits on all of them.
+
     >>> loratool.merge("base/", [("style/", 0.8), "task.lora.safetensors"], "merged/")  # doctest: +SKIP
     """
+    if executor is not None and threads is not None:
+        raise ChoiceNeeded(Problem("E-OPTION", "an executor has workers of its own", hint="leave out threads"))
     planned = plan(
         base,
         adapters,
@@ -309,11 +317,11 @@ def merge(
         undo=undo,
         link=link,
         resume=resume,
-        threads=threads,
+        threads=threads if executor is None else 1,  # its workers' memory is counted by task
         max_memory=max_memory,
         device=device,
     )
-    return run_merge(planned, progress)
+    return run_merge(planned, progress, executor)
 
 
 @_typed

@@ -53,6 +53,9 @@ class LoratoolError(Exception):
         self.problems = (problems,) if isinstance(problems, Problem) else tuple(problems)
         super().__init__("\n".join(map(str, self.problems)))
 
+    def __reduce__(self) -> tuple[type[LoratoolError], tuple[tuple[Problem, ...]]]:
+        return type(self), (self.problems,)  # an exception is otherwise made again from its text
+
     @property
     def code(self) -> str:
         return self.problems[0].code

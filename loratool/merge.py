@@ -9,27 +9,29 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from loratool import receipt, resume, undo
-from loratool.blocks import Written, compute, restore, write_all
-from loratool.errors import InvalidFile, Mismatch, Problem
-from loratool.layout import Change, Copy, NewTensor, OutputFile
+from loratool import dispatch, receipt, resume, undo
+from loratool.blocks import Written, write_all
+from loratool.errors import Mismatch, Problem
+from loratool.layout import Change, Copy, OutputFile
 from loratool.plan import Plan, changed_since
 from loratool.receipt import ChangedTensor, Receipt
+from loratool.remote import Site
 from loratool.requantise import Requantiser
 from loratool.resume import Journal, Kept, kept_files
 from loratool.staging import flush, staged
 from loratool.survival import Survival, loss, survival_json
-from loratool.tensors import CHUNK, FileSpan, TensorRef, open_to_read, reading
-from loratool.undo import TensorRecorder, UndoWriter
+from loratool.tasks import Settings, run_task
+from loratool.tensors import CHUNK, open_to_read, reading
+from loratool.undo import UndoWriter
 from loratool.version import TOOL
-from loratool.workers import Meter, ProgressCallback, workers
+from loratool.workers import Meter, ProgressCallback, each_done, workers
 
 FLUSH_BYTES = 64 << 20  # written to a file before it is flushed on the way
 
@@ -89,8 +91,11 @@ class UnmergeReport:
         }
 
 
-def run_merge(plan: Plan, progress: ProgressCallback | None = None) -> MergeReport:
-    """Write the output of a merge plan with its receipt, and its undo record if it asks for one; all or nothing."""
+def run_merge(plan: Plan, progress: ProgressCallback | None = None, executor: Executor | None = None) -> MergeReport:
+    """Write the output of a merge plan with its receipt, and its undo record if it asks for one; all or nothing.
+
+    Its tasks run on threads of this process, or as calls of an `executor`, whose workers may be other machines.
+    """
     import torch  # noqa: F401  # before the clock starts: seconds are those of the work
 
     started = time.monotonic()
@@ -104,11 +109,11 @@ def run_merge(plan: Plan, progress: ProgressCallback | None = None) -> MergeRepo
             kept = stack.enter_context(kept_files(plan)) if plan.resume else {}
             folder = stack.enter_context(_output(plan))
             if plan.undo is None:
-                done, written = _fill(plan, folder, progress, kept, None)
+                done, written = _fill(plan, folder, progress, kept, None, executor)
             else:
                 # The record appears first: there is never a merge that promised one and has none.
                 with undo.writing(plan.undo) as (writer, record):
-                    done, written = _fill(plan, folder, progress, kept, writer)
+                    done, written = _fill(plan, folder, progress, kept, writer, executor)
                     writer.finish(record, done)
                 recorded = True
     except BaseException:
@@ -125,9 +130,10 @@ def _fill(
     progress: ProgressCallback | None,
     kept: Mapping[str, Kept],
     writer: UndoWriter | None,
+    executor: Executor | None,
 ) -> tuple[Receipt, dict[str, Written]]:
     """Write the weights files of a merge and its receipt; also what is known of each computed tensor."""
-    written = _write(plan, folder, progress, writer, kept)
+    written = _write(plan, folder, progress, writer, kept, executor)
     done = _receipt(plan, written)
     if plan.single:
         header = _with_receipt(plan.files[0], done).header
@@ -238,6 +244,7 @@ def _write(
     progress: ProgressCallback | None,
     writer: UndoWriter | None = None,
     kept: Mapping[str, Kept] | None = None,
+    executor: Executor | None = None,
 ) -> dict[str, Written]:
     """Write the weights files of a plan; return what is known of each computed tensor, by name."""
     journal = Journal((folder if plan.single else folder.parent) / resume.FILE_NAME, plan)
@@ -248,7 +255,7 @@ def _write(
         path.parent.mkdir(exist_ok=True)  # a component's folder
         if kept and file.name in kept:
             kept[file.name].path.rename(path)
-            journal.file_kept(file.name, kept[file.name].written)
+            journal.file_done(file.name, kept[file.name].written)
             meter.step(file.size, file.name)
             continue
         if plan.link and file.same_as is not None and _linked(file.same_as, path):
@@ -259,27 +266,45 @@ def _write(
             write_all(out, memoryview(file.header))
         meter.step(len(file.header), file.name)
         tasks += [(file.name, task) for task in file.tasks]
+    settings = Settings(plan.digests, not plan.exact, plan.reproducible, plan.device, writer is not None, plan.record)
+    if executor is None:
+        _on_threads(plan.threads, folder, tasks, settings, meter, writer, journal)
+    else:
+        site = Site.of(folder, journal, plan.device, plan.inputs)
+        dispatch.run(executor, site, tasks, settings, meter, writer, journal)
+    for known in plan.inputs:
+        known.check()
+    found = {name: written for file in journal.found.values() for name, written in file.items()}
+    return {tensor.name: found[tensor.name] for tensor in plan.changes}
+
+
+def _on_threads(
+    count: int,
+    folder: Path,
+    tasks: Sequence[tuple[str, Copy | Change]],
+    settings: Settings,
+    meter: Meter,
+    writer: UndoWriter | None,
+    journal: Journal,
+) -> None:
+    """Run tasks, each with the name of its file, on threads of this process."""
     queue, requantiser = _Queue(tasks), Requantiser()
-    with _Flusher() as flusher, workers(plan.threads) as pool:
+    with _Flusher() as flusher, workers(count) as pool:
 
         def work() -> None:
             while (taken := queue.take()) is not None:
                 name, task = taken
                 try:
-                    _run(folder / name, name, task, plan, meter, writer, journal, requantiser)
+                    _run(folder / name, name, task, settings, meter, writer, journal, requantiser)
                     flusher.wrote(folder / name, task.nbytes)
                 finally:
                     queue.done(name)
 
         try:
-            for done in as_completed([pool.submit(work) for _ in range(plan.threads)]):
-                done.result()
+            for _ in each_done(pool, [work] * count):
+                pass
         finally:
             queue.drain()  # a pool does not know, and wait for, a worker that a signal interrupted it in starting
-    for known in plan.inputs:
-        known.check()
-    found = {name: written for file in journal.found.values() for name, written in file.items()}
-    return {tensor.name: found[tensor.name] for tensor in plan.changes}
 
 
 def _linked(source: Path, path: Path) -> bool:
@@ -354,56 +379,18 @@ def _run(
     path: Path,
     name: str,
     task: Copy | Change,
-    plan: Plan,
+    settings: Settings,
     meter: Meter,
     writer: UndoWriter | None,
     journal: Journal,
     requantiser: Requantiser,
 ) -> None:
-    """One task of a plan, in a worker: it knows its place in the output."""
-    written = {}
+    """One task of a plan, in a worker of our own."""
     with path.open("r+b", buffering=0) as out:
-        out.seek(task.offset)
-
-        def step(nbytes: int) -> None:
-            meter.step(nbytes, name)
-
-        if isinstance(task, Copy):
-            _copy(task.source, out, step)
-        elif task.tensor.part:
-            written[task.tensor.name] = requantiser.write(task.tensor, out, step, plan.digests)
-        else:
-            written[task.tensor.name] = _computed(task.tensor, out, step, plan, writer)
-    journal.task_done(name, written)
-
-
-def _computed(
-    tensor: NewTensor, out: BinaryIO, step: Callable[[int], None], plan: Plan, writer: UndoWriter | None
-) -> Written:
-    if plan.record is not None:
-        return restore(tensor, plan.record.tensors[tensor.name], out, step, plan.device)
-    recorder = TensorRecorder() if writer is not None and tensor.original is not None else None
-    written = compute(tensor, out, step, not plan.exact, recorder, plan.digests, plan.reproducible, plan.device)
+        written, recorder = run_task(task, out, lambda nbytes: meter.step(nbytes, name), settings, requantiser)
+    if isinstance(task, Copy) or written is None:
+        journal.task_done(name, {})
+        return
     if writer is not None and recorder is not None:
-        writer.add(tensor.name, recorder)
-    return written
-
-
-def _copy(source: TensorRef, out: BinaryIO, step: Callable[[int], None]) -> None:
-    """Copy bytes: in the kernel where source and system allow it."""
-    if isinstance(source.data, FileSpan) and hasattr(os, "copy_file_range"):
-        position, left = source.data.offset, source.nbytes
-        with open_to_read(source.data.path) as file:
-            while left:
-                try:
-                    count = os.copy_file_range(file.fileno(), out.fileno(), min(left, 64 << 20), offset_src=position)
-                except OSError:
-                    break  # not between these file systems: what is left goes through memory
-                if count == 0:
-                    raise InvalidFile(Problem("E-CHANGED", "the file became shorter while it was read", str(file.name)))
-                position, left = position + count, left - count
-                step(count)
-        source = replace(source, shape=(left,), stored_shape=(left,), data=replace(source.data, offset=position))
-    for chunk in source.chunks() if source.nbytes else ():
-        write_all(out, chunk)
-        step(len(chunk))
+        writer.add(task.tensor.name, recorder)
+    journal.task_done(name, {task.tensor.name: written})

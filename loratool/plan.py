@@ -214,8 +214,7 @@ def settled(plan: Plan, threads: int | None = None, max_memory: int | None = Non
     Raises OutputRefused for a disk that is too small, Mismatch for memory that is, ChoiceNeeded for a device that is
     not there.
     """
-    if device != "cpu":
-        _refuse_device(device)
+    refuse_device(device)
     plan = replace(plan, device=device)
     plan = replace(plan, threads=worker_count(threads))
     while max_memory is not None and plan.memory > max_memory:
@@ -230,7 +229,10 @@ def settled(plan: Plan, threads: int | None = None, max_memory: int | None = Non
     return replace(plan, inputs=tuple(sorted(_inputs(plan))))
 
 
-def _refuse_device(device: str) -> None:
+def refuse_device(device: str) -> None:
+    """Raises ChoiceNeeded for a device that torch could not use here."""
+    if device == "cpu":
+        return
     import torch
 
     hint = "leave --device out: the CPU is as fast as the disk for most merges"

@@ -48,7 +48,8 @@ class Journal:
         self.lock = threading.Lock()
         self.left = {file.name: len(file.tasks) for file in plan.files}
         self.found: dict[str, dict[str, Written]] = {file.name: {} for file in plan.files}
-        path.write_text(json.dumps({"plan": fingerprint(plan)}) + "\n", encoding="utf-8")
+        self.first_line = json.dumps({"plan": fingerprint(plan)}) + "\n"
+        path.write_text(self.first_line, encoding="utf-8")
 
     def task_done(self, file: str, written: Mapping[str, Written]) -> None:
         """Called by the worker that did it, so that a kill loses no finished file."""
@@ -58,7 +59,8 @@ class Journal:
             if not self.left[file]:
                 self._add(file)
 
-    def file_kept(self, file: str, written: Mapping[str, Written]) -> None:
+    def file_done(self, file: str, written: Mapping[str, Written]) -> None:
+        """All of a file at once: it was kept, or others have written it."""
         with self.lock:
             self.found[file].update(written)
             self._add(file)

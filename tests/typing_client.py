@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ def writes(adapter: Adapter, path: Path) -> None:
 def merges(adapter: Adapter, path: Path) -> None:
     assert_type(loratool.merge("base/", adapter, "out/"), MergeReport)
     assert_type(loratool.merge("base/", "adapter/", "out/"), MergeReport)
+    assert_type(loratool.merge("base/", "adapter/", "out/", executor=ProcessPoolExecutor(2)), MergeReport)
     report = loratool.merge(
         path, [adapter, "one", (path, 0.5), (adapter, 1)], path, dtype="bf16", allow_new=True, progress=bar
     )

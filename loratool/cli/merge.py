@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import click
 import loratool
 from loratool.changes import DTYPES
 from loratool.cli import options, output
+from loratool.cluster import dask_executor
 from loratool.names import natural
 from loratool.plan import Plan
 
@@ -40,6 +42,11 @@ Examples:
 )
 @click.option("--link", is_flag=True, help="Hard-link files that no adapter touches, instead of copying them.")
 @click.option("--resume", is_flag=True, help="Keep the finished files of an interrupted run, once verified.")
+@click.option(
+    "--dask",
+    metavar="ADDRESS",
+    help="Let a Dask cluster do the work: HOST:PORT of its scheduler, or its scheduler file.",
+)
 @options.layout
 @options.component
 @options.map
@@ -58,6 +65,7 @@ def merge_command(
     reproducible: bool,
     link: bool,
     resume: bool,
+    dask: str | None,
     layout: dict[str, str],
     component: tuple[str, ...],
     map: tuple[Path, ...],
@@ -91,8 +99,10 @@ def merge_command(
     if dry_run:
         print_plan(loratool.plan(base, adapters, out, **choices), as_json, quiet)
         return
-    with output.progress(quiet or as_json) as callback:
-        report = loratool.merge(base, adapters, out, **choices, progress=callback)
+    if dask is not None and threads is not None:
+        raise click.UsageError("--threads is for workers on this machine; those of --dask have their own number")
+    with nullcontext() if dask is None else dask_executor(dask) as executor, output.progress(quiet or as_json) as bar:
+        report = loratool.merge(base, adapters, out, **choices, progress=bar, executor=executor)
     if as_json:
         output.print_json("merge", report.to_json())
     elif not quiet:
