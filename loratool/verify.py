@@ -27,6 +27,7 @@ from loratool.errors import ChoiceNeeded, Mismatch, Problem
 from loratool.layout import NewTensor, Weighted
 from loratool.plan import WORKERS
 from loratool.quantised import logical
+from loratool.receipt import MergedAdapter
 from loratool.requantise import Requantiser
 from loratool.survival import Survival, loss, survival_json, survival_of
 from loratool.tensors import DTYPE_BITS, MERGEABLE, FileSpan, FileState, TensorRef, torch_dtype
@@ -86,7 +87,7 @@ class VerifyReport:
 
     merged: Path
     base: Path
-    adapters: tuple[str, ...]
+    adapters: tuple[MergedAdapter, ...]
     tensors: tuple[TensorCheck, ...]
     untouched: int  # tensors that no adapter changes, byte-equal to the base's
     findings: tuple[Finding, ...]
@@ -115,7 +116,7 @@ class VerifyReport:
         return {
             "merged": str(self.merged),
             "base": str(self.base),
-            "adapters": list(self.adapters),
+            "adapters": [vars(adapter) for adapter in self.adapters],
             "answer": self.answer,
             "sample": self.sample,
             "ulps": None if self.ulps == float("inf") else self.ulps,
@@ -159,15 +160,19 @@ def run_verify(
     same, other = 0, []
     with workers(threads or WORKERS) as pool:
         running = {pool.submit(work.look, job): job for job in jobs}
-        for done in as_completed(running):
-            job, found = running[done], done.result()
-            meter.step(job.nbytes, job.name)
-            if isinstance(found, TensorCheck):
-                checks.append(found)
-            elif found:
-                same += 1
-            else:
-                other.append(job.name)
+        try:
+            for done in as_completed(running):
+                job, found = running[done], done.result()
+                meter.step(job.nbytes, job.name)
+                if isinstance(found, TensorCheck):
+                    checks.append(found)
+                elif found:
+                    same += 1
+                else:
+                    other.append(job.name)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # there is no answer: what has not begun is not begun
+            raise
     for known in work.inputs():
         known.check()
     order = {job.name: n for n, job in enumerate(jobs)}
@@ -177,9 +182,10 @@ def run_verify(
     if not findings:
         survival = {check.name: check.survival for check in checks if check.survival.asked}
         notes += loss(survival, "in this dtype", "a wider one keeps all of it")
-    names = tuple(f"{adapter.name}@{adapter.weight:g}" for adapter in fit.merged)
     seconds = time.monotonic() - started
-    return VerifyReport(merged_path, base_path, names, tuple(checks), same, findings, tuple(notes), sample, seconds)
+    return VerifyReport(
+        merged_path, base_path, fit.merged, tuple(checks), same, findings, tuple(notes), sample, seconds
+    )
 
 
 def _rounding_notes(checks: Sequence[TensorCheck]) -> Iterator[str]:

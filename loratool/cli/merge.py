@@ -45,6 +45,7 @@ Examples:
 @options.map
 @options.resources
 @options.dry_run
+@options.progress
 @options.as_json
 @options.quiet
 def merge_command(
@@ -65,6 +66,7 @@ def merge_command(
     max_memory: int | None,
     device: str,
     dry_run: bool,
+    progress_as: str,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -91,7 +93,7 @@ def merge_command(
     if dry_run:
         print_plan(loratool.plan(base, adapters, out, **choices), as_json, quiet)
         return
-    with output.progress(quiet or as_json) as callback:
+    with output.progress(quiet or as_json, progress_as) as callback:
         report = loratool.merge(base, adapters, out, **choices, progress=callback)
     if as_json:
         output.print_json("merge", report.to_json())
