@@ -37,6 +37,7 @@ ROOMS = (
     ("binding", "requantise"),
     ("changes",),
     ("diagnosis",),
+    ("comparing",),
     ("plan",),
     ("resume",),
     ("merge",),

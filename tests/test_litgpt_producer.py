@@ -101,6 +101,8 @@ def test_merge(tmp_path: Path, case: str) -> None:
     assert targets == {name for name in got if not torch.equal(got[name], run.state[name])}
     factors = {name.rpartition(".")[0] for name in run.whole if "lora_" in name}
     assert targets == {f"{module}.weight" for module in factors}
+    report = loratool.verify(run.adapter / "lit_model.pth", run.base / "lit_model.pth", run.weights)
+    assert report.answer, report.findings
 
 
 @pytest.mark.parametrize("case", CASES)

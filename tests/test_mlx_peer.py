@@ -173,6 +173,9 @@ def test_a_merge_is_what_mlx_fuses(case: str, tmp_path: Path) -> None:
     made = trained(tmp_path, kind, keys=keys, tune=tune)
     loratool.merge(made.base, made.adapter, tmp_path / "out")
     check(tmp_path / "out", made, count=count)
+    save_file(made.fused, tmp_path / "fused.safetensors")
+    report = loratool.verify(tmp_path / "fused.safetensors", made.base, made.adapter)
+    assert report.answer, report.findings
 
 
 @pytest.mark.parametrize("kind", ["llama", "tied", "mixtral", "qwen2_moe"])
@@ -290,6 +293,11 @@ def test_a_16_bit_base(tmp_path: Path) -> None:
         assert got[name].dtype == torch.bfloat16
         assert (got[name].double() - exact).abs().max() <= 2.0**-8 * exact.abs().max()
     assert len(changed(before, got)) == 14
+    fused = {name: value.bfloat16() for name, value in made.fused.items()}
+    save_file(fused, tmp_path / "fused.safetensors")
+    report = loratool.verify(tmp_path / "fused.safetensors", made.base, made.adapter)
+    assert {finding.word for finding in report.findings} == {"rounded-delta"}
+    assert loratool.verify(tmp_path / "fused.safetensors", made.base, made.adapter, rounded_delta=True).answer
 
 
 def test_archives_of_numpy_are_read(tmp_path: Path) -> None:
