@@ -1,7 +1,21 @@
 """LoRA adapters as one exact, versioned file: extract, inspect, merge, unmerge."""
 
 from loratool.adapter import Adapter, BaseIdentity, Target, Targeted, TensorIdentity
-from loratool.api import convert, extract, inspect, load, merge, plan, save, status, unmerge, validate, verify
+from loratool.api import (
+    convert,
+    extract,
+    inspect,
+    iter_merged,
+    load,
+    merge,
+    open_merged,
+    plan,
+    save,
+    status,
+    unmerge,
+    validate,
+    verify,
+)
 from loratool.convert import ConvertReport
 from loratool.errors import (
     AnswerIsNo,
@@ -21,6 +35,7 @@ from loratool.summary import Summary
 from loratool.tensors import TensorRef
 from loratool.verify import VerifyReport
 from loratool.version import __version__
+from loratool.virtual import MergedFile, MergedFolder, MergedSlice
 from loratool.workers import Progress
 
 __all__ = [
@@ -33,6 +48,9 @@ __all__ = [
     "InvalidFile",
     "LoratoolError",
     "MergeReport",
+    "MergedFile",
+    "MergedFolder",
+    "MergedSlice",
     "Mismatch",
     "OutputRefused",
     "Plan",
@@ -51,8 +69,10 @@ __all__ = [
     "convert",
     "extract",
     "inspect",
+    "iter_merged",
     "load",
     "merge",
+    "open_merged",
     "plan",
     "save",
     "status",

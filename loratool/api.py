@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ParamSpec, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypeVar
 
 from loratool import conventions, maps
 from loratool import format as native_format
 from loratool.adapter import Adapter
 from loratool.binding import led
 from loratool.checkpoint import open_checkpoint, read_json
+from loratool.conventions import of_base
 from loratool.conventions.choices import Choices
 from loratool.conventions.writing import Options
 from loratool.convert import ConvertReport, plan_convert, run_convert
@@ -23,7 +24,11 @@ from loratool.quantised import logical
 from loratool.status import Status, status_of
 from loratool.summary import Summary, inspect_path
 from loratool.verify import VerifyReport, run_verify
+from loratool.virtual import MergedFolder, each_tensor, open_virtual
 from loratool.workers import ProgressCallback
+
+if TYPE_CHECKING:
+    import torch
 
 PathLike: TypeAlias = str | Path
 AdapterLike: TypeAlias = PathLike | Adapter
@@ -125,7 +130,7 @@ def save(adapter: Adapter, path: PathLike) -> None:
 
     Raises ChoiceNeeded for an unknown scale, InvalidFile for a contradiction, OutputRefused if `path` exists.
     """
-    native_format.write(adapter, Path(path))
+    native_format.write(of_base.bound(adapter), Path(path))
 
 
 @_typed
@@ -309,6 +314,73 @@ def merge(
         device=device,
     )
     return run_merge(planned, progress)
+
+
+@_typed
+def open_merged(
+    base: PathLike,
+    adapters: AdapterLike | Sequence[Weighted],
+    *,
+    dtype: str = "keep",
+    allow_new: bool = False,
+    layout: Mapping[str, str] | None = None,
+    component: str | Sequence[str] | None = None,
+    map: PathLike | Sequence[PathLike] | None = None,
+    reproducible: bool = False,
+    threads: int | None = None,
+) -> MergedFolder:
+    """Open base + adapters as if they were merged: an object with the interface of `safetensors.safe_open`.
+
+    Nothing is written. A tensor, or what is asked for of it with `get_slice(name)[rows, columns]`, is computed when it
+    is asked for, to the bits that `merge` writes with the same options. `open_shard(name)` is one of its `files`.
+    `threads` workers compute. Every problem that a merge has is raised here.
+
+    >>> with loratool.open_merged("base/", "adapter/") as merged:  # doctest: +SKIP
+    ...     half = merged.get_slice("model.layers.0.mlp.up_proj.weight")[:2816]
+    """
+    given = [(adapter, 1.0 if weight is None else weight) for adapter, weight in _weighted(adapters)]
+    return open_virtual(
+        Path(base),
+        given,
+        dtype=dtype,
+        allow_new=allow_new,
+        choices=choices(layout=layout, component=component, map=map),
+        reproducible=reproducible,
+        threads=threads,
+    )
+
+
+def iter_merged(
+    base: PathLike,
+    adapters: AdapterLike | Sequence[Weighted],
+    *,
+    dtype: str = "keep",
+    allow_new: bool = False,
+    layout: Mapping[str, str] | None = None,
+    component: str | Sequence[str] | None = None,
+    map: PathLike | Sequence[PathLike] | None = None,
+    reproducible: bool = False,
+    threads: int | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors of base + adapters as (name, tensor), for weight loaders. As `open_merged`, one after the other.
+
+    Problems are raised by the call, before the first tensor. A tensor is the caller's; memory that the caller no longer
+    holds is used again.
+
+    >>> model.load_weights(loratool.iter_merged("base/", "adapter/"))  # doctest: +SKIP
+    """
+    merged = open_merged(
+        base,
+        adapters,
+        dtype=dtype,
+        allow_new=allow_new,
+        layout=layout,
+        component=component,
+        map=map,
+        reproducible=reproducible,
+        threads=threads,
+    )
+    return each_tensor(merged)
 
 
 @_typed

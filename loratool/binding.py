@@ -11,6 +11,7 @@ from typing import NamedTuple
 from loratool import conventions, maps
 from loratool.adapter import Adapter, Targeted, overlaps
 from loratool.checkpoint import Checkpoint, open_checkpoint
+from loratool.conventions import of_base
 from loratool.conventions.choices import Choices
 from loratool.errors import LoratoolError, Problem
 from loratool.format import check_index, unknown_alpha
@@ -95,7 +96,8 @@ class Binding:
 
     def _part(self, adapter: Path | Adapter, weight: float, choices: Choices) -> Part:
         if isinstance(adapter, Adapter):
-            given, name = adapter, adapter.provenance.get("convention", "adapter in memory")
+            # Read earlier, perhaps against another base than this one.
+            given, name = of_base.bound(adapter), adapter.provenance.get("convention", "adapter in memory")
         else:
             given, name = conventions.read_against(open_checkpoint(adapter), choices, self.view), adapter.name
         return Part(led(given, self.base, self.view, name), weight, name, given=given)

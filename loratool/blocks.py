@@ -95,6 +95,9 @@ class Merged(NamedTuple):
     first: int  # the number of the matrix's first row
 
 
+Place = Callable[[int, int], "torch.Tensor | None"]  # [rows, columns] in one piece; None: the block's own memory
+
+
 @gradual_underflow()
 def each_block(
     tensor: NewTensor,
@@ -103,14 +106,16 @@ def each_block(
     rows: tuple[int, int] | None = None,
     reproducible: bool = False,
     device: str = "cpu",
+    place: Place | None = None,
 ) -> None:
     """Merge a tensor block by block, or only the blocks that hold some of the rows start:stop.
 
     Blocks are the same ones whatever rows are wanted, and so are their bits. `reproducible` rounds as if computed
     exactly, to the same bits on every machine; without it, about 20 in a million elements of 16 bits are the other
-    neighbour.
+    neighbour. `place` says where the values of the rows start:stop of a block are to be rounded to, if not to memory
+    that the next block uses again; blocks in which nothing is computed do not go there.
     """
-    tensor = replace(tensor, updates=tuple(map(_held, tensor.updates)))
+    tensor = held(tensor)
     matrices, height, columns = _matrices(tensor)
     low, high = rows or (0, matrices * height)
     with _rows(tensor, height, columns, device) as source:
@@ -132,7 +137,10 @@ def each_block(
                 stored = source.read(first + start, first + stop)
                 values, exact, largest = stored, None, 0.0
                 if opened or tensor.source is None or tensor.source.dtype != tensor.dtype:
-                    values, exact, largest = _merged(tensor, source, opened, stored, start, stop, reproducible)
+                    out = place(first + start, first + stop) if place is not None else None
+                    if out is None:
+                        out = source.buffer("out", torch_dtype(tensor.dtype), stop - start)
+                    values, exact, largest = _merged(tensor, source, opened, stored, out, start, stop, reproducible)
                 receive(Merged(first + start, first + stop, stored, values, exact, largest, source, opened, first))
 
 
@@ -155,6 +163,23 @@ def float32_error(block: Merged) -> torch.Tensor:
         error[place : place + len(part)].add_(magnitude, alpha=abs(update.weight) * (update.terms + 8))
         own += update.terms + 8 if isinstance(update.block, DoraBlock) else 0
     return error.add_(_peaks(block.exact), alpha=own).mul_(2.0**-24)
+
+
+def block_rows(tensor: NewTensor) -> list[tuple[int, int]]:
+    """The rows start:stop of each block that `each_block` hands out, in its order, counted through all matrices."""
+    matrices, rows, columns = _matrices(tensor)
+    blocks = [*_blocks(rows, columns, tensor)]
+    return [(matrix * rows + start, matrix * rows + stop) for matrix in range(matrices) for start, stop in blocks]
+
+
+def held(tensor: NewTensor) -> NewTensor:
+    """A tensor of which blocks can be asked for again and again, without reading a whole factor each time."""
+    return replace(tensor, updates=tuple(map(_held, tensor.updates)))
+
+
+def stacked(tensor: NewTensor) -> bool:
+    """Whether its first dimension counts experts, of which each is a matrix for updates."""
+    return any(item.target.stacked for item, _ in tensor.updates)
 
 
 def whole(tensor: NewTensor, reproducible: bool = False) -> torch.Tensor:
@@ -248,7 +273,7 @@ def restore(
 
     `tensor.updates` carry the weights of the merge. Raises InvalidFile for a record that does not fit.
     """
-    tensor = replace(tensor, updates=tuple(map(_held, tensor.updates)))
+    tensor = held(tensor)
     after = blake3()
     matrices, rows, columns = _matrices(tensor)
     blocks, norms = record.read_blocks(), iter(record.norms)
@@ -284,18 +309,18 @@ def _merged(
     source: Rows,
     opened: Sequence[_Opened],
     stored: torch.Tensor,
+    out: torch.Tensor,
     start: int,
     stop: int,
     reproducible: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Rows start:stop of the result, in the output's dtype; before they were rounded; and their largest magnitude,
-    which is finite."""
+    """Rows start:stop of the result, in `out`; before they were rounded; and their largest magnitude, which is
+    finite."""
     W = source.widened(stored, stop - start)
     inside = [*_inside(opened, W, start, stop)]
     for update, part, offset in inside:
         update.block.apply(part, offset, update.weight)
     largest = max(map(abs, extremes(W)))
-    out = source.buffer("out", torch_dtype(tensor.dtype), stop - start)
     if not reproducible or not inside or compute_dtype(tensor) == "F64":
         return _finite(round_once(W, out), largest, tensor), W, largest
     size = _size(inside, W, start)
@@ -426,13 +451,13 @@ def _at_once(inside: Sequence[Part]) -> int:
 
 def _matrices(tensor: NewTensor) -> tuple[int, int, int]:
     """A tensor as (matrices, rows, columns): one matrix per expert where updates see experts, else one."""
-    stacked = any(item.target.stacked for item, _ in tensor.updates)
-    shape = tensor.shape[1:] if stacked else tensor.shape
+    experts = stacked(tensor)
+    shape = tensor.shape[1:] if experts else tensor.shape
     rows = shape[0] if shape else 1
     columns = 1
     for dim in shape[1:]:
         columns *= dim
-    return tensor.shape[0] if stacked else 1, rows, columns
+    return tensor.shape[0] if experts else 1, rows, columns
 
 
 def _ordered(tensor: NewTensor, matrix: int) -> list[Weighted]:

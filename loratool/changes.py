@@ -16,7 +16,7 @@ from loratool.format import content_digest
 from loratool.layout import NewTensor, Weighted
 from loratool.quantised import Dequantised
 from loratool.receipt import MergedAdapter
-from loratool.tensors import MERGEABLE, TensorRef
+from loratool.tensors import MERGEABLE, FileState, TensorRef
 
 DTYPES = {"keep": None, "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
@@ -71,6 +71,16 @@ def fitted(
     dropped = requantise.dropped(base) if DTYPES[dtype] else ()
     notes = (*base.notes, *binding.notes, *twice)
     return Fitted(base, (), parts, merged, changes, tuple(additions), tuple(dropped), notes)
+
+
+def inputs(made_of: TensorRef | NewTensor) -> set[FileState]:
+    """The files that the bytes of a tensor come from, as they were when they were first read."""
+    refs = [made_of] if isinstance(made_of, TensorRef) else []
+    if isinstance(made_of, NewTensor):
+        refs += [ref for item, _ in made_of.updates for ref in item.update.components().values()]
+        refs += [made_of.source] if made_of.source else []
+        refs += quantised.parts(made_of.source)
+    return {ref.data.state for ref in refs if ref.data.state is not None}
 
 
 def _refuse_base(base: Checkpoint) -> None:

@@ -172,6 +172,9 @@ class Comparison:
         refs = [*self.merged.stored.values(), *(ref for _, ref in _stored(self.fit.base))]
         return {ref.data.state for ref in refs if ref.data.state is not None}
 
+    def look_at(self, job: Job) -> tuple[Job, TensorCheck | bool]:
+        return job, self.look(job)
+
     def look(self, job: Job) -> TensorCheck | bool:
         """What became of a tensor; of one that nothing changes, whether it is the base's."""
         wanted, source = job.wanted, job.wanted.source

@@ -12,7 +12,7 @@ from loratool.adapter import Adapter, Targeted
 from loratool.binding import Binding, Part, led
 from loratool.bundle import Bundle
 from loratool.checkpoint import Checkpoint, open_checkpoint
-from loratool.conventions import Writer
+from loratool.conventions import Writer, of_base
 from loratool.conventions.choices import Choices
 from loratool.conventions.writing import Misfit, Options
 from loratool.errors import ChoiceNeeded, LoratoolError, Mismatch, OutputRefused, Problem, Unsupported
@@ -21,6 +21,7 @@ from loratool.names import listed
 from loratool.quantised import logical
 from loratool.staging import refuse_existing, refuse_small_disk, staged
 from loratool.tensors import FileState
+from loratool.updates import Replace
 from loratool.version import TOOL
 
 _FLAGS = {"uniform": "--uniform", "component": "--as"}
@@ -91,16 +92,22 @@ def plan_convert(
     opened = None if base is None else logical(open_checkpoint(base))
     view = None if opened is None else maps.View(opened.tensors, choices.maps or maps.shipped())
     adapter, read_as, inputs = _read(source, choices, convention, opened, view)
+    adapter = of_base.bound(adapter)
     problems, notes = _unfit(adapter, choices, opened)
     if problems:
         raise Mismatch(problems)
-    adapter, baked = _fitted(adapter, writer, opened, options, bake)
+    adapter, baked, copies = _fitted(adapter, writer, opened, options, bake)
+    if not adapter.updates:
+        what = f"nothing is left to write: {listed(copies)} are replaced by what they are in the base"
+        raise Mismatch(Problem("E-LIMIT", what, str(source) if isinstance(source, Path) else "", ""))
     adapter = replace(adapter, provenance={**adapter.provenance, "tool": TOOL})
     bundle = writer.write(adapter, opened, options)
     if refused := [*_bad_output(out, bundle, writer)]:
         raise OutputRefused(refused)
     if opened is not None:
         inputs = (*inputs, *(FileState.of(shard.path) for shard in opened.shards))
+    if copies:
+        notes = (*notes, f"{listed(copies)}: whole tensors that are the base's own are left out")
     if baked:
         notes = (*notes, f"{listed(baked)}: baked in, as whole tensors of this base: no other base fits them any more")
     return Conversion(adapter, read_as, writer, bundle, out, baked, (*notes, *bundle.notes), inputs, view)
@@ -186,19 +193,42 @@ def _unfit(adapter: Adapter, choices: Choices, base: Checkpoint | None) -> tuple
 
 def _fitted(
     adapter: Adapter, writer: Writer, base: Checkpoint | None, options: Options, bake: bool
-) -> tuple[Adapter, tuple[str, ...]]:
-    """The adapter as the target can hold it, with what does not fit baked in if that is wanted. Raises Unsupported."""
+) -> tuple[Adapter, tuple[str, ...], tuple[str, ...]]:
+    """The adapter as the target can hold it, with what does not fit left out where it is the base's own tensor (PEFT
+    saves whole heads and embeddings beside their LoRA), or baked in if that is wanted; the names of both.
+
+    Raises Unsupported.
+    """
     baked: set[str] = set()
+    copies: tuple[str, ...] = ()
     while found := writer.misfits(adapter, base, options):
-        more = {name for misfit in found if misfit.bakeable for name in misfit.names} - baked
-        if not bake or not more or base is None:
+        names = {name for misfit in found for name in misfit.names} - baked
+        if base is not None and (more := tuple(_copies(adapter, names, base))):
+            copies += more
+            left = (item for item in adapter.updates if item.target.name not in more or item.update.role != "replace")
+            adapter = replace(adapter, updates=tuple(left))
+            continue
+        wanted = {name for misfit in found if misfit.bakeable for name in misfit.names} - baked
+        if not bake or not wanted or base is None:
             raise Unsupported([_refusal(misfit, writer, adapter, bake) for misfit in found])
-        if absent := sorted(more - base.tensors.keys()):
+        if absent := sorted(wanted - base.tensors.keys()):
             what = f"{listed(absent)} can not be baked in: the base has no such tensor"
             raise Mismatch(Problem("E-TARGET", what, str(base.path), "is this the adapter's base?"))
-        baked |= more
-        adapter = replace(adapter, updates=tuple(_baked(adapter, more, base)))
-    return adapter, tuple(name for name in adapter.targets() if name in baked)
+        baked |= wanted
+        adapter = replace(adapter, updates=tuple(_baked(adapter, wanted, base)))
+    return adapter, tuple(name for name in adapter.targets() if name in baked), copies
+
+
+def _copies(adapter: Adapter, names: set[str], base: Checkpoint) -> Iterator[str]:
+    """The tensors, of some, that are replaced by what they are in the base."""
+    for item in adapter.updates:
+        stored = base.tensors.get(item.target.name)
+        if item.target.name not in names or not isinstance(item.update, Replace) or stored is None:
+            continue
+        value = item.update.value
+        same = item.target.covers_all and (value.dtype, value.shape) == (stored.dtype, stored.shape)
+        if same and value.digest() == stored.digest():
+            yield item.target.name
 
 
 def _baked(adapter: Adapter, names: set[str], base: Checkpoint) -> Iterator[Targeted]:

@@ -5,7 +5,9 @@ LoratoolError             base of all; carries one or more Problems
 ├── Unsupported           well-formed, but loratool can not do the right thing with it
 ├── ChoiceNeeded          the files leave something open (alpha, convention, adapter name): an option decides
 ├── Mismatch              adapter, base and merged checkpoint do not belong together
+│   └── NoSuchTensor      a name that is not there; a KeyError too, for those who treat a checkpoint as a mapping
 ├── OutputRefused         the output can not be written, or is there already
+├── Closed                used after it was closed; a ValueError too, as of any file
 └── AnswerIsNo            the question was understood and the answer is no (exit code 1)
 
 A `Problem` is one fact: what is wrong, where, why it matters, and what helps. One error may carry many: a plan
@@ -82,6 +84,16 @@ class ChoiceNeeded(LoratoolError):
 
 class Mismatch(LoratoolError):
     """Adapter, base and merged checkpoint do not fit each other."""
+
+
+class NoSuchTensor(Mismatch, KeyError):
+    """There is no tensor of this name."""
+
+    __str__ = Exception.__str__  # a KeyError shows its message in quotes
+
+
+class Closed(LoratoolError, ValueError):
+    """It was closed, and is used."""
 
 
 class OutputRefused(LoratoolError):

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from loratool.adapter import Targeted
 from loratool.checkpoint import Checkpoint, Shard, read_json
 from loratool.container import encode_header
+from loratool.errors import Problem
 from loratool.tensors import DTYPE_BITS, FileSpan, Shape, TensorRef, reading
 
 
@@ -85,6 +86,7 @@ class OutputFile:
     tensors: tuple[tuple[str, str, Shape], ...]  # (name, dtype, shape) in order of offset
     metadata: Mapping[str, str]
     same_as: Path | None = None  # the input file, where the output is to be equal to it
+    made_of: tuple[TensorRef | NewTensor, ...] = ()  # what each of `tensors` is: stored so, or computed
 
     def with_metadata(self, metadata: Mapping[str, str]) -> OutputFile:
         """The same file with other metadata; tasks move with the header's length."""
@@ -171,7 +173,9 @@ def _output_file(
         position += nbytes
     untouched = kept and not any(isinstance(task, Change) for task in tasks)
     same_as = shard.path if untouched else None
-    return OutputFile(output_name(shard.path), header, position, tuple(tasks), tensors, metadata, same_as)
+    return OutputFile(
+        output_name(shard.path), header, position, tuple(tasks), tensors, metadata, same_as, tuple(planned)
+    )
 
 
 def _append_copy(tasks: list[Copy | Change], source: TensorRef, offset: int) -> None:
@@ -191,6 +195,13 @@ def _append_copy(tasks: list[Copy | Change], source: TensorRef, offset: int) -> 
 def _span(data: FileSpan, nbytes: int) -> TensorRef:
     """Raw bytes of a file."""
     return TensorRef(data.path.name, "U8", (nbytes,), data, (nbytes,))
+
+
+def names_clash(base: Checkpoint) -> Iterator[Problem]:
+    """Two weights files can not have one name in an output."""
+    names = [output_name(shard.path) for shard in base.shards]
+    if len({(shard.path.parent, name) for shard, name in zip(base.shards, names, strict=True)}) < len(names):
+        yield Problem("E-OUTPUT", f"two weights files would have one name: {', '.join(names)}", str(base.path))
 
 
 def output_name(path: Path) -> str:

@@ -6,7 +6,6 @@ A plan reports all its problems at once. It is data: it can be printed (`--dry-r
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,19 +16,20 @@ from loratool import quantised, receipt, requantise, staging
 from loratool.adapter import Adapter
 from loratool.binding import Binding, Part
 from loratool.blocks import BLOCK_BYTES, compute_dtype
-from loratool.changes import fitted
+from loratool.changes import fitted, inputs
 from loratool.checkpoint import Checkpoint, open_checkpoint
+from loratool.conventions import of_base
 from loratool.conventions.choices import Choices
 from loratool.errors import AnswerIsNo, ChoiceNeeded, InvalidFile, Mismatch, OutputRefused, Problem
 from loratool.format import content_digest
-from loratool.layout import Change, NewTensor, OutputFile, Weighted, output_files, output_index, output_name
+from loratool.layout import Change, NewTensor, OutputFile, Weighted, names_clash, output_files, output_index
 from loratool.maps.cutting import Derived
+from loratool.names import listed
 from loratool.receipt import MergedAdapter, Receipt
 from loratool.tensors import CHUNK, DTYPE_BITS, FileState, TensorRef
 from loratool.undo import UndoRecord
 from loratool.undo import read as read_undo
-
-WORKERS = min(8, os.cpu_count() or 1)  # tasks that run at a time
+from loratool.workers import WORKERS, worker_count
 
 
 @dataclass(frozen=True)
@@ -217,9 +217,7 @@ def settled(plan: Plan, threads: int | None = None, max_memory: int | None = Non
     if device != "cpu":
         _refuse_device(device)
     plan = replace(plan, device=device)
-    if threads is not None and threads < 1:
-        raise ChoiceNeeded(Problem("E-OPTION", f"{threads} threads can do nothing"))
-    plan = replace(plan, threads=threads or WORKERS)
+    plan = replace(plan, threads=worker_count(threads))
     while max_memory is not None and plan.memory > max_memory:
         if plan.threads == 1:
             what = f"the largest tensor needs {plan.memory:,} bytes with its factors, {max_memory:,} are allowed"
@@ -244,17 +242,9 @@ def _refuse_device(device: str) -> None:
 
 def _inputs(plan: Plan) -> set[FileState]:
     """The files that the plan's bytes come from, as they were when they were first read."""
-    refs: list[TensorRef] = []
-    for file in plan.files:
-        for task in file.tasks:
-            if isinstance(task, Change):
-                parts = [ref for item, _ in task.tensor.updates for ref in item.update.components().values()]
-                refs += parts + ([task.tensor.source] if task.tensor.source else [])
-                refs += quantised.parts(task.tensor.source)
-            else:
-                refs.append(task.source)
-    companions = {FileState.of(plan.source / path) for path in plan.companions}
-    return companions | {ref.data.state for ref in refs if ref.data.state is not None}
+    tasks = [task for file in plan.files for task in file.tasks]
+    read = [inputs(task.tensor if isinstance(task, Change) else task.source) for task in tasks]
+    return {FileState.of(plan.source / path) for path in plan.companions}.union(*read)
 
 
 def _single(base: Checkpoint, out: Path) -> bool:
@@ -280,9 +270,7 @@ def _output_problems(source: Checkpoint, out: Path, folders: Sequence[Path]) -> 
         yield problem
     if out.suffix == ".safetensors" and source.path.is_dir():
         yield Problem("E-OUTPUT", "the input is a folder, so the output is one too", str(out), "give a folder with -o")
-    names = [output_name(shard.path) for shard in source.shards]
-    if len({(shard.path.parent, name) for shard, name in zip(source.shards, names, strict=True)}) < len(names):
-        yield Problem("E-OUTPUT", f"two weights files would have one name: {', '.join(names)}", str(source.path))
+    yield from names_clash(source)
 
 
 # --- unmerge ---------------------------------------------------------------------------------------------------------
@@ -321,6 +309,8 @@ def plan_unmerge(
     binding = Binding(against)
     binding.read(given, choices or Choices())
     problems += binding.problems
+    if base is None and (unknown := [*_of_the_merged(binding)]):
+        raise Mismatch([*problems, *unknown])
     parts = _matched(binding.parts, found, problems)
     record = read_undo(undo_path) if undo_path is not None else None
     # A record proves what comes out instead.
@@ -380,6 +370,16 @@ def plan_unmerge(
         record=record,
     )
     return settled(plan, threads, max_memory, device)
+
+
+def _of_the_merged(binding: Binding) -> Iterator[Problem]:
+    """Adapters whose numbers come from the base's weights, where there are only those of the merged checkpoint."""
+    for part in binding.parts:
+        weights = of_base.weights(part.original)
+        if theirs := [name for name, weight in weights.items() if weight is binding.base.tensors.get(name)]:
+            what = f"its updates of {listed(theirs)} are computed from the base's weights, which are not here"
+            hint = "give --base BASE, or instead of the adapter what `convert --to native --base BASE` makes of it"
+            yield Problem("E-RECEIPT", what, part.name, hint)
 
 
 def _unmerged_view(merged: Checkpoint, found: Receipt) -> Checkpoint:

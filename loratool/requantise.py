@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 Step = Callable[[int], None]
-Receive = Callable[["torch.Tensor", int], None]  # rows of the merged weight, and the number of the first
+Receive = Callable[["torch.Tensor", int], None]  # rows of the weight, as numbers or codes, and the number of the first
 
 
 def problems(
@@ -118,7 +118,7 @@ class Requantiser:
         scales = self._scales(tensor)
         survival = Survival()
         if tensor.part == "codes":
-            survival = _write_codes(tensor, scales, put)
+            survival = each_codes(tensor, scales, lambda codes, _: put(codes))
         else:
             put(scales.to(torch_dtype(tensor.dtype)))
         if not digests or tensor.original is None:
@@ -133,11 +133,11 @@ class Requantiser:
         with own:
             if name in self.scales:
                 return self.scales.pop(name)  # for the second of the two: nobody needs them after it
-            self.scales[name] = _new_scales(tensor)
+            self.scales[name] = new_scales(tensor)
             return self.scales[name]
 
 
-def _new_scales(tensor: NewTensor) -> torch.Tensor:
+def new_scales(tensor: NewTensor) -> torch.Tensor:
     """The scales of a merged weight [tile rows, tile columns], in float32, as the output's dtype can hold them."""
     import torch
 
@@ -173,8 +173,13 @@ def _note_peaks(peaks: torch.Tensor, values: torch.Tensor, start: int, tile: tup
     peaks.scatter_reduce_(0, which.unsqueeze(1).expand_as(across), across, "amax")
 
 
-def _write_codes(tensor: NewTensor, scales: torch.Tensor, put: Callable[[torch.Tensor], None]) -> Survival:
-    """Write the codes; return how much of the change is left when they are dequantised."""
+def each_codes(
+    tensor: NewTensor, scales: torch.Tensor, receive: Receive, rows: tuple[int, int] | None = None
+) -> Survival:
+    """Hand out the codes block by block, or only the blocks that hold some of the rows start:stop.
+
+    Returns how much of those blocks' change is left when they are dequantised.
+    """
     import torch
 
     scheme = _scheme(tensor)
@@ -188,19 +193,23 @@ def _write_codes(tensor: NewTensor, scales: torch.Tensor, put: Callable[[torch.T
         first, last = start // scheme.tile[0], -(-stop // scheme.tile[0])
         scale = scheme.spread(scales[first:last], start, stop)
         codes = (W / scale.masked_fill(scale == 0, 1)).clamp_(-top, top).to(dtype)  # [rows, columns]
-        put(codes)
+        receive(codes, start)
         before = scheme.rows(start, stop)
         survival = survival.plus(survival_of(before, W, codes.float() * scale))
 
-    _merge(tensor, encode)
+    _merge(tensor, encode, rows)
     return survival
 
 
-def _merge(tensor: NewTensor, receive: Receive) -> None:
+def _merge(tensor: NewTensor, receive: Receive, rows: tuple[int, int] | None = None) -> None:
     """Compute the merged weight in float32 and hand it on, some rows at a time."""
+    each_block(in_float32(tensor), lambda block: receive(block.values, block.start), rows=rows)
+
+
+def in_float32(tensor: NewTensor) -> NewTensor:
+    """The merged weight that a part stands for, before it is quantised again."""
     assert tensor.source is not None
-    whole = replace(tensor, dtype="F32", shape=tensor.source.shape, part="")
-    each_block(whole, lambda block: receive(block.values, block.start))
+    return replace(tensor, dtype="F32", shape=tensor.source.shape, part="")
 
 
 def _scheme(tensor: NewTensor) -> Scaled:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,10 @@ from loratool.comparing import Comparison, Finding, MergedTensors, TensorCheck
 from loratool.conventions.choices import Choices
 from loratool.errors import ChoiceNeeded, Mismatch, Problem
 from loratool.names import listed
-from loratool.plan import WORKERS
 from loratool.quantised import logical
 from loratool.receipt import MergedAdapter
 from loratool.survival import Survival, loss, survival_json
-from loratool.workers import Meter, ProgressCallback, workers
+from loratool.workers import Meter, ProgressCallback, each_done, worker_count, workers
 
 ULPS = 1  # the largest accepted distance, in units of the last place
 
@@ -107,21 +106,15 @@ def run_verify(
     meter = Meter(sum(job.nbytes for job in jobs), progress)
     checks: list[TensorCheck] = []
     same, other = 0, []
-    with workers(threads or WORKERS) as pool:
-        try:
-            running = {pool.submit(work.look, job): job for job in jobs}
-            for done in as_completed(running):
-                job, found = running[done], done.result()
-                meter.step(job.nbytes, job.name)
-                if isinstance(found, TensorCheck):
-                    checks.append(found)
-                elif found:
-                    same += 1
-                else:
-                    other.append(job.name)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # there is no answer: what has not begun is not begun
-            raise
+    with workers(worker_count(threads)) as pool:
+        for job, found in each_done(pool, [partial(work.look_at, job) for job in jobs]):
+            meter.step(job.nbytes, job.name)
+            if isinstance(found, TensorCheck):
+                checks.append(found)
+            elif found:
+                same += 1
+            else:
+                other.append(job.name)
     for known in work.inputs():
         known.check()
     order = {job.name: n for n, job in enumerate(jobs)}

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from queue import SimpleQueue
+from typing import NamedTuple, TypeVar, cast
+
+from loratool.errors import ChoiceNeeded, Problem
+
+T = TypeVar("T")
+
+WORKERS = min(8, os.cpu_count() or 1)  # tasks that run at a time
+_STARTING = threading.Lock()  # two pools that start at once would put each other's number back
 
 
 class Progress(NamedTuple):
@@ -46,24 +55,65 @@ class Meter:
                 raise
 
 
+def worker_count(threads: int | None) -> int:
+    """As many as asked for. Raises ChoiceNeeded for none."""
+    if threads is not None and threads < 1:
+        raise ChoiceNeeded(Problem("E-OPTION", f"{threads} threads can do nothing"))
+    return threads or WORKERS
+
+
 def workers(count: int) -> ThreadPoolExecutor:
-    """Threads with torch on one thread each: blocks are too small to be worth its own, which wait for each other."""
-    return ThreadPoolExecutor(count, initializer=_single_threaded)
+    """A pool of `count` threads, all started, with one torch thread each: blocks are too small to be worth its own.
 
-
-_starting = threading.Lock()
-
-
-def _single_threaded() -> None:
-    """OpenMP has this number per thread, but torch also starts threads that are yet to come with the last one set.
-
-    That one is the caller's: a thread that ends at once sets it back.
+    torch keeps the number per thread. But a thread that is new starts with what was set last, in whatever thread: so
+    that is asked of a new one before the workers set theirs, and set again by another new one.
     """
     import torch
 
-    with _starting:
-        callers = torch.get_num_threads()  # this thread is new, so it has what threads start with
+    pool = ThreadPoolExecutor(count, thread_name_prefix="loratool")
+    there = threading.Barrier(count)
+
+    def alone() -> None:
         torch.set_num_threads(1)
-        restorer = threading.Thread(target=torch.set_num_threads, args=(callers,))
-        restorer.start()
-        restorer.join()
+        torch.get_num_threads()  # a thread takes up the process's number when it is first asked: not later than now
+        there.wait()  # each job has a thread of its own
+
+    with _STARTING, ThreadPoolExecutor(1) as before, ThreadPoolExecutor(1) as after:
+        number = before.submit(torch.get_num_threads).result()
+        try:
+            for _ in each_done(pool, [alone] * count):
+                pass
+        except BaseException:  # the system has no more threads, or a signal came: nobody may wait for the others
+            there.abort()
+            pool.shutdown()
+            raise
+        finally:
+            after.submit(torch.set_num_threads, number).result()
+    return pool
+
+
+def each_done(pool: ThreadPoolExecutor, jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """Run jobs, and give out what they return as they end. Raises the first error; jobs that wait are given up then.
+
+    The thread that waits may be interrupted by a signal anywhere. It shares no condition variable with the workers, as
+    it would in waiting for their futures: an interrupt inside of one leaves it broken for them.
+    """
+    ended: SimpleQueue[tuple[T, None] | tuple[None, BaseException]] = SimpleQueue()
+
+    def run(job: Callable[[], T]) -> None:
+        try:
+            found = job()
+        except BaseException as error:
+            ended.put((None, error))
+        else:
+            ended.put((found, None))
+
+    try:
+        for _ in [pool.submit(run, job) for job in jobs]:
+            found, error = ended.get()
+            if error is not None:
+                raise error
+            yield cast(T, found)
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise

@@ -221,7 +221,7 @@ def kohya() -> list[Sample]:
 
 
 def lycoris() -> list[Sample]:
-    base = base_of("q.weight", "v.weight", "h.weight", "k.weight", "f.weight")
+    base = base_of(*(f"{name}.weight" for name in "qvhkfig"))
     alpha = torch.tensor(ALPHA)
     parts: dict[str, dict[str, Tensor]] = {
         "q": {"lora_down.weight": QA, "lora_up.weight": QB, "alpha": alpha},
@@ -234,6 +234,14 @@ def lycoris() -> list[Sample]:
         "h": {"hada_w1_a": QB, "hada_w1_b": QA, "hada_w2_a": VB, "hada_w2_b": VA, "alpha": alpha.clone()},
         "k": {"lokr_w1": W1, "lokr_w2_a": W2A, "lokr_w2_b": W2B, "alpha": alpha.clone()},
         "f": {"diff": values(OUT, IN, seed=14)},
+        "i": {"weight": MAGNITUDE, "on_input": torch.tensor(0)},
+        "g": {
+            "a1.weight": VA.T,
+            "a2.weight": QA,
+            "b1.weight": QB,
+            "b2.weight": VA,
+            "alpha": alpha.clone(),
+        },
     }
     state = {f"lycoris_{module}.{part}": value.clone() for module, own in parts.items() for part, value in own.items()}
     exact = {
@@ -242,6 +250,8 @@ def lycoris() -> list[Sample]:
         "h.weight": hadamard(base["h.weight"], QA, QB, VA, VB),
         "k.weight": kronecker(base["k.weight"], W1, W2A @ W2B, ALPHA),
         "f.weight": base["f.weight"].double() + parts["f"]["diff"].double(),
+        "i.weight": base["i.weight"].double() * (1 + MAGNITUDE.double()[:, None]),
+        "g.weight": plus(base["g.weight"], VA, QB) + SCALE * (base["g.weight"].double() @ VA.T.double() @ QA.double()),
     }
     return [Sample(file(state, "a.safetensors"), base, exact, frozenset({"lora", "dora", "loha", "lokr", "add"}))]
 

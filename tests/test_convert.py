@@ -406,6 +406,23 @@ def test_an_adapter_that_does_not_fit(adapter: Adapter, code: str, kit: Kit, tmp
     assert refused(adapter, tmp_path, base=kit / "base").code == code
 
 
+def test_whole_tensors_that_are_the_bases_own_are_left_out(tmp_path: Path) -> None:
+    """PEFT saves a head or an embedding whole where it has LoRA, and most layouts hold no whole tensors."""
+    base = {"head.weight": torch.randn(6, 4), "other.weight": torch.randn(6, 4)}
+    save_file(base, tmp_path / "base.safetensors")
+    whole = Replace(TensorRef.of(base["head.weight"].clone()))
+    made = adapter_of(head__weight=[(Target("", (6, 4)), whole), (Target("", (6, 4)), lora(1))])
+    options: dict[str, Any] = {"base": tmp_path / "base.safetensors", "as_component": "unet"}
+    report = loratool.convert(made, tmp_path / "out.safetensors", "kohya", **options)
+    assert "head.weight: whole tensors that are the base's own are left out" in report.notes
+    back = loratool.load(tmp_path / "out.safetensors", base=tmp_path / "base.safetensors")
+    assert [item.update.kind for item in back.updates] == ["lora"]
+    other = adapter_of(head__weight=[(Target("", (6, 4)), Replace(TensorRef.of(base["head.weight"] + 1)))])
+    assert "replace updates of head.weight" in refused(other, tmp_path, to="kohya", **options).message
+    alone = adapter_of(head__weight=[(Target("", (6, 4)), whole)])
+    assert "nothing is left to write" in refused(alone, tmp_path, to="kohya", **options).message
+
+
 def test_options_that_mean_nothing(kit: Kit, tmp_path: Path) -> None:
     made = adapter_of(a__weight=lora())
     assert "loratool.load" in refused(made, tmp_path, alpha=3).hint

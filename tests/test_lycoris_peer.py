@@ -150,6 +150,44 @@ def test_a_saved_file_merges_to_what_the_wrapped_model_computes(name: str, tmp_p
     assert changed(base, got) == want
 
 
+OF_BASE: dict[str, dict[str, Any]] = {
+    "ia3": {"algo": "ia3"},
+    "ia3-in": {"algo": "ia3"},
+    "glora": {"algo": "glora"},
+    "glora-scalar": {"algo": "glora", "use_scalar": True, "use_tucker": True},
+}
+
+
+@pytest.mark.parametrize("name", OF_BASE)
+def test_what_depends_on_the_base_merges_to_what_lycoris_computes_and_merges(name: str, tmp_path: Path) -> None:
+    """IA3 and GLoRA, on weights with an output and an input of zeros, and with a w of -1."""
+    if name == "ia3-in":  # an option of the preset, not of the network
+        lycoris.LycorisNetwork.apply_preset({"module_algo_map": {kind: {"train_on_input": True} for kind in KINDS}})
+    model, base = net(tmp_path)
+    del model.grouped, base["grouped.weight"], base["grouped.bias"]  # LyCORIS's own forward of it fails
+    for layer, module in layers(model):
+        for W in (module.weight.data, base[f"{layer}.weight"]):
+            W[2], W[:, 1] = 0, 0
+    save_file(base, tmp_path / "base.safetensors")
+    network = lycoris.create_lycoris(model, 1.0, warn_on_unmatched=False, **{**SIZES, **OF_BASE[name]})
+    network.apply_to()
+    train(network.double().eval())
+    for part in network.loras:
+        if part.name == "ia3":
+            part.weight.data.view(-1)[0] = -1
+            assert part.on_input == (name == "ia3-in")
+    network.save_weights(str(tmp_path / "lycoris.safetensors"), torch.float32, {})
+    loratool.merge(tmp_path / "base.safetensors", tmp_path / "lycoris.safetensors", tmp_path / "out.safetensors")
+    got = load_file(tmp_path / "out.safetensors")
+    for layer, module in layers(model):
+        assert_float32_close(got[f"{layer}.weight"], weight_of(module, base[f"{layer}.weight"].shape), name=layer)
+    network.restore()
+    network.merge_to(1.0)
+    for layer, module in layers(model):
+        assert_float32_close(got[f"{layer}.weight"], module.weight.detach(), name=layer)
+    assert changed(base, got) == {f"{layer}.weight" for layer, _ in layers(model)}
+
+
 @pytest.mark.parametrize("algorithm", ["LoConModule", "LohaModule", "LokrModule"])
 @pytest.mark.parametrize("layer", ["a_b", "conv2"])
 def test_rs_lora_is_in_the_saved_alpha(layer: str, algorithm: str, tmp_path: Path) -> None:
@@ -168,12 +206,12 @@ def test_rs_lora_is_in_the_saved_alpha(layer: str, algorithm: str, tmp_path: Pat
     assert shown.scale == pytest.approx(3.0 / rank**0.5)
 
 
-REFUSED = {"ia3": "IA3", "diag-oft": "OFT", "boft": "BOFT", "glora": "GLoRA", "tlora": "T-LoRA"}
+REFUSED = {"diag-oft": "OFT", "boft": "BOFT", "tlora": "T-LoRA"}
 
 
-@pytest.mark.parametrize("options", [{}, {"rescaled": True, "train_on_input": True, "rs_lora": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"rescaled": True, "rs_lora": True}], ids=str)
 @pytest.mark.parametrize("algorithm", REFUSED)
-def test_what_is_no_difference_of_weights_is_refused_by_name(
+def test_what_is_no_update_of_weights_is_refused_by_name(
     algorithm: str, options: dict[str, bool], tmp_path: Path
 ) -> None:
     torch.manual_seed(0)

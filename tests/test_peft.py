@@ -452,11 +452,10 @@ def test_features_that_change_what_the_tensors_mean_are_refused(
     assert not out.exists()
 
 
-@pytest.mark.parametrize("kind", ["IA3Config", "VeraConfig", "OFTConfig"])
+@pytest.mark.parametrize("kind", ["VeraConfig", "OFTConfig"])
 def test_other_methods_are_refused_by_name(kind: str, tmp_path: Path) -> None:
     peft = peft_cases.peft()
     options: dict[str, Any] = {
-        "IA3Config": {"feedforward_modules": []},
         "VeraConfig": {"r": 2},
         "OFTConfig": {"oft_block_size": 4, "r": 0},
     }[kind]

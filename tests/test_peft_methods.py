@@ -632,7 +632,6 @@ def test_a_wrapped_lokr_without_its_config(tmp_path: Path) -> None:
 
 
 FOREIGN = {
-    "IA3Config": {"target_modules": ["fc"], "feedforward_modules": []},
     "VeraConfig": {"target_modules": ["fc"], "r": 2},
     "OFTConfig": {"target_modules": ["fc"], "oft_block_size": 3, "r": 0},
     "BOFTConfig": {"target_modules": ["fc"], "boft_block_size": 3},

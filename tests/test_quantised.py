@@ -407,7 +407,8 @@ def test_int8_with_scales_is_read_and_not_written(tmp_path: Path) -> None:
 
 def test_what_is_baked_for_another_convention_is_the_dequantised_merge(tmp_path: Path) -> None:
     fp8_base(tmp_path / "base", "deepseek")
-    adapter = one("loha", SHAPE, name=NAME)  # PEFT's LoRA can not hold it
+    beside = one("lora", SHAPE, name=OTHER)
+    adapter = Adapter((*one("loha", SHAPE, name=NAME).updates, *beside.updates))  # PEFT has the two in no one adapter
     report = loratool.convert(adapter, tmp_path / "peft", "peft", base=tmp_path / "base", bake=True)
     assert report.baked == (NAME,)
     loratool.merge(tmp_path / "base", adapter, tmp_path / "direct", dtype="fp32")

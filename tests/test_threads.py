@@ -3,6 +3,7 @@ settings, which in turn do not change a result."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tree
-from strategies import Maker, make_update, save_sharded
+from strategies import Maker, make_update, raw, save_sharded
 
 import loratool
 from loratool import Adapter, Target, Targeted
@@ -54,7 +55,9 @@ def work(folder: Path, inputs: Path) -> dict[str, Any]:
     documents = json.loads(text)
     for document in documents.values():
         document.pop("seconds", None)
-    return {"documents": documents, "files": tree(folder)}
+    with loratool.open_merged(base, adapter, threads=2) as merged:
+        read = {name: hashlib.sha256(raw(merged.get_tensor(name))).hexdigest() for name in sorted(merged.keys())}
+    return {"documents": documents, "files": tree(folder), "read": read}
 
 
 def test_models_at_once_are_models_one_by_one(tmp_path: Path) -> None:

@@ -15,6 +15,9 @@ from loratool import (
     ConvertReport,
     ExtractReport,
     LoratoolError,
+    MergedFile,
+    MergedFolder,
+    MergedSlice,
     MergeReport,
     Plan,
     Problem,
@@ -81,6 +84,17 @@ def merges(adapter: Adapter, path: Path) -> None:
     assert_type(report.plan.nbytes, int)
     assert_type(report.seconds, float)
     assert_type(loratool.plan("base/", ["one", "two"], "out/"), Plan)
+    with loratool.open_merged(path, [(adapter, 0.5)], dtype="bf16", threads=2) as merged:
+        assert_type(merged, MergedFolder)
+        assert_type(merged.files, tuple[str, ...])
+        assert_type(merged.keys(), list[str])
+        assert_type(merged.metadata(), dict[str, str] | None)
+        assert_type(merged.get_slice("w"), MergedSlice)
+        assert_type(merged.get_slice("w").get_shape(), list[int])
+        with merged.open_shard(merged.files[0]) as shard:
+            assert_type(shard, MergedFile)
+    names = [name for name, _ in loratool.iter_merged("base/", "adapter/")]
+    assert_type(names, list[str])
     back = loratool.unmerge("out/", [("one", None), (adapter, 0.5)], "back/", base="base/", exact=True)
     assert_type(back, UnmergeReport)
     assert_type(back.exact, bool)

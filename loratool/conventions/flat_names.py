@@ -48,6 +48,13 @@ def component_of(key: str) -> Component:
     return next((component for component in COMPONENTS if key.startswith(component.prefix)), _WHOLE)
 
 
+class Stored(NamedTuple):
+    """A module's weight in the base: `part` is its own, a range of the rows of `whole` or all of it."""
+
+    part: TensorRef
+    whole: TensorRef
+
+
 class Site(NamedTuple):
     """Where a module lies in the base. With `part`, it is that third of the rows (q, k, v in one projection)."""
 
@@ -63,9 +70,12 @@ class Site(NamedTuple):
         size = region[0]
         return Target(name, base[name].shape, rows=(self.part * size, (self.part + 1) * size))
 
-    def region(self, base: Mapping[str, TensorRef]) -> Shape:
-        rows, *rest = base[self.weight].shape
-        return (rows if self.part is None else rows // 3, *rest)
+    def stored(self, base: Mapping[str, TensorRef]) -> Stored:
+        weight = base[self.weight]
+        if self.part is None or not weight.shape:
+            return Stored(weight, weight)
+        size = weight.shape[0] // 3
+        return Stored(weight.narrow(0, self.part * size, size), weight)
 
 
 # Flattened name -> (prefix in the base, path after it, site), for every spelling of the base's modules.

@@ -22,7 +22,7 @@ from loratool.adapter import Adapter, BaseIdentity, Target, Targeted, is_name
 from loratool.checkpoint import Checkpoint
 from loratool.conventions import flux_names
 from loratool.conventions.choices import Choices
-from loratool.conventions.flat_names import Component, Index, Site, component_of, indexed, places, sites
+from loratool.conventions.flat_names import Component, Index, Site, Stored, component_of, indexed, places, sites
 from loratool.errors import ChoiceNeeded, InvalidFile, LoratoolError, Mismatch, Problem, Unsupported
 from loratool.format import is_native
 from loratool.names import listed, natural, nearest
@@ -75,7 +75,9 @@ class Module:
     key: str  # as in the file
     component: Component
     parts: dict[str, TensorRef] = field(default_factory=dict)
+    stored: Stored | None = None  # its weight in the base, where that is known
     notes: set[str] = field(default_factory=set)
+    doubts: set[str] = field(default_factory=set)  # what only the base could have settled
 
     @property
     def path(self) -> str:
@@ -139,6 +141,11 @@ Make = Callable[
 ]  # the updates of a module whose weight has that shape, if known
 
 
+def _counted(sentences: Iterable[str]) -> list[str]:
+    """What was said of modules, each sentence once, and of how many."""
+    return [f"{sentence} ({count} modules)" for sentence, count in sorted(Counter(sentences).items())]
+
+
 @dataclass
 class FlatReader:
     """Turns a file's keys into updates; what the parts of a module mean is the convention's `make`."""
@@ -166,13 +173,14 @@ class FlatReader:
             raise Mismatch(self.problems)
         counts = Counter(module.component.name for module in modules)
         self.notes += [f"{name}: {count} modules" for name, count in counts.items()]
-        common = Counter(note for module in modules for note in module.notes)
-        self.notes += [f"{note} ({count} modules)" for note, count in sorted(common.items())]
+        self.notes += _counted(note for module in modules for note in module.notes)
         updates.sort(key=lambda item: natural(item.target.name))
-        doubts = ("names in it are flattened: which '_' is a '.', only the base can tell",) if self.base is None else ()
-        return Adapter(
-            tuple(updates), self._identity(), {"convention": convention}, (*self.source.notes, *self.notes), doubts
+        doubts = (
+            [] if self.base is not None else ["names in it are flattened: which '_' is a '.', only the base can tell"]
         )
+        doubts += _counted(doubt for module in modules for doubt in module.doubts)
+        notes = (*self.source.notes, *self.notes)
+        return Adapter(tuple(updates), self._identity(), {"convention": convention}, notes, tuple(doubts))
 
     def _identity(self) -> BaseIdentity:
         name = self.source.metadata.get("ss_sd_model_name", "")
@@ -244,8 +252,8 @@ class FlatReader:
         if site is None and self.base is not None:
             return  # reported already
         try:
-            region = None if site is None or self.base is None else site.region(self.base)
-            for piece in self.make(module, region):
+            module.stored = None if site is None or self.base is None else site.stored(self.base)
+            for piece in self.make(module, None if module.stored is None else module.stored.part.shape):
                 if site is None or self.base is None:
                     yield Targeted(Target(f"{module.key}.{piece.parameter}", piece.region), piece.update)
                 else:

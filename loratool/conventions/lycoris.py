@@ -7,10 +7,13 @@ Per module, after its flattened name (`lycoris_...` or sd-scripts' prefixes):
     lokr_w1 or lokr_w1_a @ lokr_w1_b; lokr_w2 or lokr_w2_a @ lokr_w2_b; with lokr_t2 w2_a is [rank, b]
     diff, diff_b, w_norm, b_norm                  differences of weight and bias
     dora_scale [out, 1...] or [1, in, 1...]       DoRA's magnitude, and by its shape the axis of the norm
+    weight [out] or [in], on_input 0 or 1         IA3: W' = W (1 + w) by rows, or by columns; no scale
+    a1 [in, rank], a2 [rank, in]; b1 [out, rank], b2 [rank, in, kernel...], each .weight     GLoRA: (W a1) a2 + b1 b2
     alpha                                         scale = alpha / rank, whatever the trainer's rule was
 
 What is learned is what LyCORIS's forward computes; its `merge_to` applies the scale of LoHa and LoKr twice.
-IA3, OFT, BOFT and GLoRA change the base's weights by what these are: their files hold no difference, and are refused.
+IA3 and GLoRA change the base's weights by what these are: given the base, they are a difference and a LoRA.
+OFT and BOFT rotate the base's weights, and are refused.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from collections.abc import Iterator, Mapping
 
 from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint
-from loratool.conventions import kohya, lycoris_write
+from loratool.conventions import kohya, lycoris_write, of_base
 from loratool.conventions.choices import Choices
 from loratool.conventions.flattened import (
     FlatReader,
@@ -29,11 +32,12 @@ from loratool.conventions.flattened import (
     Piece,
     bare,
     may_be_flattened,
+    number,
     training_args,
 )
 from loratool.errors import InvalidFile, Mismatch, Problem, Unsupported
 from loratool.tensors import Shape, TensorRef
-from loratool.updates import Add, Dora, Loha, Lokr, Scaling
+from loratool.updates import RULES, Add, Dora, Loha, Lokr, Lora, Scaling
 
 NAME = "lycoris"
 TITLE = "LyCORIS adapter"
@@ -44,25 +48,26 @@ misfits, write = lycoris_write.misfits, lycoris_write.write
 
 _HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 _LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+_GLORA = ("a1", "a2", "b1", "b2")
+_IA3 = {"weight": "w", "on_input": "on_input"}
 _WHOLE = ("diff", "diff_b", "w_norm", "b_norm")
 PARTS = {
     **kohya.PARTS,
     "lora_mid.weight": "mid",
     **{part: part for part in (*_HADA, *_LOKR, *_WHOLE, "dora_scale")},
+    **{f"{part}.weight": part for part in _GLORA},
 }
 
-# Methods whose change depends on the base's weights: no difference that could be added is in the file.
+# Methods whose change is no kind of update, even where the base is known.
 _MERGE = "let LyCORIS (or the trainer) merge it into the base, and take that model as the base from then on"
-IA3 = Foreign("IA3", "it multiplies the base's weights, W' = W (1 + w)", _MERGE)
 OFT = Foreign("OFT", "it rotates the base's weights, W' = R W", _MERGE)
 BOFT = Foreign("BOFT", "it rotates the base's weights with butterfly factors, W' = R1 R2 ... W", _MERGE)
-GLORA = Foreign("GLoRA", "its delta has the base's weights in it, b1 b2 + (W a1) a2", _MERGE)
+TUCKER = Foreign("GLoRA with a Tucker core", "no version of LyCORIS that is known writes one", _MERGE)
 TLORA = Foreign("T-LoRA", "its rank depends on the time step, and its delta on factors that it started from", _MERGE)
 FOREIGN = {
     **kohya.FOREIGN,
-    "on_input": IA3,
     **dict.fromkeys(("oft_blocks", "oft_diag"), OFT),
-    **{f"{factor}.weight": GLORA for factor in ("a1", "a2", "b1", "b2", "bm")},
+    "bm.weight": TUCKER,
     **dict.fromkeys(("q_layer.weight", "p_layer.weight", "lambda_layer"), TLORA),
 }
 
@@ -72,12 +77,15 @@ def detect(source: Checkpoint) -> bool:
 
 
 def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | None) -> Adapter:
-    rescaled = str(training_args(source).get("rs_lora", "")).lower() == "true"
+    told = training_args(source)
+    rescaled = str(told.get("rs_lora", "")).lower() == "true" if told else None
+    # IA3's `weight` is too common a name to be looked for where there is nothing else of IA3.
+    parts = PARTS | (_IA3 if any(name.endswith(".on_input") for name in source.tensors) else {})
 
     def pieces(module: Module, region: Shape | None) -> Iterator[Piece]:
         return _pieces(module, region, rescaled)
 
-    return FlatReader(source, choices, base, PARTS, FOREIGN, _method, pieces).adapter(NAME)
+    return FlatReader(source, choices, base, parts, FOREIGN, _method, pieces).adapter(NAME)
 
 
 def unwrap(source: Checkpoint, choices: Choices) -> Mapping[str, TensorRef]:
@@ -89,13 +97,15 @@ def _method(part: str, ref: TensorRef) -> Foreign:
     return BOFT if part == "oft_blocks" and len(ref.shape) == 4 else FOREIGN[part]
 
 
-def _pieces(module: Module, region: Shape | None, rescaled: bool) -> Iterator[Piece]:
+def _pieces(module: Module, region: Shape | None, rescaled: bool | None) -> Iterator[Piece]:
     """What the parts of one module do: one algorithm for its weight, and perhaps a difference of its bias."""
     parts = module.parts
     algorithms: dict[str, set[str]] = {
         "LoCon": parts.keys() & {"down", "up", "mid"},
         "LoHa": parts.keys() & set(_HADA),
         "LoKr": parts.keys() & set(_LOKR),
+        "GLoRA": parts.keys() & set(_GLORA),
+        "IA3": parts.keys() & set(_IA3.values()),
         "full": parts.keys() & {"diff"},
         "norm": parts.keys() & {"w_norm"},
     }
@@ -109,8 +119,12 @@ def _pieces(module: Module, region: Shape | None, rescaled: bool) -> Iterator[Pi
         yield _decomposed(module, _loha(module, region), region is not None)
     elif algorithms["LoKr"]:
         yield _decomposed(module, _lokr(module, region, rescaled), region is not None)
+    elif algorithms["GLoRA"]:
+        yield _without_magnitude(module, _glora(module, region, rescaled))
+    elif algorithms["IA3"]:
+        yield _without_magnitude(module, _ia3(module, region))
     elif algorithms["full"] or algorithms["norm"]:
-        yield _difference(module, parts["diff" if algorithms["full"] else "w_norm"], region)
+        yield _without_magnitude(module, _difference(module, parts["diff" if "diff" in parts else "w_norm"], region))
     elif not parts.keys() & {"diff_b", "b_norm"} or "dora_scale" in parts:
         raise InvalidFile(Problem("E-COMPONENTS", f"{module.key} has only {', '.join(parts)}, and no factors"))
     biases = [parts[part] for part in ("diff_b", "b_norm") if part in parts]
@@ -123,10 +137,72 @@ def _add(value: TensorRef) -> Add:
 
 
 def _difference(module: Module, value: TensorRef, region: Shape | None) -> Piece:
-    if "dora_scale" in module.parts:
-        raise InvalidFile(Problem("E-COMPONENTS", f"{module.key} has a dora_scale and no factors"))
     fitted = module.fit(value.shape, region)
     return Piece("weight", fitted, _add(value.reshape(*fitted)))
+
+
+def _without_magnitude(module: Module, piece: Piece) -> Piece:
+    if "dora_scale" in module.parts:
+        raise InvalidFile(Problem("E-COMPONENTS", f"{module.key} has a dora_scale and no factors that it is for"))
+    return piece
+
+
+def _ia3(module: Module, region: Shape | None) -> Piece:
+    """One w per output or input; stored [n], or of convolutions [1, n, 1...]."""
+    w, flag = kohya.pair(module, "w", "on_input", "weight", "on_input")
+    axis, length = number(flag), math.prod(w.shape)
+    if axis not in (0, 1):
+        raise InvalidFile(Problem("E-SHAPE", f"{module.key}: on_input is {axis:g}, neither 0 nor 1"))
+    if not length or sum(dim != 1 for dim in w.shape) > 1:
+        raise InvalidFile(Problem("E-SHAPE", f"{module.key}: IA3's weight is {list(w.shape)}, not one row of numbers"))
+    if region is None or module.stored is None:
+        module.doubts.add("IA3 multiplies the base's weights: only the base can tell by how much that changes them")
+        return Piece("weight", (length,), _add(w.reshape(length)))
+    if len(region) < 2 or region[int(axis)] != length:
+        what = (
+            f"{module.key}: IA3's weight has {length} numbers, for the {'inputs' if axis else 'outputs'} of the base's"
+        )
+        raise Mismatch(Problem("E-SHAPE", f"{what} {list(region)}", hint="is this the adapter's base?"))
+    module.notes.add("IA3 as the difference that it makes to this base's weights, W * w: it is for no other base")
+    return Piece("weight", region, _add(of_base.scaled(w, int(axis), module.stored)))
+
+
+def _glora(module: Module, region: Shape | None, rescaled: bool | None) -> Piece:
+    """(W a1) a2 + b1 b2 as one product, [b1 | W a1] times b2 over a2; a1, a2 and b1 have kernels of size 1."""
+    b1, b2 = kohya.pair(module, "b1", "b2", "b1.weight", "b2.weight")
+    a1, a2 = kohya.pair(module, "a1", "a2", "a1.weight", "a2.weight")
+    shapes = f"{module.key}: " + ", ".join(f"{part} {list(module.parts[part].shape)}" for part in _GLORA)
+    small = [a1, a2, b1]
+    if any(len(ref.shape) < 2 or math.prod(ref.shape[2:]) != 1 for ref in small) or len(b2.shape) < 2 or not b2.numel:
+        raise InvalidFile(Problem("E-SHAPE", f"{shapes}; they must be matrices, only b2 with a kernel"))
+    a1, a2, b1 = (ref.reshape(*ref.shape[:2]) for ref in small)
+    (inputs, rank), (out, own) = a1.shape, b1.shape
+    if a2.shape != (rank, inputs) or b2.shape[:2] != (own, inputs) or not rank * own * out:
+        needs = "; they must be a1 [in, rank], a2 [rank, in], b1 [out, rank], b2 [rank, in, ...]"
+        raise InvalidFile(Problem("E-SHAPE", shapes + needs))
+    fitted = module.fit((out, *b2.shape[1:]), region)
+    if module.stored is None:
+        module.doubts.add("GLoRA's delta has the base's weights in it, (W a1) a2: only the base can tell it")
+    else:
+        module.notes.add("GLoRA as a LoRA with this base's weights in it, W a1: it is for no other base")
+    A, B = of_base.spread(a2, b2.reshape(own, *fitted[1:]), fitted), of_base.sent_through(a1, b1, fitted, module.stored)
+    return Piece("weight", fitted, Lora(A, B, _glora_scaling(module, own, B.shape[1], rescaled)))
+
+
+def _glora_scaling(module: Module, rank: int, inner: int, rescaled: bool | None) -> Scaling:
+    """Both halves have the scale of one; `inner` is the rank of their sum. Unlike others', this alpha stays raw."""
+    scaling = module.scaling(rank)
+    scale = scaling.factor
+    if rescaled is None:
+        module.notes.add(
+            "GLoRA: no metadata says whether it was trained with rs_lora; alpha / rank, as LyCORIS loads it"
+        )
+    elif rescaled and scaling.alpha is not None and "alpha" in module.parts:
+        scale = RULES["alpha/sqrt(rank)"](scaling.alpha, rank)
+        module.notes.add(
+            "GLoRA with rs_lora: trained with alpha / sqrt(rank), though LyCORIS loads it with alpha / rank"
+        )
+    return Scaling("none", inner, None, scale)
 
 
 def _loha(module: Module, region: Shape | None) -> Piece:
@@ -149,7 +225,7 @@ def _loha(module: Module, region: Shape | None) -> Piece:
     return Piece("weight", fitted, update)
 
 
-def _lokr(module: Module, region: Shape | None, rescaled: bool) -> Piece:
+def _lokr(module: Module, region: Shape | None, rescaled: bool | None) -> Piece:
     """Kronecker factors: a and c are the first one's rows and columns, b and d the second one's."""
     parts = module.parts
     w1, w2, core = parts.get("lokr_w1"), parts.get("lokr_w2"), parts.get("lokr_t2")
@@ -182,7 +258,7 @@ def _lokr(module: Module, region: Shape | None, rescaled: bool) -> Piece:
     return Piece("weight", fitted, Lokr(scaling, w1, A1, B1, w2, A2, B2, core))
 
 
-def _lokr_scaling(module: Module, low_rank: TensorRef | None, rescaled: bool) -> Scaling:
+def _lokr_scaling(module: Module, low_rank: TensorRef | None, rescaled: bool | None) -> Scaling:
     """alpha / rank where a factor is of low rank. Two whole factors have a scale of 1, whatever alpha says."""
     if low_rank is not None:
         return module.scaling(low_rank.shape[0])

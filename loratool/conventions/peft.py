@@ -15,7 +15,7 @@ from typing import Any
 
 from loratool.adapter import Adapter, BaseIdentity, Target, Targeted
 from loratool.checkpoint import Checkpoint
-from loratool.conventions import peft_kinds, peft_write, torchtune
+from loratool.conventions import peft_ia3, peft_kinds, peft_write, torchtune
 from loratool.conventions.architecture import architecture_of
 from loratool.conventions.choices import Choices
 from loratool.conventions.peft_base import BaseFacts
@@ -186,7 +186,7 @@ class PeftReader:
             )
 
     def _other_method(self, module: Module, parts: Mapping[str, TensorRef], *kinds: str) -> Iterator[Targeted]:
-        """A module of LoHa, LoKr or AdaLoRA."""
+        """A module of LoHa, LoKr, AdaLoRA or (IA)^3."""
         kind = kinds[0]
         if self.config is not None and self.config.kind != kind:
             what = f"{module.name} has parts of {kind}, the adapter_config is of {self.config.kind}"
@@ -202,6 +202,8 @@ class PeftReader:
         elif kind == "LOHA":
             loha, shape = peft_kinds.loha(saved, lambda rank: self._scaling(module.name, rank))
             yield Targeted(Target(name, shape), loha)
+        elif kind == "IA3":
+            yield from peft_ia3.updates(saved, name, self.facts, self.notes)
         else:
             lokrs, shape = peft_kinds.lokr(saved, lambda rank: self._lokr_scaling(module.name, rank))
             yield from (Targeted(Target(name, shape), lokr) for lokr in lokrs)

@@ -24,7 +24,7 @@ VARIANTS = {
     "monteclora_config": "its factors are sampled",
     "velora_config": "its delta is not plain LoRA",
 }
-KINDS = ("LORA", "ADALORA", "LOHA", "LOKR", "TRAINABLE_TOKENS")
+KINDS = ("LORA", "ADALORA", "LOHA", "LOKR", "IA3", "TRAINABLE_TOKENS")
 # All that torchtune's export writes; PEFT itself writes every field it has.
 _TORCHTUNE = {"r", "lora_alpha", "target_modules", "peft_type"}
 BIASES = ("none", "all", "lora_only")
@@ -51,6 +51,7 @@ class PeftConfig:
     layer_replication: tuple[tuple[int, int], ...] = ()
     target_parameters: tuple[str, ...] = ()
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # by module; "" is the input embedding
+    feedforward: str | tuple[str, ...] | None = None  # (IA)^3's: a pattern for a whole name, or ends of names
 
     def alphas(self, module: str) -> list[float]:
         """The alphas of all patterns that match a module, in the order of the file; PEFT uses the first."""
@@ -67,6 +68,12 @@ class PeftConfig:
         """The parameters of a module that `target_parameters` names: ``mlp.experts.down_proj`` -> ``down_proj``."""
         named = [target.rpartition(".") for target in self.target_parameters]
         return [last for owner, _, last in named if module == owner or module.endswith("." + owner)]
+
+    def is_feedforward(self, module: str) -> bool | None:
+        """Whether (IA)^3 multiplies a module's inputs, as PEFT finds out; None if the config does not say."""
+        if isinstance(self.feedforward, str):
+            return re.fullmatch(self.feedforward, module) is not None
+        return None if self.feedforward is None else module.endswith(self.feedforward)
 
     def tokens_of(self, module: str) -> tuple[int, ...]:
         """The rows of a module that were trained, in the order of the tensor's rows; () if the config has none."""
@@ -115,6 +122,11 @@ def parse(document: Mapping[str, Any], where: str) -> PeftConfig:
     tokens = get(tokens_name, {})
     tokens = tokens if isinstance(tokens, dict) else {"": tokens}
     need(all(_is_rows(rows) for rows in tokens.values()), tokens_name, "different row numbers, from 0")
+    feedforward = document.get("feedforward_modules")
+    if isinstance(feedforward, str):
+        problems += [p for p in [_bad_pattern(feedforward, "feedforward_modules", where)] if p is not None]
+    elif feedforward is not None:
+        need(_is_list(feedforward, str), "feedforward_modules", "a pattern or a list of names")
     layers: tuple[tuple[int, int], ...] = ()
     try:
         layers = parse_ranges(document.get("layer_replication"), where)
@@ -137,6 +149,7 @@ def parse(document: Mapping[str, Any], where: str) -> PeftConfig:
         layer_replication=layers,
         target_parameters=tuple(parameters),
         tokens={module: tuple(rows) for module, rows in tokens.items()},
+        feedforward=tuple(feedforward) if isinstance(feedforward, list) else feedforward,
     )
 
 

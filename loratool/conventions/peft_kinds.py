@@ -19,7 +19,7 @@ from loratool.updates import Loha, Lokr, Lora, Scaling
 if TYPE_CHECKING:
     import torch
 
-KINDS = {"hada_": "LOHA", "lokr_": "LOKR"}
+KINDS = {"hada_": "LOHA", "lokr_": "LOKR", "ia3_l": "IA3"}
 _ADALORA = {"lora_A", "lora_B", "lora_E", "ranknum"}
 RANKNUM = 1e-5  # AdaLoRA divides by its number of ranks plus this
 

@@ -48,4 +48,6 @@ def why_not(kind: object) -> tuple[str, str]:
         return "it changes no weight, so there is nothing to merge", "run it with PEFT"
     if kind in DYNAMIC:
         return "what it adds depends on the input or the task, so no merge can hold it", "run it with PEFT"
+    if kind == "IA3":
+        return "a wrapped checkpoint of it is not read", "save it with PEFT's save_pretrained(), or merge_and_unload()"
     return "its change of the weights is of no kind that loratool has", "merge it with PEFT's merge_and_unload()"

@@ -19,7 +19,7 @@ _LYCORIS = r"hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2"
 PART = re.compile(
     r"^(?P<module>.*?)\.?(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector|token_adapter\.trainable_tokens_delta|trainable_tokens_delta"
-    rf"|token_adapter\.base_layer\.weight|lora_A|lora_B|lora_E|ranknum|{_LYCORIS})$"
+    rf"|token_adapter\.base_layer\.weight|lora_A|lora_B|lora_E|ranknum|ia3_l|{_LYCORIS})$"
 )
 # The same parts with the adapter's name in them, as a wrapped model's state dict has them.
 WRAPPED_PART = re.compile(

@@ -29,6 +29,40 @@ model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
 PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
 print(json.dumps({"seconds": time.monotonic() - started}))
 """
+READ = """
+import contextlib, json, sys, time
+from pathlib import Path
+import torch
+from safetensors import safe_open
+import loratool
+how, base, adapter, merged, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
+files, parameters = sorted(Path(merged).glob("*.safetensors")), {}
+for file in files:
+    with safe_open(file, "pt") as opened:
+        for name in opened.offset_keys():
+            part = opened.get_slice(name)
+            parameters[name] = torch.ones(part.get_shape(), dtype=part[:0].dtype)  # every page of it is there
+started = time.monotonic()
+with contextlib.ExitStack() as stack:
+    if how == "plain":
+        shards = [stack.enter_context(safe_open(file, "pt")) for file in files]
+    else:
+        shards = [stack.enter_context(loratool.open_merged(base, adapter, threads=int(threads)))]
+    for shard in shards:
+        for name in shard.offset_keys():
+            if how == "straight":
+                shard.get_tensor(name, out=parameters[name])
+            else:
+                parameters[name].copy_(shard.get_tensor(name))
+seconds = time.monotonic() - started
+if how == "check":
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            for name in opened.offset_keys():
+                assert torch.equal(parameters[name].view(torch.int16), opened.get_tensor(name).view(torch.int16)), name
+print(json.dumps({"seconds": seconds}))
+"""
 BUSY = 0.1  # of all cores, by others: wait before measuring
 PATIENCE = 5.0  # seconds; after that the run counts, with a note
 
@@ -90,6 +124,13 @@ def loratool(*arguments: object, flush: bool = True, backed: int = 0) -> Run:
 
 def peft(base: Path, adapter: Path, out: Path, backed: int) -> Run:
     return run([sys.executable, "-c", PEFT, str(base), str(adapter), str(out)], backed)
+
+
+def read(how: str, base: Path, adapter: Path, merged: Path) -> Run:
+    """Bring a merged model into parameters in memory: "plain", with safe_open from its folder; with open_merged
+    "straight" into them, or "copied"; "check" is the latter, and compares them afterwards."""
+    threads = len(os.sched_getaffinity(0))
+    return run([sys.executable, "-c", READ, how, str(base), str(adapter), str(merged), str(threads)])
 
 
 def offers(command: str, option: str) -> bool:

@@ -259,4 +259,34 @@ def _undo(bench: Bench, delta: float, most: float) -> None:
         remove(path)
 
 
-SECTIONS = {"speed": speed, "memory": memory, "scale": scale, "inspect": inspect, "undo": undo}
+def read(bench: Bench) -> None:
+    """Merged on read, against plain `safe_open` of the merged folder, in the page cache.
+
+    What `safe_open` gives is a mapping of the file, which costs nothing until it is copied: so all open their files and
+    bring all tensors, one after the other, into parameters that are there already. `open_merged` computes into them,
+    or gives tensors that are then copied.
+    """
+    base, merged = bench.base(bench.size), bench.folder / "merged"
+    nbytes = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    for rank in (16, 64):
+        adapter, what = bench.adapter(bench.size, rank), f"all 7, r={rank}"
+        bench.loratool(base, "merge", base, adapter, "--no-digests")(merged)
+        measure.read("check", base, adapter, merged)
+
+        def case(how: str, adapter: Path = adapter) -> Case:
+            return lambda out: measure.read(how, base, adapter, merged)
+
+        plain, copied, straight = (f"{how}, {what}" for how in ("safe_open", "open_merged, copied", "open_merged"))
+        cases = {plain: case("plain"), straight: case("straight"), copied: case("copied")}
+        rows = bench.measure("read", base, cases, copies=False)
+        for ours, least in ((straight, 0.6 if rank == 16 else None), (copied, None)):
+            pairs = zip(rows[plain].runs, rows[ours].runs, strict=True)
+            ratios = [theirs.work / own.work for theirs, own in pairs]
+            bench.claim(f"{ours}: throughput to safe_open's", ratios, " times", least=least)
+        for name, row in rows.items():
+            bench.claim(f"{name}: throughput", [nbytes / run.work / 1e9 for run in row.runs], " GB/s")
+            bench.claim(f"{name}: peak beside the parameters", [(run.peak - nbytes) / MB for run in row.runs], " MB")
+        remove(merged)
+
+
+SECTIONS = {"speed": speed, "memory": memory, "scale": scale, "inspect": inspect, "undo": undo, "read": read}
