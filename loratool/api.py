@@ -503,9 +503,9 @@ def verify(
 
 
 @_typed
-def status(path: PathLike, *, check: bool = False) -> Status:
+def status(path: PathLike, *, check: bool = False, progress: ProgressCallback | None = None) -> Status:
     """What was merged into a checkpoint, from its receipt; `check` compares the digests of the merged tensors."""
-    return status_of(Path(path), check)
+    return status_of(Path(path), check, progress)
 
 
 @_typed

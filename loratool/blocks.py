@@ -372,7 +372,7 @@ def _predicted(
 def _none() -> torch.Tensor:
     import torch
 
-    return torch.empty(0, dtype=torch.int64)
+    return torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 def _peaks(W: torch.Tensor) -> torch.Tensor:

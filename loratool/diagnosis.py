@@ -62,7 +62,7 @@ def evidence(
         found = []
         for start, stop in rows:
             low, high = start * columns // width, -(-stop * columns // width)
-            part = torch.zeros(high - low, width, dtype=torch.float64)
+            part = torch.zeros(high - low, width, dtype=torch.float64, device="cpu")
 
             def receive(block: Merged, low: int = low, high: int = high, part: torch.Tensor = part) -> None:
                 first, last = max(block.start, low), min(block.stop, high)
@@ -72,7 +72,7 @@ def evidence(
             found.append(part.flatten()[start * columns - low * width : stop * columns - low * width])
         return torch.cat(found).view(-1, columns)
 
-    base = torch.zeros(there.shape, dtype=torch.float64)
+    base = torch.zeros(there.shape, dtype=torch.float64, device="cpu")
     if tensor.source is not None:
         whole = tensor.source.reshape(tensor.source.numel // columns, columns)
         base = torch.cat([whole.narrow(0, start, stop - start).read().double() for start, stop in rows])
@@ -193,7 +193,7 @@ def _rounded(values: torch.Tensor, dtype: str) -> torch.Tensor:
     """The same numbers as `dtype` has them, in float64."""
     import torch
 
-    return round_once(values, torch.empty(values.shape, dtype=torch_dtype(dtype))).double()
+    return round_once(values, torch.empty(values.shape, dtype=torch_dtype(dtype), device="cpu")).double()
 
 
 def ulps_between(one: torch.Tensor, other: torch.Tensor, dtype: str) -> torch.Tensor:

@@ -20,7 +20,7 @@ from loratool.staging import refuse_existing, take_back
 from loratool.tensors import Computed, TensorRef
 from loratool.updates import Replace
 from loratool.version import TOOL
-from loratool.workers import ProgressCallback
+from loratool.workers import Meter, ProgressCallback
 
 
 @dataclass(frozen=True)
@@ -79,16 +79,19 @@ def run_extract(
         rules = {item.update.scaling.rule for item in unknown if item.update.scaling}
         hint = choices.unknown_scale_hint(min(rules)) + config
         raise ChoiceNeeded(replace(native_format.unknown_alpha(unknown), where=str(wrapped), hint=hint))
-    identity = replace(adapter.base, tensors=_identities(adapter, base))
+    known = _known(adapter, base)
+    copy = None if base_out is None else settled(_base_plan(source, base, base_out))
+    meter = Meter(sum(ref.nbytes for ref in known.values()) + (copy.nbytes if copy else 0), progress)
+    identity = replace(adapter.base, tensors=_identities(known, meter))
     adapter = replace(adapter, base=identity, provenance={**adapter.provenance, "tool": TOOL})
-    written = None
+    looked, written = meter.done, None
     try:
         with native_format.writing(adapter, out):  # appears last: if the base can not be written, neither is there
-            if base_out is not None:
-                run_copy(settled(_base_plan(source, base, base_out)), progress)
-                written = base_out.stat()
-            for known in inputs:
-                known.check()
+            if copy is not None:
+                run_copy(copy, lambda step: meter.step(looked + step.done - meter.done, step.what))
+                written = copy.out.stat()
+            for state in inputs:
+                state.check()
     except BaseException:
         if base_out is not None and written is not None:
             take_back(base_out, written)
@@ -96,18 +99,27 @@ def run_extract(
     return ExtractReport(adapter, chosen.NAME, chosen.TITLE, out, base_out)
 
 
-def _identities(adapter: Adapter, base: Mapping[str, TensorRef]) -> dict[str, TensorIdentity]:
-    """Digests of the base tensors that the updates change.
+def _known(adapter: Adapter, base: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
+    """The base tensors that the updates change, where the file has their very bits.
 
     A tensor that was trained in place has no base in the file: its "base" is the very value that replaces it. One that
     was computed (a delta subtracted again) is the base's only up to rounding.
     """
     own = {item.target.name: item.update.value.data for item in adapter.updates if isinstance(item.update, Replace)}
     return {
-        name: TensorIdentity(base[name].digest(), base[name].dtype, base[name].shape)
+        name: base[name]
         for name in adapter.targets()
         if name in base and own.get(name) != base[name].data and not isinstance(base[name].data, Computed)
     }
+
+
+def _identities(known: Mapping[str, TensorRef], meter: Meter) -> dict[str, TensorIdentity]:
+    """Their digests: all their bytes are read."""
+    found = {}
+    for name, ref in known.items():
+        found[name] = TensorIdentity(ref.digest(), ref.dtype, ref.shape)
+        meter.step(ref.nbytes, name)
+    return found
 
 
 def _base_plan(source: Checkpoint, base: Mapping[str, TensorRef], out: Path) -> Plan:

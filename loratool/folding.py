@@ -333,7 +333,7 @@ def assembled(shape: Shape, parts: Sequence[tuple[TensorRef, Shape]], dtype: str
     def make() -> torch.Tensor:
         import torch
 
-        whole = torch.zeros(shape, dtype=torch_dtype(widest))
+        whole = torch.zeros(shape, dtype=torch_dtype(widest), device="cpu")
         for ref, start in parts:
             whole[tuple(slice(at, at + size) for at, size in zip(start, ref.shape, strict=True))] = ref.read()
         return whole

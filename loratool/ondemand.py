@@ -78,17 +78,21 @@ class Engine:
 
     def read(self, entry: Entry, bounds: Bounds, out: torch.Tensor | None = None) -> torch.Tensor:
         """A part of a tensor. Raises InvalidFile if a file that it comes from is another one now, or was meanwhile."""
+        import torch
+
         self.refuse_closed()
         dtype, shape = self.dtype(entry), tuple(stop - start for start, stop in bounds)
         if out is None:
-            out = self.memory.empty(shape, entry.dtype)
+            with torch.inference_mode(False):  # what a caller makes in that mode, no other thread could write to
+                out = self.memory.empty(shape, entry.dtype)
         elif (out.dtype, tuple(out.shape), out.device.type, out.is_contiguous()) != (dtype, shape, "cpu", True):
             what = f"{entry.name} is {entry.dtype} {list(shape)}, `out` must be that too, on the CPU and contiguous"
             raise Mismatch(Problem("E-SHAPE", what, self.path, f"it is {out.dtype} {list(out.shape)} on {out.device}"))
         out = out.detach()  # a parameter, too
         try:
             if out.numel():
-                self._fill(entry, bounds, out)
+                with torch.inference_mode(False):
+                    self._fill(entry, bounds, out)
         except Exception:
             _check(entry)  # explains whatever went wrong
             raise

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -101,10 +101,10 @@ class Plan:
                     "shape": list(tensor.shape),
                     "computed_in": compute_dtype(tensor),
                     "updates": [
-                        {"kind": item.update.kind, "weight": weight, "rank": item.update.scaling.rank,
-                         "scale": item.update.scaling.scale}
-                        if item.update.scaling else {"kind": item.update.kind, "weight": weight}
+                        {"kind": item.update.kind, "weight": weight, "rank": scaling.rank if scaling else None,
+                         "scale": scaling.scale if scaling else None}
                         for item, weight in tensor.updates
+                        for scaling in [item.update.scaling]
                     ],
                 }
                 for tensor in changes
@@ -421,8 +421,10 @@ def _stored(checkpoint: Checkpoint) -> dict[str, tuple[str, TensorRef]]:
     return {ref.name: (name, ref) for name, ref in checkpoint.tensors.items()}
 
 
-def changed_names(merged: Checkpoint, found: Receipt, digests: bool) -> Iterator[str]:
-    """The tensors of a merge that are not what it wrote."""
+def changed_names(
+    merged: Checkpoint, found: Receipt, digests: bool, looked: Callable[[str], None] = lambda name: None
+) -> Iterator[str]:
+    """The tensors of a merge that are not what it wrote; `looked` is told the name of each, after it was compared."""
     stored = _stored(merged)
     for name, known in found.tensors.items():
         ref = stored[name][1] if name in stored else None
@@ -432,6 +434,7 @@ def changed_names(merged: Checkpoint, found: Receipt, digests: bool) -> Iterator
             or (digests and known.merged and ref.digest() != known.merged)
         ):
             yield name
+        looked(name)
 
 
 def changed_since(name: str, merged: Path) -> Problem:

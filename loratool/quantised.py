@@ -103,7 +103,7 @@ class Scaled:
         import torch
 
         height, width = self.tile
-        which = torch.arange(start, stop) // height - start // height
+        which = torch.arange(start, stop, device="cpu") // height - start // height
         scale = scale[which] if len(scale) > 1 else scale  # [rows, tile columns]
         return scale if scale.shape[1] == 1 else scale.repeat_interleave(width, dim=1)[:, : self.columns]
 
@@ -134,7 +134,7 @@ class FourBit:
         pairs = self.packed.reshape(self.packed.numel).narrow(0, first // 2, -(-last // 2) - first // 2).read()
         codes = torch.stack((pairs >> 4, pairs & 15), dim=1).view(-1)[first % 2 :][: last - first]
         scale = self.scale(first // self.block, -(-last // self.block))
-        which = torch.arange(first, last) // self.block - first // self.block
+        which = torch.arange(first, last, device="cpu") // self.block - first // self.block
         table = self.table.read(torch.float32)
         return (table[codes.int()] * scale[which]).view(stop - start, self.columns)
 
@@ -148,7 +148,7 @@ class FourBit:
         absmax, table, block, offset = self.nested
         low, high = first // block, -(-last // block)
         outer = absmax.narrow(0, low, high - low).read(torch.float32)
-        which = torch.arange(first, last) // block - low
+        which = torch.arange(first, last, device="cpu") // block - low
         return table.read(torch.float32)[stored.int()] * outer[which] + offset
 
 

@@ -39,7 +39,7 @@ class Recycled:
         kind = torch_dtype(dtype)
         nbytes = math.prod(shape) * kind.itemsize
         if nbytes < OWN_PAGES:
-            return torch.empty(shape, dtype=kind)
+            return torch.empty(shape, dtype=kind, device="cpu")
         memory = self._take(nbytes)
         view = np.frombuffer(memory, np.uint8, nbytes)
         weakref.finalize(view, self._give, memory).atexit = False

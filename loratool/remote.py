@@ -57,7 +57,7 @@ class Carried:
         import torch
 
         if not self.raw:
-            return torch.empty(shape, dtype=torch_dtype(dtype))
+            return torch.empty(shape, dtype=torch_dtype(dtype), device="cpu")
         return torch.frombuffer(bytearray(self.raw), dtype=torch_dtype(dtype)).reshape(shape)
 
     def chunks(self, dtype: str, shape: Shape) -> Iterator[memoryview]:

@@ -169,7 +169,7 @@ def _note_peaks(peaks: torch.Tensor, values: torch.Tensor, start: int, tile: tup
     short = peaks.shape[1] * width - values.shape[1]
     padded = torch.nn.functional.pad(values, (0, short)) if short else values
     across = padded.view(len(values), peaks.shape[1], width).amax(dim=2)  # [rows, tile columns]
-    which = torch.arange(start, start + len(values)) // height
+    which = torch.arange(start, start + len(values), device="cpu") // height
     peaks.scatter_reduce_(0, which.unsqueeze(1).expand_as(across), across, "amax")
 
 

@@ -77,7 +77,7 @@ def gradual_underflow() -> Iterator[None]:
     """This thread's arithmetic keeps subnormal numbers meanwhile: users, and libraries, have it flush them to zero."""
     import torch
 
-    flushing = not (torch.full((1,), 2.0**-140, dtype=torch.float32) * 1.0).item()
+    flushing = not (torch.full((1,), 2.0**-140, dtype=torch.float32, device="cpu") * 1.0).item()
     if flushing:
         torch.set_flush_denormal(False)
     try:

@@ -102,7 +102,7 @@ class Rows:
 def on_host(rows: int, columns: int, dtype: torch.dtype, pinned: bool) -> torch.Tensor:
     import torch
 
-    return torch.empty(rows, columns, dtype=dtype, pin_memory=pinned)
+    return torch.empty(rows, columns, dtype=dtype, pin_memory=pinned, device="cpu")
 
 
 def arrival(device: str) -> Any:

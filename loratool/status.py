@@ -10,6 +10,7 @@ from loratool import receipt
 from loratool.checkpoint import open_checkpoint
 from loratool.plan import changed_names
 from loratool.receipt import Receipt
+from loratool.workers import Meter, ProgressCallback
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,16 @@ class Status:
         }
 
 
-def status_of(path: Path, check: bool) -> Status:
+def status_of(path: Path, check: bool, progress: ProgressCallback | None = None) -> Status:
     """Raises InvalidFile for what is no checkpoint, and for a broken receipt."""
     checkpoint = open_checkpoint(path)
     found = receipt.find(checkpoint)
     if found is None or not check:
         return Status(path, found)
-    changed = tuple(changed_names(checkpoint, found, digests=True))
+    sizes = {ref.name: ref.nbytes for ref in checkpoint.tensors.values() if ref.name in found.tensors}
+    meter = Meter(sum(sizes.values()), progress)
+    changed = tuple(
+        changed_names(checkpoint, found, digests=True, looked=lambda name: meter.step(sizes.get(name, 0), name))
+    )
     checked = sum(bool(tensor.merged) for tensor in found.tensors.values())
     return Status(path, found, changed, checked, len(found.tensors) - checked)

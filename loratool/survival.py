@@ -6,6 +6,7 @@ is less than half a step of a weight moves it nowhere.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,8 +27,11 @@ class Survival(NamedTuple):
 
     @property
     def share(self) -> float | None:
-        """The projection of the real change on the delta: 1 where all is left, 0 where nothing is. None without one."""
-        return self.kept / self.asked if self.asked else None
+        """The projection of the real change on the delta: 1 where all is left, 0 where nothing is.
+
+        None without a delta, and for one whose square is too large for a number.
+        """
+        return self.kept / self.asked if self.asked and math.isfinite(self.asked + self.kept) else None
 
     @property
     def moved_share(self) -> float | None:

@@ -87,7 +87,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
 
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < OWN_PAGES:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=dtype).reshape(shape)
 
 

@@ -22,6 +22,7 @@ from loratool.conventions.choices import Choices
 from loratool.errors import ChoiceNeeded, Mismatch, Problem
 from loratool.names import listed
 from loratool.quantised import logical
+from loratool.receipt import MergedAdapter
 from loratool.survival import Survival, loss, survival_json
 from loratool.workers import Meter, ProgressCallback, each_done, worker_count, workers
 
@@ -34,7 +35,7 @@ class VerifyReport:
 
     merged: Path
     base: Path
-    adapters: tuple[str, ...]
+    adapters: tuple[MergedAdapter, ...]
     tensors: tuple[TensorCheck, ...]
     untouched: int  # tensors that no adapter changes, byte-equal to the base's
     findings: tuple[Finding, ...]
@@ -63,7 +64,7 @@ class VerifyReport:
         return {
             "merged": str(self.merged),
             "base": str(self.base),
-            "adapters": list(self.adapters),
+            "adapters": [vars(adapter) for adapter in self.adapters],
             "answer": self.answer,
             "sample": self.sample,
             "ulps": None if self.ulps == float("inf") else self.ulps,
@@ -123,9 +124,10 @@ def run_verify(
     if not findings:
         survival = {check.name: check.survival for check in checks if check.survival.asked}
         notes += loss(survival, "in this dtype", "a wider one keeps all of it")
-    names = tuple(f"{adapter.name}@{adapter.weight:g}" for adapter in fit.merged)
     seconds = time.monotonic() - started
-    return VerifyReport(merged_path, base_path, names, tuple(checks), same, findings, tuple(notes), sample, seconds)
+    return VerifyReport(
+        merged_path, base_path, fit.merged, tuple(checks), same, findings, tuple(notes), sample, seconds
+    )
 
 
 def _rounding_notes(checks: Sequence[TensorCheck]) -> Iterator[str]:

@@ -18,7 +18,12 @@ _STARTING = threading.Lock()  # two pools that start at once would put each othe
 
 
 class Progress(NamedTuple):
-    """One step of running work, for a progress callback."""
+    """One step of running work, for a progress callback.
+
+    `done` never falls, `total` never changes, and the last step of work that ends well has `done == total`. Steps come
+    from the threads that work, one at a time and in order. An exception in the callback ends the work, like any other
+    failure of it: it reaches the caller, nothing that is unfinished stays, and the callback is not called again.
+    """
 
     done: int  # bytes
     total: int  # bytes
@@ -34,12 +39,20 @@ class Meter:
     def __init__(self, total: int, progress: ProgressCallback | None) -> None:
         self.done, self.total, self.progress = 0, total, progress
         self.lock = threading.Lock()
+        self.refused: BaseException | None = None
 
     def step(self, nbytes: int, what: str) -> None:
         with self.lock:
+            if self.refused is not None:
+                raise self.refused  # the callback of another worker has ended the work
             self.done += nbytes
-            if self.progress is not None:
+            if self.progress is None:
+                return
+            try:
                 self.progress(Progress(self.done, self.total, what))
+            except BaseException as error:
+                self.refused = error
+                raise
 
 
 def worker_count(threads: int | None) -> int:
@@ -65,17 +78,18 @@ def workers(count: int) -> ThreadPoolExecutor:
         torch.get_num_threads()  # a thread takes up the process's number when it is first asked: not later than now
         there.wait()  # each job has a thread of its own
 
-    with _STARTING, ThreadPoolExecutor(1) as before, ThreadPoolExecutor(1) as after:
-        number = before.submit(torch.get_num_threads).result()
-        try:
-            for _ in each_done(pool, [alone] * count):
-                pass
-        except BaseException:  # the system has no more threads, or a signal came: nobody may wait for the others
-            there.abort()
-            pool.shutdown()
-            raise
-        finally:
-            after.submit(torch.set_num_threads, number).result()
+    try:
+        with _STARTING, ThreadPoolExecutor(1) as before, ThreadPoolExecutor(1) as after:
+            number = before.submit(torch.get_num_threads).result()
+            try:
+                for _ in each_done(pool, [alone] * count):
+                    pass
+            finally:
+                after.submit(torch.set_num_threads, number).result()
+    except BaseException:  # the system has no more threads, or a signal came: nobody may wait for the others
+        there.abort()
+        pool.shutdown()
+        raise
     return pool
 
 

@@ -139,6 +139,19 @@ def test_torch_is_never_imported_at_the_top() -> None:
             assert "torch" not in {name.split(".")[0] for name in names}, path
 
 
+def test_a_new_tensor_says_its_device() -> None:
+    """Callers set default devices: `torch.set_default_device("cuda")`, or "meta" while a model is built."""
+    makers = {"empty", "zeros", "ones", "full", "tensor", "arange", "as_tensor", "eye", "linspace", "rand", "randn"}
+    silent = [
+        f"{dotted(path)}:{node.lineno}"
+        for path in modules()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{maker}" for maker in makers}
+        if "device" not in {keyword.arg for keyword in node.keywords}
+    ]
+    assert silent == []
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("files")

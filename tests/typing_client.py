@@ -13,6 +13,7 @@ import loratool
 from loratool import (
     Adapter,
     BaseIdentity,
+    ConvertReport,
     ExtractReport,
     LoratoolError,
     MergedFile,
@@ -22,13 +23,17 @@ from loratool import (
     Plan,
     Problem,
     Progress,
+    Status,
     Summary,
     Target,
     Targeted,
     TensorIdentity,
     TensorRef,
     UnmergeReport,
+    VerifyReport,
 )
+from loratool.receipt import MergedAdapter, Receipt
+from loratool.survival import Survival
 
 
 def bar(step: Progress) -> None:
@@ -64,6 +69,10 @@ def writes(adapter: Adapter, path: Path) -> None:
     summary = loratool.inspect(path, base="base/")
     assert_type(summary, Summary)
     assert_type(summary.to_json(), dict[str, Any])
+    converted = loratool.convert(adapter, "out/", "peft", base=path, uniform=True, bake=True)
+    assert_type(converted, ConvertReport)
+    assert_type(converted.files, tuple[Path, ...])
+    assert_type(loratool.convert("in/", path, "native", alpha={"*": 16.0}).adapter, Adapter)
 
 
 def merges(adapter: Adapter, path: Path) -> None:
@@ -92,6 +101,34 @@ def merges(adapter: Adapter, path: Path) -> None:
     assert_type(back, UnmergeReport)
     assert_type(back.exact, bool)
     assert_type(back.bound, float)
+    assert_type(back.to_json(), dict[str, Any])
+    assert_type(report.receipt, Receipt)
+    assert_type(report.receipt.digest, str)
+    assert_type(report.survival, Mapping[str, Survival])
+    assert_type(report.survival["a.weight"].share, float | None)
+
+
+def asks(adapter: Adapter, path: Path) -> bool:
+    report = loratool.verify(path, "base/", [(adapter, 0.5), "other/"], sample=0.05, ulps=2, threads=1, progress=bar)
+    assert_type(report, VerifyReport)
+    assert_type(report.answer, bool)
+    assert_type(report.ulps, float)
+    assert_type(report.counts, tuple[int, int])
+    assert_type(report.sample, float | None)
+    assert_type(report.adapters, tuple[MergedAdapter, ...])
+    assert_type(report.survival, Mapping[str, Survival])
+    for finding in report.findings:
+        assert_type((finding.word, finding.text), tuple[str, str])
+        assert_type(finding.tensors, tuple[str, ...])
+    for check in report.tensors:
+        assert_type(check.wrong, int)
+        assert_type(check.survival.moved_share, float | None)
+        assert_type(check.reason.factors if check.reason else (), tuple[float, ...])
+    status = loratool.status("merged/", check=True, progress=bar)
+    assert_type(status, Status)
+    assert_type(status.receipt, Receipt | None)
+    assert_type(status.changed, tuple[str, ...])
+    return report.answer and status.answer
 
 
 def fails() -> None:
@@ -106,5 +143,7 @@ def fails() -> None:
         assert_type(error.problems[0].to_json(), dict[str, str])
     loratool.merge("base/", 3, "out/")  # type: ignore[arg-type]
     loratool.merge("base/", ["one"], "out/", precision="bf16")  # type: ignore[call-arg]
+    loratool.verify("merged/", "base/")  # type: ignore[call-arg]
+    loratool.status("merged/", True)  # type: ignore[call-arg]
     loratool.load("adapter/", alpha="16")  # type: ignore[arg-type]
     loratool.save("adapter/", "out")  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ Examples:
 @options.out("The adapter file to write, usually NAME.lora.safetensors.")
 @options.reading
 @click.option("--base-out", type=click.Path(path_type=Path), help="Also write the clean base checkpoint, as a folder.")
+@options.progress
 @options.as_json
 @options.quiet
 def extract_command(
@@ -29,6 +30,7 @@ def extract_command(
     out: Path,
     given: dict[str, Any],
     base_out: Path | None,
+    progress_as: str,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -36,7 +38,7 @@ def extract_command(
 
     A wrapped checkpoint stores the factors but not alpha: give --alpha and --scaling, or --config.
     """
-    with output.progress(quiet or as_json) as callback:
+    with output.progress(quiet or as_json, progress_as) as callback:
         report = loratool.extract(
             wrapped,
             out,

@@ -52,6 +52,7 @@ Examples:
 @options.map
 @options.resources
 @options.dry_run
+@options.progress
 @options.as_json
 @options.quiet
 def merge_command(
@@ -73,6 +74,7 @@ def merge_command(
     max_memory: int | None,
     device: str,
     dry_run: bool,
+    progress_as: str,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -101,8 +103,9 @@ def merge_command(
         return
     if dask is not None and threads is not None:
         raise click.UsageError("--threads is for workers on this machine; those of --dask have their own number")
-    with nullcontext() if dask is None else dask_executor(dask) as executor, output.progress(quiet or as_json) as bar:
-        report = loratool.merge(base, adapters, out, **choices, progress=bar, executor=executor)
+    cluster = nullcontext() if dask is None else dask_executor(dask)
+    with cluster as executor, output.progress(quiet or as_json, progress_as) as callback:
+        report = loratool.merge(base, adapters, out, **choices, progress=callback, executor=executor)
     if as_json:
         output.print_json("merge", report.to_json())
     elif not quiet:

@@ -168,6 +168,14 @@ def resources(function: F) -> F:
     return threads(memory(device(function)))
 
 
+progress = click.option(
+    "--progress",
+    "progress_as",
+    type=click.Choice(["auto", "json"]),
+    default="auto",
+    show_default=True,
+    help="json: one JSON object a line on stderr, for programs; auto: a bar on a terminal.",
+)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 quiet = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 dry_run = click.option("--dry-run", is_flag=True, help="Check everything and show the plan; write nothing.")

@@ -9,7 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SHOWN_PROBLEMS = 3  # of one code
 PROGRESS_AFTER = 0.5  # seconds: a quick command shows no bar
+PROGRESS_EVERY = 0.1  # seconds between two lines of --progress json
 
 
 def print_json(command: str, document: dict[str, Any]) -> None:
@@ -115,8 +116,14 @@ def size(nbytes: int) -> str:
 
 
 @contextmanager
-def progress(quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
-    """A progress callback that draws a bar in bytes, on a terminal only and only if the work takes a while."""
+def progress(quiet: bool, how: str = "auto") -> Iterator[Callable[[Progress], None] | None]:
+    """A progress callback that draws a bar in bytes, on a terminal only and only if the work takes a while.
+
+    With "json" it prints lines for programs instead, `quiet` or not.
+    """
+    if how == "json":
+        yield _progress_lines()
+        return
     if quiet or not sys.stderr.isatty():
         yield None
         return
@@ -146,6 +153,23 @@ def progress(quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
         yield show
     finally:
         bar.stop()
+
+
+def _progress_lines() -> Callable[[Progress], None]:
+    """Prints steps as JSON, a line each: not more than a reader can use, and always the last one."""
+    last = -PROGRESS_EVERY
+
+    def show(step: Progress) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < PROGRESS_EVERY and step.done < step.total:
+            return
+        last = now
+        line = json.dumps({"schema": "loratool.progress/1", **step._asdict()})
+        with suppress(OSError):  # a reader that is gone does not end the work
+            click.echo(line, err=True)
+
+    return show
 
 
 def report_error(error: LoratoolError | click.ClickException, as_json: bool) -> int:

@@ -19,15 +19,17 @@ Examples:
 )
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--check", is_flag=True, help="Compare the digests of the merged tensors with those in the receipt.")
+@options.progress
 @options.as_json
 @options.quiet
 @click.pass_context
-def status_command(ctx: click.Context, path: Path, check: bool, as_json: bool, quiet: bool) -> None:
+def status_command(ctx: click.Context, path: Path, check: bool, progress_as: str, as_json: bool, quiet: bool) -> None:
     """Show what was merged into a checkpoint, from its receipt.
 
     Exits with 1 where there is no receipt, or with --check, where a tensor is not the one that was written.
     """
-    found = loratool.status(path, check=check)
+    with output.progress(quiet or as_json, progress_as) as callback:
+        found = loratool.status(path, check=check, progress=callback)
     if as_json:
         output.print_json("status", found.to_json())
     elif not quiet:

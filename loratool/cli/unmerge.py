@@ -33,6 +33,7 @@ Examples:
 @options.map
 @options.resources
 @options.dry_run
+@options.progress
 @options.as_json
 @options.quiet
 def unmerge_command(
@@ -49,6 +50,7 @@ def unmerge_command(
     max_memory: int | None,
     device: str,
     dry_run: bool,
+    progress_as: str,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -71,7 +73,7 @@ def unmerge_command(
     if dry_run:
         print_plan(plan_of_unmerge(merged, adapters, out, **choices), as_json, quiet)
         return
-    with output.progress(quiet or as_json) as callback:
+    with output.progress(quiet or as_json, progress_as) as callback:
         report = loratool.unmerge(merged, adapters, out, **choices, progress=callback)
     if as_json:
         output.print_json("unmerge", report.to_json())

@@ -46,6 +46,7 @@ Examples:
 @options.component
 @options.map
 @click.option("--threads", type=click.IntRange(1), help="Workers [default: one per core, at most 8].")
+@options.progress
 @options.as_json
 @options.quiet
 @click.pass_context
@@ -61,6 +62,7 @@ def verify_command(
     component: tuple[str, ...],
     map: tuple[Path, ...],
     threads: int | None,
+    progress_as: str,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -69,7 +71,7 @@ def verify_command(
     Every tensor is compared with the correctly rounded result. Exits with 1 if the answer is no, and says why: the
     scale that was really applied, a double merge, a layer that is missing, another base.
     """
-    with output.progress(quiet or as_json) as callback:
+    with output.progress(quiet or as_json, progress_as) as callback:
         report = loratool.verify(
             merged,
             base,

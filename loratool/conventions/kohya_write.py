@@ -187,6 +187,6 @@ def number(value: float) -> TensorRef:
     def make() -> torch.Tensor:
         import torch
 
-        return torch.tensor(value, dtype=torch.float32)
+        return torch.tensor(value, dtype=torch.float32, device="cpu")
 
     return TensorRef("alpha", "F32", (), Computed(make), ())

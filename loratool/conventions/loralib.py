@@ -267,7 +267,7 @@ def _columns(B: TensorRef, start: int, out: int) -> TensorRef:
     def make() -> torch.Tensor:
         import torch
 
-        wide = torch.zeros(rank, out, dtype=torch_dtype(B.dtype))
+        wide = torch.zeros(rank, out, dtype=torch_dtype(B.dtype), device="cpu")
         wide[:, start : start + block] = B.read().T
         return wide
 
@@ -314,7 +314,7 @@ def _diagonal(A: TensorRef, times: int) -> TensorRef:
     def make() -> torch.Tensor:
         import torch
 
-        wide = torch.zeros(shape, dtype=torch_dtype(A.dtype))
+        wide = torch.zeros(shape, dtype=torch_dtype(A.dtype), device="cpu")
         for row, column in zip(range(0, shape[0], rank), range(0, shape[1], columns), strict=True):
             wide[row : row + rank, column : column + columns] = A.read()
         return wide
@@ -329,7 +329,7 @@ def _product(A: TensorRef, B: TensorRef, shape: Shape) -> TensorRef:
     def make() -> torch.Tensor:
         import torch
 
-        delta = torch.zeros(B.shape[0], A.shape[1], dtype=torch.float64)  # [out / groups * k, in * k]
+        delta = torch.zeros(B.shape[0], A.shape[1], dtype=torch.float64, device="cpu")  # [out / groups * k, in * k]
         Lora(A, B, Scaling()).open(torch.float64, None).apply(delta, 0, 1.0)
         return delta.to(torch_dtype(dtype)).reshape(shape)
 

@@ -95,7 +95,7 @@ def spread(a: TensorRef, b: TensorRef, region: Shape) -> TensorRef:
         import torch
 
         wide = torch_dtype(dtype)
-        each = torch.kron(a.read(wide), torch.eye(positions, dtype=wide))  # [ranks * kernel, in * kernel]
+        each = torch.kron(a.read(wide), torch.eye(positions, dtype=wide, device="cpu"))  # [ranks * kernel, in * kernel]
         return torch.cat([b.read(wide).flatten(1), each]).reshape(shape)
 
     return TensorRef(a.name, dtype, shape, Derived(a, make), shape)

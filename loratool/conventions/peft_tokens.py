@@ -27,7 +27,7 @@ def row_numbers(indices: list[int]) -> TensorRef:
     def make() -> torch.Tensor:
         import torch
 
-        return torch.tensor(indices, dtype=torch.int64)
+        return torch.tensor(indices, dtype=torch.int64, device="cpu")
 
     shape = (len(indices),)
     return TensorRef("trainable_token_indices", "I64", shape, Computed(make), shape)

@@ -49,7 +49,7 @@ class Block:
         values = values.transpose(lead, lead + 1) if stored.flipped else values  # [experts?, out, in]
         if stored.in_turn:
             step = len(stored.weights)
-            index = torch.arange(stored.weights.index(weight), values.shape[lead], step)
+            index = torch.arange(stored.weights.index(weight), values.shape[lead], step, device="cpu")
             return values.index_select(lead, index)
         return values.narrow(lead, stored.offset(weight, self.dims), self.dims[weight.dims[0]])
 

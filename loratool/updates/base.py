@@ -197,7 +197,7 @@ class Fixed:
     def magnitude(self, start: int, stop: int) -> torch.Tensor:
         import torch
 
-        return torch.zeros(stop - start, 1)
+        return torch.zeros(stop - start, 1, device="cpu")
 
 
 class Additive(Fixed):
