@@ -1,7 +1,7 @@
 """LoRA adapters as one exact, versioned file: extract, inspect, merge, unmerge."""
 
 from loratool.adapter import Adapter, BaseIdentity, Target, Targeted, TensorIdentity
-from loratool.api import convert, extract, inspect, load, merge, plan, save, status, unmerge, validate, verify
+from loratool.api import apply, convert, extract, inspect, load, merge, plan, save, status, unmerge, validate, verify
 from loratool.convert import ConvertReport
 from loratool.errors import (
     AnswerIsNo,
@@ -14,6 +14,7 @@ from loratool.errors import (
     Unsupported,
 )
 from loratool.extract import ExtractReport
+from loratool.live import Handle, LiveReport
 from loratool.merge import MergeReport, UnmergeReport
 from loratool.plan import Plan
 from loratool.status import Status
@@ -30,7 +31,9 @@ __all__ = [
     "ChoiceNeeded",
     "ConvertReport",
     "ExtractReport",
+    "Handle",
     "InvalidFile",
+    "LiveReport",
     "LoratoolError",
     "MergeReport",
     "Mismatch",
@@ -48,6 +51,7 @@ __all__ = [
     "Unsupported",
     "VerifyReport",
     "__version__",
+    "apply",
     "convert",
     "extract",
     "inspect",

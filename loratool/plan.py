@@ -6,7 +6,6 @@ A plan reports all its problems at once. It is data: it can be printed (`--dry-r
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,8 +27,7 @@ from loratool.receipt import MergedAdapter, Receipt
 from loratool.tensors import CHUNK, DTYPE_BITS, FileState, TensorRef
 from loratool.undo import UndoRecord
 from loratool.undo import read as read_undo
-
-WORKERS = min(8, os.cpu_count() or 1)  # tasks that run at a time
+from loratool.workers import WORKERS
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,11 @@ from loratool.conventions.choices import Choices
 from loratool.diagnosis import Reason
 from loratool.errors import ChoiceNeeded, Mismatch, Problem
 from loratool.layout import NewTensor, Weighted
-from loratool.plan import WORKERS
 from loratool.quantised import logical
 from loratool.requantise import Requantiser
 from loratool.survival import Survival, loss, survival_json, survival_of
 from loratool.tensors import DTYPE_BITS, MERGEABLE, FileSpan, FileState, TensorRef, torch_dtype
-from loratool.workers import Meter, ProgressCallback, workers
+from loratool.workers import WORKERS, Meter, ProgressCallback, workers
 
 if TYPE_CHECKING:
     import torch

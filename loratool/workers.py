@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
+
+WORKERS = min(8, os.cpu_count() or 1)  # tasks that run at a time
 
 
 class Progress(NamedTuple):

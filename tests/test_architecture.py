@@ -36,6 +36,7 @@ ROOMS = (
     ("conventions",),
     ("binding", "requantise"),
     ("changes",),
+    ("live",),
     ("diagnosis",),
     ("plan",),
     ("resume",),

@@ -1,0 +1,376 @@
+"""What is known of a live model: the adapters in it, in their order, and the parameters that they changed.
+
+Every change, there, back or across, is one thing: from the adapters that shall be in the model follows what each
+parameter is to hold, and parameters that hold something else are rewritten, several at a time.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, wait
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from loratool.adapter import Adapter, BaseIdentity, Targeted
+from loratool.binding import Binding, Part
+from loratool.checkpoint import Checkpoint, open_checkpoint
+from loratool.conventions.choices import Choices
+from loratool.errors import Mismatch, Problem
+from loratool.layout import Weighted
+from loratool.live.model import Model, distributed, read
+from loratool.live.parameter import Parameter, Undo
+from loratool.live.shards import all_agree, narrowed
+from loratool.maps.cutting import Uncuttable, each
+from loratool.names import missing
+from loratool.survival import Survival, loss
+from loratool.tensors import FileSpan, TensorRef
+from loratool.workers import WORKERS, workers
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Updates = tuple[Weighted, ...]
+
+
+@dataclass(frozen=True)
+class LiveReport:
+    """What a change of a live model came to.
+
+    `changed` counts the parameters that were rewritten. `survival` says, of each of them that holds adapters now, how
+    much of their change is left after rounding. `undo_bytes` and `factor_bytes` are what is held in memory, for all
+    adapters of the model together: for the original bits, and of the adapters.
+    """
+
+    changed: int
+    survival: Mapping[str, Survival]
+    undo_bytes: int
+    factor_bytes: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+class Request(NamedTuple):
+    """An adapter to put into a model, as it was asked for."""
+
+    adapter: Path | Adapter
+    weight: float
+    choices: Choices
+    check_base: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """An active adapter: its factors in memory, and by parameter the updates of what of it lies in this process."""
+
+    part: Part
+    updates: Mapping[str, Updates]
+    request: Request
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A parameter to rewrite, and what it takes to have it back."""
+
+    parameter: Parameter
+    updates: Updates
+    undo: Undo
+    before: Updates
+    undo_before: Undo
+
+
+@dataclass(eq=False)
+class State:
+    """The adapters of one model. It does not hold the model itself, which is free to go."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    entries: tuple[Entry, ...] = ()
+    parameters: dict[str, Parameter] = field(default_factory=dict)  # that hold adapters, by clean names
+    undo: str | Path = "compressed"
+    reproducible: bool = False
+
+    def change(
+        self,
+        model: nn.Module,
+        entries: Sequence[Entry | Request],
+        undo: str | Path | None = None,
+        reproducible: bool | None = None,
+        others: Sequence[State] = (),
+    ) -> LiveReport:
+        """Make the model hold these adapters, one of which may be new; or leave it, and raise why not.
+
+        `undo` and `reproducible` are as before where they are None. Parameters that `others` changed are refused.
+        """
+        started = time.monotonic()
+        spread = distributed(model)
+        exactly = self.reproducible if reproducible is None else reproducible
+        jobs: list[Job] = []
+        try:
+            seen = self._seen(model)
+            active, notes = self._bound(seen, entries, self.undo if undo is None else undo)
+            jobs += self._jobs(seen, active, undo, others)
+            # Pieces are computed in other blocks than the whole: only correct rounding gives them the same bits.
+            found = _run(jobs, exactly or bool(spread))
+        except BaseException:
+            self._take_back(jobs, bool(spread))
+            all_agree(spread, False)
+            raise
+        if not all_agree(spread, True):
+            self._take_back(jobs, bool(spread))
+            what = "another process that has a part of the model could not change it"
+            raise Mismatch(Problem("E-INTERRUPTED", what, type(model).__name__, "see what that process reports"))
+        for job in jobs:
+            self.parameters[job.parameter.spot.name] = job.parameter
+        self.parameters = {name: each for name, each in self.parameters.items() if each.updates != ()}
+        self.entries, self.reproducible = active, exactly
+        self.undo = self.undo if undo is None else undo
+        survival = {job.parameter.spot.name: each for job, each in zip(jobs, found, strict=True) if job.updates}
+        remedy = "a model in float32 keeps all of it"
+        notes = (*notes, *loss(survival, "after rounding", remedy))
+        return LiveReport(len(jobs), survival, self.undo_bytes, self.factor_bytes, time.monotonic() - started, notes)
+
+    @property
+    def undo_bytes(self) -> int:
+        return sum(parameter.undo_bytes for parameter in self.parameters.values())
+
+    @property
+    def factor_bytes(self) -> int:
+        refs = [ref for entry in self.entries for item in entry.part.adapter.updates
+                for ref in item.update.components().values()]  # fmt: skip
+        return sum(ref.nbytes for ref in refs)
+
+    def _seen(self, model: nn.Module) -> Model:
+        """The model as it is now. Raises Mismatch where something else has changed what adapters changed."""
+        seen = read(model, self.parameters)
+        problems = []
+        for name, parameter in self.parameters.items():
+            if name not in seen.spots:
+                what = f"{name} is not in the model any more, and an adapter was applied to it"
+                problems.append(Problem("E-CHANGED", what, name, "`forget()` the original"))
+            elif why := parameter.moved_to(seen.spots[name]):
+                problems.append(why)
+        if problems:
+            raise Mismatch(problems)
+        return seen
+
+    # --- what each parameter is to hold ------------------------------------------------------------------------------
+
+    def _bound(
+        self, seen: Model, entries: Sequence[Entry | Request], undo: str | Path
+    ) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
+        """The adapters bound to the model, and notes. Raises Mismatch with all that does not fit."""
+        checkpoint = seen.checkpoint
+        if isinstance(undo, Path) and any(isinstance(entry, Request) for entry in entries):
+            checkpoint = _digested_on_disk(seen, open_checkpoint(undo))
+        binding = Binding(checkpoint)
+        parts: list[Part] = []
+        for entry in entries:
+            if isinstance(entry, Entry):
+                parts.append(entry.part)
+                continue
+            binding.read([(entry.adapter, entry.weight)], entry.choices)
+            for part in binding.parts:
+                parts.append(part if entry.check_base else _unchecked(part))
+                binding.problems += _uncheckable(parts[-1], seen, checkpoint)
+        binding.parts = parts
+        if not binding.problems:
+            binding.bind()
+        if binding.problems:
+            raise Mismatch([_for_a_model(problem) for problem in binding.problems])
+        pairs = zip(parts, entries, strict=True)
+        active = tuple(
+            entry if isinstance(entry, Entry) else _entry(part, binding, seen, entry) for part, entry in pairs
+        )
+        asked = any(isinstance(entry, Request) for entry in entries)
+        return active, (*checkpoint.notes, *binding.notes) if asked else ()
+
+    def _jobs(
+        self, seen: Model, active: Sequence[Entry], undo: str | Path | None, others: Sequence[State]
+    ) -> list[Job]:
+        """The parameters that do not hold what they are to hold."""
+        names = dict.fromkeys([*self.parameters, *(name for entry in active for name in entry.updates)])
+        kind = self.undo if undo is None else undo
+        base = open_checkpoint(kind) if isinstance(kind, Path) else None
+        jobs, problems = [], []
+        for name in names:
+            parameter = self.parameters.get(name) or Parameter(seen.spots[name])
+            wanted = _of(active, name)
+            if parameter.updates is not None and _same(parameter.updates, wanted):
+                continue
+            before = _of(self.entries, name) if parameter.updates is None else parameter.updates
+            own: Undo = parameter.undo
+            if base is not None and wanted and (undo is not None or not parameter.records):
+                stored = _in_file(name, parameter, base)
+                if isinstance(stored, Problem):
+                    problems.append(stored)
+                    continue
+                own = stored
+            elif isinstance(kind, str) and (undo is not None or not parameter.records):
+                own = kind
+            if any(other.has(parameter) for other in others):
+                what = f"{name} was changed through another module that has it too"
+                problems.append(Problem("E-OVERLAP", what, name, "apply all adapters to one module, or remove first"))
+            jobs.append(Job(parameter, wanted, own, before, parameter.undo))
+        if problems:
+            raise Mismatch(problems)
+        return jobs
+
+    def has(self, parameter: Parameter) -> bool:
+        """Whether a parameter of another model is one that adapters changed here."""
+        start = parameter.spot.values.data_ptr()
+        return any(each.spot.values.data_ptr() == start for each in [*self.parameters.values()])
+
+    def _take_back(self, jobs: Sequence[Job], exactly: bool) -> None:
+        """Give every parameter the bits it had before the call. What stops this does not stop the next change."""
+        for job in jobs:
+            if job.parameter.records:  # an original, however far the job came
+                self.parameters[job.parameter.spot.name] = job.parameter
+        back = [replace(job, updates=job.before, undo=job.undo_before) for job in jobs]
+        _run([job for job in back if job.parameter.updates is None or not _same(job.parameter.updates, job.updates)],
+             self.reproducible or exactly)  # fmt: skip
+        self.parameters = {name: each for name, each in self.parameters.items() if each.updates != ()}
+
+
+def _of(entries: Sequence[Entry], name: str) -> Updates:
+    return tuple(weighted for entry in entries for weighted in entry.updates.get(name, ()))
+
+
+def _same(one: Updates, other: Updates) -> bool:
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+
+
+# --- binding ---------------------------------------------------------------------------------------------------------
+
+
+def _entry(part: Part, binding: Binding, seen: Model, request: Request) -> Entry:
+    """A new adapter with its factors in memory, since its files may be gone when it is taken out."""
+    held = {id(item): Targeted(item.target, each(item.update, _in_memory)) for item in part.adapter.updates}
+    updates: dict[str, Updates] = {}
+    problems = []
+    for name, wanted in binding.wanted.items():
+        if binding.base.ties.get(name) in binding.wanted:
+            continue  # the same memory under another name
+        own: list[Weighted] = []
+        for item, weight in wanted:
+            if id(item) not in held:
+                continue
+            try:
+                narrow = narrowed(held[id(item)], seen.spots[name].piece)
+            except Uncuttable as error:
+                what = f"{name} lies in pieces on several processes, and they can not be changed alone: {error}"
+                problems.append(
+                    Problem("E-UNSUPPORTED", what, part.name, "merge it into the checkpoint, and load that")
+                )
+                continue
+            own += [Weighted(narrow, weight)] if narrow is not None else []
+        if own:
+            updates[name] = tuple(own)
+    if problems:
+        raise Mismatch(problems)
+    adapter = replace(part.adapter, updates=tuple(held.values()), base=BaseIdentity())
+    return Entry(part._replace(adapter=adapter, sound=False, given=None), updates, request)
+
+
+def _in_memory(ref: TensorRef) -> TensorRef:
+    return TensorRef.of(ref.read().clone(), ref.name)
+
+
+def _unchecked(part: Part) -> Part:
+    return part._replace(adapter=replace(part.adapter, base=BaseIdentity()))
+
+
+def _uncheckable(part: Part, seen: Model, checkpoint: Checkpoint) -> Iterator[Problem]:
+    """An adapter that knows its base by digests, which no process can compute of its pieces."""
+    spread = {name for name, spot in seen.spots.items() if spot.sharded}
+    pinned = [name for name in part.adapter.base.tensors
+              if checkpoint.ties.get(name, name) in spread or (spread and name not in checkpoint.tensors)]  # fmt: skip
+    if pinned and not all(isinstance(checkpoint.tensors[name].data, FileSpan) for name in pinned
+                          if name in checkpoint.tensors):  # fmt: skip
+        what = f"{pinned[0]} lies in pieces on several processes: whether it is the adapter's base can not be checked"
+        hint = "give the base's folder as `undo`, which is compared piece by piece; or check_base=False"
+        yield Problem("E-BASE-MISMATCH", what, part.name, hint, "R-041")
+
+
+def _for_a_model(problem: Problem) -> Problem:
+    if "--allow-new" not in problem.hint:
+        return problem
+    return replace(problem, hint="merge it into the checkpoint with --allow-new, and load that")
+
+
+# --- originals in files ----------------------------------------------------------------------------------------------
+
+
+def _digested_on_disk(seen: Model, base: Checkpoint) -> Checkpoint:
+    """The model, with the bytes of sharded parameters taken from the base; those that change are compared later."""
+    tensors = dict(seen.checkpoint.tensors)
+    for name, spot in seen.spots.items():
+        stored = base.tensors.get(base.ties.get(name, name))
+        if spot.sharded and stored is not None and (stored.dtype, stored.shape) == (spot.dtype, spot.shape):
+            tensors[name] = stored
+    return replace(seen.checkpoint, tensors=tensors)
+
+
+def _in_file(name: str, parameter: Parameter, base: Checkpoint) -> TensorRef | Problem:
+    """The tensor of a base that has a parameter's original bits; or why there is none."""
+    spot, where = parameter.spot, str(base.path)
+    stored = base.tensors.get(base.ties.get(name, name))
+    hint = "give the base that was loaded, or undo='compressed'"
+    if stored is None:
+        return replace(missing(name, base.tensors, where), hint=f"{missing(name, base.tensors, where).hint}; {hint}")
+    if not isinstance(stored.data, FileSpan) or stored.views:
+        return Problem("E-UNSUPPORTED", f"{name} is not read by rows from this file", where, "use safetensors")
+    if (stored.dtype, stored.shape) != (spot.dtype, spot.shape):
+        what = f"{stored.dtype} {list(stored.shape)} there, {spot.dtype} {list(spot.shape)} in the model"
+        return Problem("E-BASE-MISMATCH", f"{name} is {what}", where, hint)
+    if parameter.undo != stored and parameter.differs_from(stored):
+        return Problem("E-BASE-MISMATCH", f"{name} has other bytes there than the model", where, hint)
+    return stored
+
+
+# --- work ------------------------------------------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    """Another parameter's job has failed."""
+
+
+def _run(jobs: Sequence[Job], reproducible: bool) -> list[Survival]:
+    """Rewrite parameters, several at a time, each on one thread as a merge does. Raises the first error, if any."""
+    if not jobs:
+        return []
+    stop = threading.Event()
+
+    def check() -> None:
+        if stop.is_set():
+            raise Stopped
+
+    _settle(jobs)
+    pool = workers(min(WORKERS, len(jobs)))
+    work: list[Callable[[], Survival]] = [
+        partial(job.parameter.rewrite, job.updates, job.undo, reproducible, check) for job in jobs
+    ]
+    futures = [pool.submit(each) for each in work]
+    try:
+        wait(futures, return_when=FIRST_EXCEPTION)
+    finally:
+        if not all(future.done() and future.exception() is None for future in futures):
+            stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+        _settle(jobs)
+    failed = [future.exception() for future in futures if not future.cancelled()]
+    for error in failed:
+        if error is not None and not isinstance(error, Stopped):
+            raise error
+    return [future.result() for future in futures]
+
+
+def _settle(jobs: Sequence[Job]) -> None:
+    """Wait for GPUs: each worker has a stream of its own, and so has who uses the model."""
+    import torch
+
+    for device in {job.parameter.spot.values.device for job in jobs}:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
