@@ -138,11 +138,12 @@ class Parameter:
 
         stacked = any(item.target.stacked for item, _ in updates)
         with self.lock, torch.no_grad():
+            self.updates = self.version = None
+            found = Survival()
             if self.records and (not updates or stacked != self.stacked):
                 self._give_back(check)  # blocks of another layout would not be the same rows
-            elif self.records:
-                self.updates = None
-            found = self._merge(updates, stacked, undo, reproducible, check) if updates else Survival()
+            if updates:
+                found = self._merge(updates, stacked, undo, reproducible, check)
             self.updates, self.undo, self.version = updates, undo, write_count(self.spot.values)
         return found
 
@@ -182,13 +183,11 @@ class Parameter:
                 new = old if isinstance(old, Kept) else kept(block.stored)
             self._write(block.start, block.stop, block.stored, block.values, new)
 
-        self.updates = None
         each_block(tensor, receive, reproducible=reproducible, device=self.spot.device)
         return found
 
     @gradual_underflow()
     def _give_back(self, check: Callable[[], None]) -> None:
-        self.updates = None
         data = Original(self, self.spot.device)
         for start, stop in self._blocks():
             if start in self.records:
