@@ -193,13 +193,21 @@ def test_any_sequence_is_a_merge_of_what_is_active(
         assert bits(model) == before
 
 
-def test_reproducible_stays_on_and_has_the_bits_of_such_a_merge(tmp_path: Path) -> None:
-    state, A, B = pair(torch.bfloat16, ("lora", "add"))
+def test_reproducible_stays_on_and_is_for_the_whole_model(tmp_path: Path) -> None:
+    make = Maker(4)
+    state = {f"{n}.weight": make.values(200, 300, dtype=torch.bfloat16) for n in "ab"}
     base, model = save_sharded(state, tmp_path / "base"), model_of(state)
-    handle = loratool.apply(model, A, reproducible=True)
-    assert bits(model) == merged(base, [A], tmp_path, reproducible=True)
-    handle.swap(B)
-    assert bits(model) == merged(base, [B], tmp_path, reproducible=True)
+    A, B = (one("lora", (200, 300), name=f"{n}.weight", rank=16) for n in "ab")
+    first = loratool.apply(model, A)
+    assert bits(model) == merged(base, [(A, 1.0)], tmp_path) != merged(base, [(A, 1.0)], tmp_path, reproducible=True)
+    second = loratool.apply(model, B, reproducible=True)
+    assert second.report.changed == 2
+    assert bits(model) == merged(base, [(A, 1.0), (B, 1.0)], tmp_path, reproducible=True)
+    second.swap(A, weight=0.5)
+    assert bits(model) == merged(base, [(A, 1.0), (A, 0.5)], tmp_path, reproducible=True)
+    first.remove()
+    second.remove()
+    assert bits(model) == bits_of(state)
 
 
 def test_a_context_manager_takes_it_out_whatever_happens() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from strategies import one
 
 import loratool
 
@@ -76,4 +77,29 @@ def test_a_loaded_model_becomes_what_loading_the_merged_one_gives(
             assert torch.equal(model.state_dict()[name], value), name
         tokens = torch.arange(12)[None]
         assert torch.equal(model(tokens).logits, merged(tokens).logits)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_an_adapter_of_single_experts_is_led_to_the_fused_parameters(tmp_path: Path) -> None:
+    """On disk every expert has its own tensors, in memory all experts of a layer are one parameter."""
+    torch.manual_seed(0)
+    mixture().bfloat16().save_pretrained(tmp_path / "base")
+    path, shapes = "model.layers.1.mlp.experts", {"gate_proj": (16, 32), "up_proj": (16, 32), "down_proj": (32, 16)}
+    items = [
+        item
+        for expert in (0, 3)
+        for n, (name, shape) in enumerate(shapes.items())
+        for item in one("lora", shape, name=f"{path}.{expert}.{name}.weight", seed=7 * expert + n).updates
+    ]
+    adapter = loratool.Adapter(tuple(items))
+    loratool.merge(tmp_path / "base", adapter, tmp_path / "merged", reproducible=True)
+    from transformers import Qwen3MoeForCausalLM
+
+    model, merged = (
+        Qwen3MoeForCausalLM.from_pretrained(tmp_path / name, dtype=torch.bfloat16) for name in ("base", "merged")
+    )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with loratool.apply(model, adapter, reproducible=True) as handle:
+        assert handle.report.survival.keys() == {f"{path}.gate_up_proj", f"{path}.down_proj"}
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in merged.state_dict().items())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -13,6 +13,8 @@ from loratool import (
     Adapter,
     BaseIdentity,
     ExtractReport,
+    Handle,
+    LiveReport,
     LoratoolError,
     MergeReport,
     Plan,
@@ -76,6 +78,16 @@ def merges(adapter: Adapter, path: Path) -> None:
     assert_type(back, UnmergeReport)
     assert_type(back.exact, bool)
     assert_type(back.bound, float)
+
+
+def lives(model: Any, adapter: Adapter, path: Path) -> None:
+    with loratool.apply(model, path, weight=0.5, undo="copy") as handle:
+        assert_type(handle, Handle)
+        assert_type(handle.swap(adapter, weight=1.0), LiveReport)
+        assert_type(handle.active, bool)
+        assert_type(handle.report.undo_bytes, int)
+    assert_type(loratool.apply(model, adapter, undo=path, check_base=False).remove(), None)
+    loratool.apply(model, adapter, 0.5)  # type: ignore[call-arg]
 
 
 def fails() -> None:

@@ -35,17 +35,21 @@ class Unwritable(Foreign):
 
 @dataclass(frozen=True, eq=False)
 class Live(InMemory):
-    """The data of a parameter: the bits that it had before any adapter."""
+    """The data of a parameter: the bits that it had before any adapter, or those `on_disk`, which are to be the same.
+
+    The latter are for what lies in pieces, of which no process has all bytes.
+    """
 
     original: Original | None = None
+    on_disk: TensorRef | None = None
 
     def load(self, dtype: str, shape: Shape) -> torch.Tensor:
         assert self.original is not None
-        return self.original.load(dtype, shape)
+        return self.original.load(dtype, shape) if self.on_disk is None else self.on_disk.read().reshape(shape)
 
     def chunks(self, dtype: str, shape: Shape) -> Iterator[memoryview]:
         assert self.original is not None
-        yield from self.original.chunks(dtype, shape)
+        yield from self.original.chunks(dtype, shape) if self.on_disk is None else self.on_disk.chunks()
 
 
 @dataclass(frozen=True)

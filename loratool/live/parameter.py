@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 Undo = str | TensorRef  # "copy", "compressed", or the tensor of a file that has the original
+Updates = tuple[Weighted, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,18 +74,29 @@ class InFile(NamedTuple):
     stored: TensorRef
 
 
-@dataclass
+@dataclass(frozen=True)
+class How:
+    """What a parameter is to hold, how it is rounded, and what is kept to have the original back."""
+
+    updates: Updates = ()
+    undo: Undo = "compressed"
+    reproducible: bool = False
+
+
+@dataclass(eq=False)
 class Parameter:
     """A parameter, and for each block that was changed what gives it back.
 
-    `updates` are those that its present bits hold; None while, or since, a change was interrupted.
+    `updates` are those that its present bits hold; None while, or since, a change was interrupted. `how` it was
+    changed last is then no more true.
     """
 
     spot: Spot
     records: dict[int, Packed | Kept | InFile] = field(default_factory=dict)  # by a block's first row
-    updates: tuple[Weighted, ...] | None = ()
+    updates: Updates | None = ()
+    how: How = How()
+    address: int = 0
     stacked: bool = False  # whether blocks are counted through one matrix per expert
-    undo: Undo = "compressed"
     version: int | None = None  # torch's count of writes after ours
     lock: threading.Lock = field(default_factory=threading.Lock)  # a job that was interrupted may still be at work
 
@@ -107,7 +119,15 @@ class Parameter:
         self.spot = spot
         return None
 
-    def tensor(self, updates: tuple[Weighted, ...] = ()) -> NewTensor:
+    def at_rest(self) -> Parameter:
+        """Let go of the memory, which the model may move elsewhere; `moved_to` finds it again."""
+        values = self.spot.values
+        if values.numel():
+            self.address = values.data_ptr()
+            self.spot = replace(self.spot, values=values.new_empty(0))
+        return self
+
+    def tensor(self, updates: Updates = ()) -> NewTensor:
         """What becomes of the part that lies here."""
         spot = self.spot
         ref = TensorRef(spot.name, spot.dtype, spot.piece.shape, Original(self, spot.device), spot.piece.shape)
@@ -123,40 +143,27 @@ class Parameter:
 
     # --- rewriting ---------------------------------------------------------------------------------------------------
 
-    def rewrite(
-        self,
-        updates: tuple[Weighted, ...],
-        undo: Undo,
-        reproducible: bool = False,
-        check: Callable[[], None] = lambda: None,
-    ) -> Survival:
-        """Make the bits those of a merge of `updates` into the original; of none, the original ones.
+    def rewrite(self, how: How, check: Callable[[], None] = lambda: None) -> Survival:
+        """Make the bits those of a merge of the updates into the original; of none, the original ones.
 
         `check` is called before each block is written, and may raise.
         """
         import torch
 
-        stacked = any(item.target.stacked for item, _ in updates)
+        stacked = any(item.target.stacked for item, _ in how.updates)
         with self.lock, torch.no_grad():
             self.updates = self.version = None
             found = Survival()
-            if self.records and (not updates or stacked != self.stacked):
+            if self.records and (not how.updates or stacked != self.stacked):
                 self._give_back(check)  # blocks of another layout would not be the same rows
-            if updates:
-                found = self._merge(updates, stacked, undo, reproducible, check)
-            self.updates, self.undo, self.version = updates, undo, write_count(self.spot.values)
+            if how.updates:
+                found = self._merge(how, stacked, check)
+            self.updates, self.how, self.version = how.updates, how, write_count(self.spot.values)
         return found
 
-    def _merge(
-        self,
-        updates: tuple[Weighted, ...],
-        stacked: bool,
-        undo: Undo,
-        reproducible: bool,
-        check: Callable[[], None],
-    ) -> Survival:
+    def _merge(self, how: How, stacked: bool, check: Callable[[], None]) -> Survival:
         self.stacked = stacked
-        tensor, found = self.tensor(updates), Survival()
+        tensor, found = self.tensor(how.updates), Survival()
         assert tensor.source is not None
         # What is kept must not lead back to the parameter, or only a garbage collection would free a model.
         bare = replace(tensor.source, data=Computed(_nothing))
@@ -173,17 +180,17 @@ class Parameter:
             sample = slice(None, None, SAMPLED)
             found = found.plus(survival_of(block.stored[sample], block.exact[sample], block.values[sample]))
             new: Packed | Kept | InFile
-            if undo == "compressed":
+            if how.undo == "compressed":
                 matrix = block.first // max(1, tensor.shape[1]) if stacked else 0
                 generation.norms[matrix] = norms_of(block)
                 new = Packed(undo_of(tensor, block), generation)
-            elif isinstance(undo, TensorRef):
-                new = InFile(undo)
+            elif isinstance(how.undo, TensorRef):
+                new = InFile(how.undo)
             else:
                 new = old if isinstance(old, Kept) else kept(block.stored)
             self._write(block.start, block.stop, block.stored, block.values, new)
 
-        each_block(tensor, receive, reproducible=reproducible, device=self.spot.device)
+        each_block(tensor, receive, reproducible=how.reproducible, device=self.spot.device)
         return found
 
     @gradual_underflow()

@@ -15,7 +15,7 @@ from loratool.adapter import Targeted
 from loratool.maps import cutting
 from loratool.maps.cutting import Uncuttable
 from loratool.tensors import Shape, TensorRef
-from loratool.updates import ReplaceRows, Update
+from loratool.updates import Dora, ReplaceRows, Update
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +68,9 @@ def narrowed(item: Targeted, piece: Piece) -> Targeted | None:
         start, shape, whole = start[1:], shape[1:], whole[1:]
     lead = int(target.experts is not None)
     if any(size < full for size, full in zip(shape[2:], whole[2:], strict=True)):
-        raise Uncuttable("it is cut along the kernel")
+        raise Uncuttable("they are cut along the kernel")
+    if isinstance(update, Dora) and shape[1 - update.axis] < whole[1 - update.axis]:
+        raise Uncuttable(f"the norm of each {('row', 'column')[update.axis]} is of all its elements")
     if whole:
         first, last = target.rows or (0, whole[0])
         low, high = max(first, start[0]), min(last, start[0] + shape[0])

@@ -21,8 +21,8 @@ from loratool.checkpoint import Checkpoint, open_checkpoint
 from loratool.conventions.choices import Choices
 from loratool.errors import Mismatch, Problem
 from loratool.layout import Weighted
-from loratool.live.model import Model, distributed, read
-from loratool.live.parameter import Parameter, Undo
+from loratool.live.model import Live, Model, distributed, read
+from loratool.live.parameter import How, Parameter, Updates
 from loratool.live.shards import all_agree, narrowed
 from loratool.maps.cutting import Uncuttable, each
 from loratool.names import missing
@@ -32,8 +32,6 @@ from loratool.workers import WORKERS, workers
 
 if TYPE_CHECKING:
     from torch import nn
-
-Updates = tuple[Weighted, ...]
 
 
 @dataclass(frozen=True)
@@ -76,10 +74,8 @@ class Job:
     """A parameter to rewrite, and what it takes to have it back."""
 
     parameter: Parameter
-    updates: Updates
-    undo: Undo
-    before: Updates
-    undo_before: Undo
+    how: How
+    before: How
 
 
 @dataclass(eq=False)
@@ -106,30 +102,37 @@ class State:
         """
         started = time.monotonic()
         spread = distributed(model)
-        exactly = self.reproducible if reproducible is None else reproducible
+        # Pieces are computed in other blocks than the whole: only correct rounding gives them the same bits.
+        exactly = (self.reproducible if reproducible is None else reproducible) or bool(spread)
+        kind = self.undo if undo is None else undo
+        before = (self.entries, self.undo, self.reproducible)
         jobs: list[Job] = []
+        asked = False  # whether the other processes know how it went here
         try:
             seen = self._seen(model)
-            active, notes = self._bound(seen, entries, self.undo if undo is None else undo)
-            jobs += self._jobs(seen, active, undo, others)
-            # Pieces are computed in other blocks than the whole: only correct rounding gives them the same bits.
-            found = _run(jobs, exactly or bool(spread))
+            active, notes = self._bound(seen, entries, kind)
+            jobs += self._jobs(seen, active, undo, exactly, others)
+            found = _run(jobs)
+            asked = True
+            if not all_agree(spread, True):
+                what = "another process that has a part of the model could not change it"
+                raise Mismatch(Problem("E-INTERRUPTED", what, type(model).__name__, "see what that process reports"))
+            for job in jobs:
+                self.parameters[job.parameter.spot.name] = job.parameter
+            self.entries, self.undo, self.reproducible = active, kind, exactly
         except BaseException:
-            self._take_back(jobs, bool(spread))
-            all_agree(spread, False)
+            try:
+                self.entries, self.undo, self.reproducible = before
+                self._take_back(jobs)
+            finally:
+                if not asked:
+                    all_agree(spread, False)
             raise
-        if not all_agree(spread, True):
-            self._take_back(jobs, bool(spread))
-            what = "another process that has a part of the model could not change it"
-            raise Mismatch(Problem("E-INTERRUPTED", what, type(model).__name__, "see what that process reports"))
-        for job in jobs:
-            self.parameters[job.parameter.spot.name] = job.parameter
-        self.parameters = {name: each for name, each in self.parameters.items() if each.updates != ()}
-        self.entries, self.reproducible = active, exactly
-        self.undo = self.undo if undo is None else undo
-        survival = {job.parameter.spot.name: each for job, each in zip(jobs, found, strict=True) if job.updates}
-        remedy = "a model in float32 keeps all of it"
-        notes = (*notes, *loss(survival, "after rounding", remedy))
+        finally:
+            self.parameters = {name: each.at_rest() for name, each in self.parameters.items() if each.updates != ()}
+        survival = {job.parameter.spot.name: each for job, each in zip(jobs, found, strict=True)
+                    if job.how.updates}  # fmt: skip
+        notes = (*notes, *loss(survival, "after rounding", "a model in float32 keeps all of it"))
         return LiveReport(len(jobs), survival, self.undo_bytes, self.factor_bytes, time.monotonic() - started, notes)
 
     @property
@@ -188,7 +191,12 @@ class State:
         return active, (*checkpoint.notes, *binding.notes) if asked else ()
 
     def _jobs(
-        self, seen: Model, active: Sequence[Entry], undo: str | Path | None, others: Sequence[State]
+        self,
+        seen: Model,
+        active: Sequence[Entry],
+        undo: str | Path | None,
+        exactly: bool,
+        others: Sequence[State],
     ) -> list[Job]:
         """The parameters that do not hold what they are to hold."""
         names = dict.fromkeys([*self.parameters, *(name for entry in active for name in entry.updates)])
@@ -197,49 +205,47 @@ class State:
         jobs, problems = [], []
         for name in names:
             parameter = self.parameters.get(name) or Parameter(seen.spots[name])
-            wanted = _of(active, name)
-            if parameter.updates is not None and _same(parameter.updates, wanted):
+            how = replace(parameter.how, updates=_of(active, name), reproducible=exactly)
+            if parameter.updates is not None and _same(parameter.how, how):
                 continue
-            before = _of(self.entries, name) if parameter.updates is None else parameter.updates
-            own: Undo = parameter.undo
-            if base is not None and wanted and (undo is not None or not parameter.records):
-                stored = _in_file(name, parameter, base)
+            if how.updates and (undo is not None or not parameter.records):
+                stored = kind if base is None else _in_file(name, parameter, base)
                 if isinstance(stored, Problem):
                     problems.append(stored)
                     continue
-                own = stored
-            elif isinstance(kind, str) and (undo is not None or not parameter.records):
-                own = kind
+                assert not isinstance(stored, Path), "a path was opened"
+                how = replace(how, undo=stored)
             if any(other.has(parameter) for other in others):
                 what = f"{name} was changed through another module that has it too"
                 problems.append(Problem("E-OVERLAP", what, name, "apply all adapters to one module, or remove first"))
-            jobs.append(Job(parameter, wanted, own, before, parameter.undo))
+            jobs.append(Job(parameter, how, replace(parameter.how, updates=_of(self.entries, name))))
         if problems:
             raise Mismatch(problems)
         return jobs
 
     def has(self, parameter: Parameter) -> bool:
         """Whether a parameter of another model is one that adapters changed here."""
-        start = parameter.spot.values.data_ptr()
-        return any(each.spot.values.data_ptr() == start for each in [*self.parameters.values()])
+        values = parameter.spot.values
+        return values.numel() > 0 and values.data_ptr() in [each.address for each in [*self.parameters.values()]]
 
-    def _take_back(self, jobs: Sequence[Job], exactly: bool) -> None:
+    def _take_back(self, jobs: Sequence[Job]) -> None:
         """Give every parameter the bits it had before the call. What stops this does not stop the next change."""
         for job in jobs:
             if job.parameter.records:  # an original, however far the job came
                 self.parameters[job.parameter.spot.name] = job.parameter
-        back = [replace(job, updates=job.before, undo=job.undo_before) for job in jobs]
-        _run([job for job in back if job.parameter.updates is None or not _same(job.parameter.updates, job.updates)],
-             self.reproducible or exactly)  # fmt: skip
-        self.parameters = {name: each for name, each in self.parameters.items() if each.updates != ()}
+        _run([replace(job, how=job.before) for job in jobs
+              if job.parameter.updates is None or not _same(job.parameter.how, job.before)])  # fmt: skip
 
 
 def _of(entries: Sequence[Entry], name: str) -> Updates:
     return tuple(weighted for entry in entries for weighted in entry.updates.get(name, ()))
 
 
-def _same(one: Updates, other: Updates) -> bool:
-    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+def _same(one: How, other: How) -> bool:
+    """Whether a parameter comes to the same bits."""
+    if len(one.updates) != len(other.updates) or (one.updates and one.reproducible != other.reproducible):
+        return False
+    return all(a is b for a, b in zip(one.updates, other.updates, strict=True))
 
 
 # --- binding ---------------------------------------------------------------------------------------------------------
@@ -287,8 +293,8 @@ def _uncheckable(part: Part, seen: Model, checkpoint: Checkpoint) -> Iterator[Pr
     spread = {name for name, spot in seen.spots.items() if spot.sharded}
     pinned = [name for name in part.adapter.base.tensors
               if checkpoint.ties.get(name, name) in spread or (spread and name not in checkpoint.tensors)]  # fmt: skip
-    if pinned and not all(isinstance(checkpoint.tensors[name].data, FileSpan) for name in pinned
-                          if name in checkpoint.tensors):  # fmt: skip
+    data = [checkpoint.tensors[name].data for name in spread]
+    if pinned and not all(isinstance(each, Live) and each.on_disk is not None for each in data):
         what = f"{pinned[0]} lies in pieces on several processes: whether it is the adapter's base can not be checked"
         hint = "give the base's folder as `undo`, which is compared piece by piece; or check_base=False"
         yield Problem("E-BASE-MISMATCH", what, part.name, hint, "R-041")
@@ -308,8 +314,10 @@ def _digested_on_disk(seen: Model, base: Checkpoint) -> Checkpoint:
     tensors = dict(seen.checkpoint.tensors)
     for name, spot in seen.spots.items():
         stored = base.tensors.get(base.ties.get(name, name))
-        if spot.sharded and stored is not None and (stored.dtype, stored.shape) == (spot.dtype, spot.shape):
-            tensors[name] = stored
+        live = tensors[name].data
+        fits = stored is not None and (stored.dtype, stored.shape) == (spot.dtype, spot.shape)
+        if spot.sharded and fits and isinstance(live, Live):
+            tensors[name] = replace(tensors[name], data=replace(live, on_disk=stored))
     return replace(seen.checkpoint, tensors=tensors)
 
 
@@ -325,7 +333,7 @@ def _in_file(name: str, parameter: Parameter, base: Checkpoint) -> TensorRef | P
     if (stored.dtype, stored.shape) != (spot.dtype, spot.shape):
         what = f"{stored.dtype} {list(stored.shape)} there, {spot.dtype} {list(spot.shape)} in the model"
         return Problem("E-BASE-MISMATCH", f"{name} is {what}", where, hint)
-    if parameter.undo != stored and parameter.differs_from(stored):
+    if parameter.how.undo != stored and parameter.differs_from(stored):
         return Problem("E-BASE-MISMATCH", f"{name} has other bytes there than the model", where, hint)
     return stored
 
@@ -337,7 +345,7 @@ class Stopped(Exception):
     """Another parameter's job has failed."""
 
 
-def _run(jobs: Sequence[Job], reproducible: bool) -> list[Survival]:
+def _run(jobs: Sequence[Job]) -> list[Survival]:
     """Rewrite parameters, several at a time, each on one thread as a merge does. Raises the first error, if any."""
     if not jobs:
         return []
@@ -349,9 +357,7 @@ def _run(jobs: Sequence[Job], reproducible: bool) -> list[Survival]:
 
     _settle(jobs)
     pool = workers(min(WORKERS, len(jobs)))
-    work: list[Callable[[], Survival]] = [
-        partial(job.parameter.rewrite, job.updates, job.undo, reproducible, check) for job in jobs
-    ]
+    work: list[Callable[[], Survival]] = [partial(job.parameter.rewrite, job.how, check) for job in jobs]
     futures = [pool.submit(each) for each in work]
     try:
         wait(futures, return_when=FIRST_EXCEPTION)
