@@ -97,6 +97,7 @@ class Layers(nn.Module):
         self.embed = nn.Embedding(25, 16)
         self.up = nn.Linear(16, 33)
         self.down = nn.Linear(33, 16)
+        self.wide = nn.Linear(300, 201, bias=False)  # large enough to show how it was rounded
 
     def forward(self, tokens: Tensor) -> Tensor:
         hidden: Tensor = self.down(self.up(self.embed(tokens)))
@@ -116,7 +117,7 @@ def two_adapters(forms: dict[str, str]) -> dict[str, Adapter]:
         for name, form in forms.items():
             form = "lora" if key == "b" and form != "replace_rows" and len(shapes[name]) > 1 else form
             if key == "a" or form == "lora":
-                items.append(Targeted(Target(name, shapes[name]), make_update(form, shapes[name], make)))
+                items.append(Targeted(Target(name, shapes[name]), make_update(form, shapes[name], make, rank=16)))
         adapters[key] = Adapter(tuple(items))
     return adapters
 
@@ -126,7 +127,7 @@ def fully_sharded(rank: int, folder: Path) -> None:
 
     model = layers()
     for module in (model.up, model):
-        fully_shard(module)
+        fully_shard(module, reshard_after_forward=False)
     for undo in ("compressed", folder / "base"):
         story(model, folder, undo=undo)
     tokens = torch.arange(25)
@@ -135,6 +136,7 @@ def fully_sharded(rank: int, folder: Path) -> None:
         with loratool.apply(model, folder / "a.safetensors", undo="copy"):
             other = layers()
             other.load_state_dict(tensors_of(folder / "merged-a"))
+            model.reshard()  # type: ignore[attr-defined]  # it is the shards that must have changed
             assert raw(model(tokens)) == raw(other(tokens)) != raw(before)
         assert raw(model(tokens)) == raw(before)
     model.reshard()  # type: ignore[attr-defined]
@@ -142,7 +144,13 @@ def fully_sharded(rank: int, folder: Path) -> None:
 
 
 def test_fully_shard(tmp_path: Path) -> None:
-    forms = {"embed.weight": "replace_rows", "up.weight": "lora", "up.bias": "add", "down.weight": "dora0-lora"}
+    forms = {
+        "embed.weight": "replace_rows",
+        "up.weight": "lora",
+        "up.bias": "add",
+        "down.weight": "dora0-lora",
+        "wide.weight": "lora",
+    }
     prepared(tmp_path, layers().state_dict(), two_adapters(forms) | {
         "b": Adapter(two_adapters({"up.weight": "lora", "embed.weight": "lora"})["b"].updates)
     })  # fmt: skip
@@ -154,14 +162,20 @@ def tensor_parallel(rank: int, folder: Path) -> None:
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     model, mesh = layers(), init_device_mesh("cpu", (RANKS,))
-    plan = {"embed": RowwiseParallel(), "up": ColwiseParallel(), "down": RowwiseParallel()}
+    plan = {"embed": RowwiseParallel(), "up": ColwiseParallel(), "wide": ColwiseParallel(), "down": RowwiseParallel()}
     parallelize_module(model, mesh, plan)  # type: ignore[arg-type]
     story(model, folder)
     story(model, folder, undo="copy")
 
 
 def test_tensor_parallel(tmp_path: Path) -> None:
-    forms = {"embed.weight": "replace_rows", "up.weight": "loha", "up.bias": "replace", "down.weight": "lora"}
+    forms = {
+        "embed.weight": "replace_rows",
+        "up.weight": "loha",
+        "up.bias": "replace",
+        "down.weight": "lora",
+        "wide.weight": "lora",
+    }
     prepared(tmp_path, layers().state_dict(), two_adapters(forms) | {
         "b": Adapter(two_adapters({"up.weight": "lora", "down.weight": "lora"})["b"].updates)
     })  # fmt: skip
