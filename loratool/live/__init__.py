@@ -15,8 +15,9 @@ from weakref import WeakKeyDictionary
 from loratool.adapter import Adapter
 from loratool.conventions.choices import Choices
 from loratool.errors import ChoiceNeeded, Problem
+from loratool.live.bound import Entry, Request
 from loratool.live.model import innermost
-from loratool.live.state import Entry, LiveReport, Request, State
+from loratool.live.state import LiveReport, State
 
 if TYPE_CHECKING:
     from torch import nn
