@@ -36,6 +36,7 @@ def entered(rank: int, work: Callable[[int, Path], None], folder: Path) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=RANKS)
     try:
         work(rank, folder)
+        distributed.barrier()  # neither leaves while the other one still talks to it
     finally:
         distributed.destroy_process_group()
 
