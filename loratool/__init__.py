@@ -2,6 +2,7 @@
 
 from loratool.adapter import Adapter, BaseIdentity, Target, Targeted, TensorIdentity
 from loratool.api import (
+    apply,
     convert,
     extract,
     inspect,
@@ -28,6 +29,7 @@ from loratool.errors import (
     Unsupported,
 )
 from loratool.extract import ExtractReport
+from loratool.live import Handle, LiveReport
 from loratool.merge import MergeReport, UnmergeReport
 from loratool.plan import Plan
 from loratool.status import Status
@@ -45,7 +47,9 @@ __all__ = [
     "ChoiceNeeded",
     "ConvertReport",
     "ExtractReport",
+    "Handle",
     "InvalidFile",
+    "LiveReport",
     "LoratoolError",
     "MergeReport",
     "MergedFile",
@@ -66,6 +70,7 @@ __all__ = [
     "Unsupported",
     "VerifyReport",
     "__version__",
+    "apply",
     "convert",
     "extract",
     "inspect",

@@ -8,7 +8,7 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypeVar
 
-from loratool import conventions, maps
+from loratool import conventions, live, maps
 from loratool import format as native_format
 from loratool.adapter import Adapter
 from loratool.binding import led
@@ -30,6 +30,7 @@ from loratool.workers import ProgressCallback
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 PathLike: TypeAlias = str | Path
 AdapterLike: TypeAlias = PathLike | Adapter
@@ -461,6 +462,40 @@ def unmerge(
         device=device,
     )
     return run_unmerge(planned, progress)
+
+
+@_typed
+def apply(
+    model: nn.Module,
+    adapter: AdapterLike,
+    *,
+    weight: float = 1.0,
+    undo: PathLike | None = None,
+    reproducible: bool | None = None,
+    check_base: bool = True,
+    layout: Mapping[str, str] | None = None,
+    component: str | Sequence[str] | None = None,
+    map: PathLike | Sequence[PathLike] | None = None,
+) -> live.Handle:
+    """Merge an adapter into the parameters of a running model, in place: bit for bit what `merge` of all adapters that
+    are in it, in their order, gives. The handle takes it out again, or swaps it.
+
+    `undo` says where the original bits come from: "compressed" (the default: in memory, what rounding took away),
+    "copy" (in the host's memory, the parameters themselves) or the folder of the base that was loaded. It is for the
+    whole model, and stays until another call says otherwise; so does `reproducible`, which is as in `merge`, and always
+    on for a model with DTensors. Those are changed where their shards lie, without gathering; every process must make
+    the same calls. `check_base=False` takes the model for the adapter's base without looking. `layout`, `component` and
+    `map` are as in `merge`.
+
+    Raises Mismatch with all that does not fit, and what is wrong with the adapter. Whatever is raised, every parameter
+    then has the bits that it had before. Do not call it between a forward pass and its backward pass.
+
+    >>> with loratool.apply(model, "style/", weight=0.8) as handle:  # doctest: +SKIP
+    ...     handle.swap("other/")
+    """
+    given = adapter if isinstance(adapter, Adapter) else Path(adapter)
+    options = choices(layout=layout, component=component, map=map)
+    return live.put(model, given, weight, options, undo=undo, reproducible=reproducible, check_base=check_base)
 
 
 @_typed

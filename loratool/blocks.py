@@ -150,6 +150,59 @@ def row_count(tensor: NewTensor) -> int:
     return matrices * rows
 
 
+def undo_of(tensor: NewTensor, block: Merged) -> bytes:
+    """What `Predictor` needs beside a merged block to give the stored one back. Not for a new tensor."""
+    start, stop = block.start - block.first, block.stop - block.first
+    guess, doubtful = _predicted(tensor, block.source, block.opened, block.values, block.stored.dtype, start, stop)
+    return encode_block(block.stored, guess, doubtful())
+
+
+def norms_of(block: Merged) -> list[torch.Tensor]:
+    """What `Predictor` needs of a matrix's DoRA updates, in order; whole once its last block was handed out."""
+    return [update.block.norm for update in block.opened if isinstance(update.block, DoraBlock)]
+
+
+class Predictor:
+    """Gives blocks of rows back as they were before a merge: `tensor.source` is of the merged one's shape and dtype.
+
+    `norms` are those of a matrix's DoRA updates, asked for when it is its turn; `height` is that of the blocks, where
+    another merge chose it.
+    """
+
+    def __init__(
+        self,
+        tensor: NewTensor,
+        norms: Callable[[int], Iterator[torch.Tensor]],
+        device: str = "cpu",
+        height: int = 0,
+    ) -> None:
+        self.tensor = held(tensor)
+        self.norms, self.device = norms, device
+        _, self.rows, columns = _matrices(tensor)
+        self.buffers = _rows(tensor, self.rows, columns, device, height)
+        self.matrix, self.opened = -1, list[_Opened]()
+
+    def before(self, start: int, stop: int, merged: torch.Tensor, undo: bytes) -> torch.Tensor:
+        """The block of rows start:stop, on the CPU. Raises ValueError for a record that does not fit."""
+        matrix, first = divmod(start, self.rows)
+        self.at(matrix)
+        guess, _ = _predicted(
+            self.tensor, self.buffers, self.opened, merged, torch_dtype(self.tensor.dtype), first, first + stop - start
+        )
+        return decode_block(undo, guess)
+
+    def at(self, matrix: int) -> None:
+        """Open the updates of a matrix, if they are not."""
+        if matrix == self.matrix:
+            return
+        self.matrix = matrix
+        self.opened = [_open(w, self.tensor, matrix, self.rows, self.device) for w in _ordered(self.tensor, matrix)]
+        norms = self.norms(matrix)
+        for update in self.opened:
+            if isinstance(update.block, DoraBlock):
+                update.block.norm = next(norms).reshape(update.block.norm.shape).to(self.device)
+
+
 def float32_error(block: Merged) -> torch.Tensor:
     """[rows, 1] in float64: how far a merge that computes in float32, in any order, may be from the exact result."""
     start, stop = block.start - block.first, block.stop - block.first
@@ -233,11 +286,9 @@ def compute(
         if recorder is None:
             return
         if tensor.source is not None:
-            opened, dtype = block.opened, block.stored.dtype
-            guess, doubtful = _predicted(tensor, source, opened, block.values, dtype, start, stop)
-            recorder.blocks.append(encode_block(block.stored, guess, doubtful()))
+            recorder.blocks.append(undo_of(tensor, block))
         if stop == rows:
-            recorder.norms += [u.block.norm.cpu() for u in block.opened if isinstance(u.block, DoraBlock)]
+            recorder.norms += [norm.cpu() for norm in norms_of(block)]
 
     each_block(tensor, receive, reproducible=reproducible, device=device)
     if recorder is not None:
@@ -273,23 +324,19 @@ def restore(
 
     `tensor.updates` carry the weights of the merge. Raises InvalidFile for a record that does not fit.
     """
-    tensor = held(tensor)
     after = blake3()
     matrices, rows, columns = _matrices(tensor)
-    blocks, norms = record.read_blocks(), iter(record.norms)
-    dtype = torch_dtype(tensor.dtype)
+    blocks = record.read_blocks()
+    norms = (ref.read() for ref in record.norms)
+    predictor = Predictor(tensor, lambda matrix: norms, device, record.height)
     try:
         with _rows(tensor, rows, columns, device, record.height) as source:
             for matrix in range(matrices):
-                opened = [_open(weighted, tensor, matrix, rows, device) for weighted in _ordered(tensor, matrix)]
-                for update in opened:
-                    if isinstance(update.block, DoraBlock):
-                        update.block.norm = next(norms).read().reshape(update.block.norm.shape).to(device)
+                predictor.at(matrix)
                 first = matrix * rows
                 for start, stop in _blocks(rows, columns, tensor, record.height):
                     merged = source.read(first + start, first + stop)
-                    guess, _ = _predicted(tensor, source, opened, merged, dtype, start, stop)
-                    data = as_bytes(decode_block(next(blocks), guess))
+                    data = as_bytes(predictor.before(first + start, first + stop, merged, next(blocks)))
                     after.update(data)
                     write_all(out, data)
                     step(len(data))

@@ -162,7 +162,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     shards = tuple(_readable(file, _open_shard) for file in files)
     if index is not None:
         _check_index(index, weight_map, shards)
-    tensors, notes = _clean([(name, tensor) for shard in shards for name, tensor in shard.tensors.items()], path)
+    tensors, notes = cleaned([(name, tensor) for shard in shards for name, tensor in shard.tensors.items()], path)
     if not tensors:
         raise InvalidFile(Problem("E-EMPTY", "there is no tensor in it", str(path)))
     return Checkpoint(path, shards, tensors, index, notes)
@@ -340,7 +340,7 @@ def _state_dict(tree: Tree, path: Path) -> dict[str, TensorRef]:
     return next(iter(filled.values()))
 
 
-def _clean(stored: list[tuple[str, TensorRef]], path: Path) -> tuple[dict[str, TensorRef], tuple[str, ...]]:
+def cleaned(stored: list[tuple[str, TensorRef]], path: Path) -> tuple[dict[str, TensorRef], tuple[str, ...]]:
     """Names without what wrappers add: marked segments anywhere, a leading `module.` only if every name has it."""
     names = {name: ".".join(s for s in name.split(".") if s not in WRAPPER_SEGMENTS) for name, _ in stored}
     if all(name.startswith("module.") or name == EMA_COUNTER for name in names.values()):

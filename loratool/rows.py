@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from loratool.quantised import Dequantised
-from loratool.tensors import FileSpan, TensorRef, as_bytes, open_to_read, read_exactly, torch_dtype
+from loratool.tensors import ByRows, FileSpan, TensorRef, as_bytes, open_to_read, read_exactly, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +42,7 @@ class Rows:
         if source is not None and isinstance(source.data, FileSpan) and not source.views:
             self.span = source.data
             self.file = self.stack.enter_context(open_to_read(source.data.path))
-        elif source is not None and source.numel and not isinstance(source.data, Dequantised):
+        elif source is not None and source.numel and not isinstance(source.data, ByRows):
             self.held = source.read().reshape(-1, self.columns)
         return self
 
@@ -68,7 +67,7 @@ class Rows:
             read_exactly(self.file, as_bytes(self.last), self.span.path)
         elif self.held is not None:
             self.last = self.held[start:stop].contiguous()
-        elif self.source is not None and isinstance(self.source.data, Dequantised):
+        elif self.source is not None and isinstance(self.source.data, ByRows):
             self.last = self.source.data.rows(start, stop, self.columns)
         else:
             self.last = self._on_host("none", self.dtype, 0)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
 
 from loratool.errors import InvalidFile, Problem
 
@@ -142,6 +142,14 @@ class Data(Protocol):
     def load(self, dtype: str, shape: Shape) -> torch.Tensor: ...
 
     def chunks(self, dtype: str, shape: Shape) -> Iterator[memoryview]: ...
+
+
+@runtime_checkable
+class ByRows(Protocol):
+    """Data that is made some rows at a time."""
+
+    def rows(self, start: int, stop: int, columns: int) -> torch.Tensor:
+        """Rows start:stop of the tensor seen as a matrix of `columns`, contiguous."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ T = TypeVar("T")
 WORKERS = min(8, os.cpu_count() or 1)  # tasks that run at a time
 _STARTING = threading.Lock()  # two pools that start at once would put each other's number back
 
+WORKERS = min(8, os.cpu_count() or 1)  # tasks that run at a time
+
 
 class Progress(NamedTuple):
     """One step of running work, for a progress callback.

@@ -36,6 +36,7 @@ ROOMS = (
     ("conventions",),
     ("binding", "requantise"),
     ("changes", "tasks"),
+    ("live",),
     ("diagnosis",),
     ("comparing",),
     ("ondemand",),

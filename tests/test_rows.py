@@ -30,10 +30,8 @@ class Arrival:
         self.waited.append(1)
 
 
-@pytest.fixture
-def elsewhere(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def forced(monkeypatch: pytest.MonkeyPatch, waited: list[int]) -> None:
     """`cpu:0` is another device than `cpu` to loratool, and the same to torch."""
-    waited: list[int] = []
 
     def unpinned(height: int, columns: int, dtype: torch.dtype, pinned: bool) -> torch.Tensor:
         return torch.empty(height, columns, dtype=dtype)
@@ -47,6 +45,12 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(rows, "on_host", unpinned)
     monkeypatch.setattr(rows, "arrival", lambda device: Arrival(waited))
     monkeypatch.setattr(rows, "own_stream", lambda device: contextlib.nullcontext())
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    waited: list[int] = []
+    forced(monkeypatch, waited)
     monkeypatch.setattr(plan, "_refuse_device", lambda device: None)
     return waited
 

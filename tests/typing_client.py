@@ -15,6 +15,8 @@ from loratool import (
     BaseIdentity,
     ConvertReport,
     ExtractReport,
+    Handle,
+    LiveReport,
     LoratoolError,
     MergedFile,
     MergedFolder,
@@ -129,6 +131,16 @@ def asks(adapter: Adapter, path: Path) -> bool:
     assert_type(status.receipt, Receipt | None)
     assert_type(status.changed, tuple[str, ...])
     return report.answer and status.answer
+
+
+def lives(model: Any, adapter: Adapter, path: Path) -> None:
+    with loratool.apply(model, path, weight=0.5, undo="copy") as handle:
+        assert_type(handle, Handle)
+        assert_type(handle.swap(adapter, weight=1.0), LiveReport)
+        assert_type(handle.active, bool)
+        assert_type(handle.report.undo_bytes, int)
+    assert_type(loratool.apply(model, adapter, undo=path, check_base=False).remove(), None)
+    loratool.apply(model, adapter, 0.5)  # type: ignore[call-arg]
 
 
 def fails() -> None:

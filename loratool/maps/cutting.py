@@ -91,7 +91,7 @@ class Keeper:
             return values
 
 
-def _each(update: Update, change: Callable[[TensorRef], TensorRef]) -> Update:
+def each(update: Update, change: Callable[[TensorRef], TensorRef]) -> Update:
     """The same change for every component."""
     changed: dict[str, Any] = {}
     for part in fields(update):
@@ -99,13 +99,18 @@ def _each(update: Update, change: Callable[[TensorRef], TensorRef]) -> Update:
         if isinstance(value, TensorRef):
             changed[part.name] = change(value)
         elif isinstance(value, Update):
-            changed[part.name] = _each(value, change)
+            changed[part.name] = each(value, change)
     return replace(update, **changed)
 
 
 def of_expert(update: Update, number: int, keeper: Keeper) -> Update:
     """One expert's part of an update of all."""
-    return _each(update, lambda ref: keeper.expert(ref, number))
+    return each(update, lambda ref: keeper.expert(ref, number))
+
+
+def of_experts(update: Update, start: int, count: int) -> Update:
+    """The part of some experts of an update of all."""
+    return each(update, lambda ref: ref.narrow(0, start, count))
 
 
 def turned(update: Update, lead: int) -> Update:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tests.bench import data, measure
 from tests.bench.data import ALL, QV, Model
+from tests.bench.live import timed
 from tests.bench.measure import Run
 from tests.bench.report import Claim, Results, Row, tell
 
@@ -289,4 +290,17 @@ def read(bench: Bench) -> None:
         remove(merged)
 
 
-SECTIONS = {"speed": speed, "memory": memory, "scale": scale, "inspect": inspect, "undo": undo, "read": read}
+def live(bench: Bench) -> None:
+    """A model in memory: seconds to apply, swap and remove, and what is kept meanwhile."""
+    base = bench.base(bench.size)
+    one, other = bench.adapter(bench.size, 16), bench.adapter(bench.size, 16, ALL, 1e-4)
+    for kind, most in (("compressed", 5.0), ("copy", 100.0)):
+        rounds = [data.apart(timed, base, one, other, kind) for _ in range(bench.rounds)]
+        bench.claim(f"live, {kind}: kept of changed bytes", [100 * found["kept"] for found in rounds], " %", most)
+        for verb in ("apply", "swap", "remove"):
+            bench.claim(f"live, {kind}: {verb}, {bench.size:g} B", [found[verb] for found in rounds], " s")
+
+
+SECTIONS = {
+    "speed": speed, "memory": memory, "scale": scale, "inspect": inspect, "undo": undo, "read": read, "live": live,
+}  # fmt: skip
