@@ -162,6 +162,10 @@ def test_examples_of_the_help_run(kit: Kit, cli: Cli, monkeypatch: pytest.Monkey
     loratool.merge(work / "base", work / "my.lora.safetensors", merged, undo=work / "merged.undo.safetensors")
     if "--config" in arguments:
         shutil.copy(kit / "adapter" / "adapter_config.json", work)
+    if arguments[0] == "verify":
+        shutil.rmtree(merged)
+        given = [str(work / value) for option, value in itertools.pairwise(arguments) if option == "--adapter"]
+        assert cli("merge", work / "base", *given, "-o", merged).code == 0
     monkeypatch.chdir(work)
     written = {"-o", "--base-out"} | ({"--undo"} if arguments[0] == "merge" else set())
     outputs = [Path(value) for option, value in itertools.pairwise(arguments) if option in written]

@@ -323,7 +323,7 @@ def test_every_option_has_a_case() -> None:
     """But for those that only say what an input is, and say nothing about the document."""
     told = {"--json", "--quiet", "-q", "--progress", "--out", "--device", "--component", "--map", "--layout"}
     told |= {"--from", "--adapter", "--config", "--enable-lora", "--already-merged", "--as", "--uniform"}
-    told |= {"--alpha", "--scaling"}
+    told |= {"--alpha", "--scaling", "--dask"}
     for name in COMMANDS:
         lines = " ".join(case.line for case in CASES if case.line.split()[0] == name)
         assert {flag for flag in flags(name) - told if flag not in lines} == set(), name

@@ -51,7 +51,7 @@ def forced(monkeypatch: pytest.MonkeyPatch, waited: list[int]) -> None:
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     waited: list[int] = []
     forced(monkeypatch, waited)
-    monkeypatch.setattr(plan, "_refuse_device", lambda device: None)
+    monkeypatch.setattr(plan, "refuse_device", lambda device: None)
     return waited
 
 

@@ -18,7 +18,7 @@ WORST = 5  # tensors that are listed without --verbose
     epilog="""\b
 Examples:
   loratool verify merged/ --base base/ --adapter my.lora.safetensors
-  loratool verify merged/ --base base/ --adapter style/@0.8 --adapter task/ --json
+  loratool verify merged/ --base base/ --adapter style/@0.8 --adapter task.lora.safetensors --json
   loratool verify merged/ --base base/ --adapter my.lora.safetensors --sample""",
 )
 @click.argument("merged", type=click.Path(path_type=Path))
@@ -66,7 +66,7 @@ def verify_command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Is MERGED the base with these adapters merged in? Any tool may have merged them.
+    """Say whether MERGED is the base with these adapters merged in, by whatever tool.
 
     Every tensor is compared with the correctly rounded result. Exits with 1 if the answer is no, and says why: the
     scale that was really applied, a double merge, a layer that is missing, another base.
