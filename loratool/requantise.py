@@ -24,7 +24,7 @@ from loratool.errors import Mismatch, Problem
 from loratool.layout import NewTensor, Weighted
 from loratool.quantised import CONFIG_KEYS, FP8, Dequantised, Foreign, Scaled
 from loratool.survival import Survival, survival_of
-from loratool.tensors import TensorRef, as_bytes, torch_dtype
+from loratool.tensors import TensorRef, as_bytes, converted, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -195,7 +195,7 @@ def each_codes(
         codes = (W / scale.masked_fill(scale == 0, 1)).clamp_(-top, top).to(dtype)  # [rows, columns]
         receive(codes, start)
         before = scheme.rows(start, stop)
-        survival = survival.plus(survival_of(before, W, codes.float() * scale))
+        survival = survival.plus(survival_of(before, W, converted(codes, torch.empty_like(W)) * scale))
 
     _merge(tensor, encode, rows)
     return survival

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from loratool.tensors import ByRows, FileSpan, TensorRef, as_bytes, open_to_read, read_exactly, torch_dtype
+from loratool.tensors import ByRows, FileSpan, TensorRef, as_bytes, converted, open_to_read, read_exactly, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +81,7 @@ class Rows:
     def widened(self, stored: torch.Tensor, rows: int) -> torch.Tensor:
         """A block in the compute dtype, [rows, columns]; zeros for a new tensor."""
         W = self.buffer("W", self.compute, rows)
-        return W.copy_(stored) if self.source is not None else W.zero_()
+        return converted(stored, W) if self.source is not None else W.zero_()
 
     def host(self, values: torch.Tensor) -> memoryview:
         """The bytes of a block, in the memory of the CPU."""

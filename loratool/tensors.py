@@ -91,6 +91,19 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=dtype).reshape(shape)
 
 
+def converted(values: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """`out.copy_(values)`, in a sixth of the time where 8-bit floating point becomes wider on a CPU: by a table."""
+    import torch
+
+    narrow = values.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+    if not narrow or out.element_size() == 1 or values.device.type != "cpu" or not values.is_contiguous():
+        return out.copy_(values)
+    table = torch.arange(256, dtype=torch.uint8, device="cpu").view(values.dtype).to(out.dtype)
+    index = values.view(torch.uint8).view(-1).int()
+    torch.index_select(table, 0, index, out=out.view(-1))
+    return out
+
+
 def extremes(values: torch.Tensor) -> tuple[float, float]:
     """The smallest and the largest element; NaN if there is any. Quick passes, where `isfinite().all()` is slow."""
     if not values.numel():
@@ -297,7 +310,7 @@ class TensorRef:
         tensor = self.data.load(self.dtype, self.stored_shape)
         for verb, arguments in self.views:
             tensor = tensor.narrow(*arguments) if verb == "narrow" else getattr(tensor, verb)(arguments)
-        return tensor if dtype in (None, tensor.dtype) else empty(tensor.shape, dtype).copy_(tensor)
+        return tensor if dtype in (None, tensor.dtype) else converted(tensor, empty(tensor.shape, dtype))
 
     def chunks(self) -> Iterator[memoryview]:
         """The raw little-endian bytes in row-major order, a piece at a time. A piece is only valid until the next."""

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import Cli, tree
-from strategies import MATRIX_FORMS, Maker, make_update, save_sharded, small_blocks
+from strategies import MATRIX_FORMS, Maker, make_update, raw, save_sharded, small_blocks
 
 import loratool
 from loratool import Adapter, Target, Targeted
+from loratool.tensors import converted
 
 rows: ModuleType = importlib.import_module("loratool.rows")
 plan: ModuleType = importlib.import_module("loratool.plan")
@@ -84,3 +85,13 @@ def test_a_device_that_is_not_there_is_named(tmp_path: Path, cli: Cli) -> None:
         done = cli("merge", tmp_path / "base", tmp_path / "a.safetensors", "-o", tmp_path / "out", "--device", device)
         assert (done.code, what in done.err) == (2, True), done.err
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("narrow", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64, torch.bfloat16, torch.float8_e5m2])
+def test_8_bits_become_wider_by_a_table(narrow: torch.dtype, wide: torch.dtype) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(narrow).reshape(2, 128)
+    for values in (codes, codes.T, codes[:, ::2], codes[:0]):
+        want = torch.empty(values.shape, dtype=wide).copy_(values)
+        got = converted(values, torch.empty(values.shape, dtype=wide))
+        assert raw(got) == raw(want)
