@@ -9,12 +9,14 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from loratool import diagnosis, maps
-from loratool.blocks import SAMPLED, Merged, each_block, float32_error, row_count
+from loratool.blocks import SAMPLED, each_block
+from loratool.bounds import float32_error
 from loratool.changes import Fitted
 from loratool.checkpoint import Checkpoint
 from loratool.conventions.choices import Choices
 from loratool.diagnosis import Reason
 from loratool.layout import NewTensor, Weighted
+from loratool.matrices import Merged, row_count
 from loratool.requantise import Requantiser
 from loratool.rounding import differing
 from loratool.survival import Survival, survival_of

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from loratool.blocks import Merged, each_block, row_count
+from loratool.blocks import each_block
 from loratool.layout import NewTensor, Weighted
+from loratool.matrices import Merged, row_count
 from loratool.rounding import bits, round_once
 from loratool.tensors import torch_dtype
 

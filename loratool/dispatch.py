@@ -12,7 +12,6 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExec
 from itertools import chain, zip_longest
 from typing import Any, NamedTuple
 
-from loratool.blocks import Written
 from loratool.errors import OutputRefused, Problem
 from loratool.layout import Change, Copy
 from loratool.remote import INSTALL, Report, Seen, Site, factors, lies_in_files, look, perform, sources
@@ -20,6 +19,7 @@ from loratool.resume import Journal
 from loratool.tasks import Settings
 from loratool.tensors import FileSpan
 from loratool.undo import UndoWriter
+from loratool.undoing import Written
 from loratool.workers import Meter
 
 BUNDLE = 64 << 20  # bytes that a call writes, if its tasks allow it: it takes longer than sending it

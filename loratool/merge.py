@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from loratool import dispatch, receipt, resume, undo
-from loratool.blocks import Written, write_all
 from loratool.errors import Mismatch, Problem
 from loratool.layout import Change, Copy, OutputFile
 from loratool.plan import Plan, changed_since
@@ -30,6 +29,7 @@ from loratool.survival import Survival, loss, survival_json
 from loratool.tasks import Settings, run_task
 from loratool.tensors import CHUNK, open_to_read, reading
 from loratool.undo import UndoWriter
+from loratool.undoing import Written, write_all
 from loratool.version import TOOL
 from loratool.workers import Meter, ProgressCallback, each_done, workers
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from loratool.blocks import Place, block_rows, each_block, held, stacked
+from loratool.blocks import Place, each_block
 from loratool.changes import inputs
 from loratool.errors import Closed, Mismatch, Problem, Unsupported
 from loratool.layout import NewTensor
+from loratool.matrices import block_rows, held, stacked
 from loratool.recycling import Recycled
 from loratool.requantise import each_codes, in_float32, new_scales
 from loratool.slicing import Bounds, runs

@@ -15,7 +15,6 @@ from typing import Any
 from loratool import quantised, receipt, requantise, staging
 from loratool.adapter import Adapter
 from loratool.binding import Binding, Part
-from loratool.blocks import BLOCK_BYTES, compute_dtype
 from loratool.changes import fitted, inputs
 from loratool.checkpoint import Checkpoint, open_checkpoint
 from loratool.conventions import of_base
@@ -24,6 +23,7 @@ from loratool.errors import AnswerIsNo, ChoiceNeeded, InvalidFile, Mismatch, Out
 from loratool.format import content_digest
 from loratool.layout import Change, NewTensor, OutputFile, Weighted, names_clash, output_files, output_index
 from loratool.maps.cutting import Derived
+from loratool.matrices import BLOCK_BYTES, compute_dtype
 from loratool.names import listed
 from loratool.receipt import MergedAdapter, Receipt
 from loratool.tensors import CHUNK, DTYPE_BITS, FileState, TensorRef

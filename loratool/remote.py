@@ -21,7 +21,6 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
-from loratool.blocks import Written
 from loratool.errors import InvalidFile, LoratoolError, OutputRefused, Problem
 from loratool.gguf import Q8Span
 from loratool.layout import Change, Copy
@@ -33,6 +32,7 @@ from loratool.resume import Journal
 from loratool.tasks import Settings, run_task
 from loratool.tensors import CHUNK, FileSpan, FileState, Shape, TensorRef, torch_dtype
 from loratool.undo import TensorRecorder
+from loratool.undoing import Written
 from loratool.version import TOOL
 
 if TYPE_CHECKING:

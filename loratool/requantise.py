@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from blake3 import blake3
 
-from loratool.blocks import Written, each_block, write_all
+from loratool.blocks import each_block
 from loratool.checkpoint import Checkpoint
 from loratool.errors import Mismatch, Problem
 from loratool.layout import NewTensor, Weighted
 from loratool.quantised import CONFIG_KEYS, FP8, Dequantised, Foreign, Scaled
 from loratool.survival import Survival, survival_of
 from loratool.tensors import TensorRef, as_bytes, converted, torch_dtype
+from loratool.undoing import Written, write_all
 
 if TYPE_CHECKING:
     import torch

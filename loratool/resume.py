@@ -12,12 +12,12 @@ from pathlib import Path
 from blake3 import blake3
 
 from loratool import staging
-from loratool.blocks import Written
 from loratool.errors import InvalidFile
 from loratool.layout import Copy, OutputFile
 from loratool.plan import Plan
 from loratool.survival import Survival
 from loratool.tensors import FileSpan, TensorRef
+from loratool.undoing import Written
 from loratool.version import TOOL
 
 FILE_NAME = "journal"  # in the scratch folder, beside the output

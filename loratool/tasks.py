@@ -11,12 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
-from loratool.blocks import Written, compute, restore, write_all
+from loratool.blocks import compute
 from loratool.errors import InvalidFile, Problem
 from loratool.layout import Change, Copy
 from loratool.requantise import Requantiser
 from loratool.tensors import FileSpan, TensorRef, open_to_read
 from loratool.undo import TensorRecorder, UndoRecord
+from loratool.undoing import Written, restore, write_all
 
 Step = Callable[[int], None]  # told the bytes that were written
 

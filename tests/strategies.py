@@ -202,7 +202,7 @@ def rounded(x: Array, dtype: str) -> Array:
 def small_blocks(nbytes: int) -> Iterator[None]:
     """Row blocks of `nbytes` stored bytes. `loratool.plan` is a function: hence the detour."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("loratool.blocks", "loratool.plan"):
+        for name in ("loratool.matrices", "loratool.plan"):
             patch.setattr(importlib.import_module(name), "BLOCK_BYTES", nbytes)
         yield
 

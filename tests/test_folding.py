@@ -38,7 +38,7 @@ from torch import Tensor
 
 import loratool
 from loratool import Adapter, Target, Targeted, TensorRef, folding
-from loratool.blocks import ROLE_ORDER
+from loratool.matrices import ROLE_ORDER
 from loratool.tensors import FileSpan
 from loratool.updates import Lora, Update
 

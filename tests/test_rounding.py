@@ -250,7 +250,7 @@ def test_few_numbers_at_a_time_give_the_same(dtype: str, monkeypatch: pytest.Mon
     W = values(*SHAPE, dtype=dtype)
     wanted = merged(W, updates)
     asked = []
-    exact = blocks._exact
+    exact = blocks.exact_of
 
     def watched(*arguments: Any, **options: Any) -> Any:
         inner = exact(*arguments, **options)
@@ -261,8 +261,8 @@ def test_few_numbers_at_a_time_give_the_same(dtype: str, monkeypatch: pytest.Mon
 
         return ask
 
-    monkeypatch.setattr(blocks, "_exact", watched)
-    monkeypatch.setattr(blocks, "_at_once", lambda inside: 3)
+    monkeypatch.setattr(blocks, "exact_of", watched)
+    monkeypatch.setattr(blocks, "at_once", lambda inside: 3)
     assert raw(merged(W, updates)) == raw(wanted)
     assert max(asked) == 3
     assert len(asked) > 1

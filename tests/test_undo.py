@@ -54,6 +54,7 @@ from loratool.updates import Add, Dora, Lora, Replace, ReplaceRows, Scaling, Upd
 from loratool.updates.lora import LoraBlock
 
 blocks: ModuleType = importlib.import_module("loratool.blocks")
+undoing: ModuleType = importlib.import_module("loratool.undoing")
 rounding: ModuleType = importlib.import_module("loratool.rounding")
 undo: ModuleType = importlib.import_module("loratool.undo")
 
@@ -102,7 +103,7 @@ def merge_tensor(
 
 def unmerge_tensor(merged: Tensor, record: Held, updates: tuple[Weighted, ...], dtype: str) -> Tensor:
     ref, out = TensorRef.of(merged, "l.weight"), io.BytesIO()
-    blocks.restore(NewTensor("l.weight", ref, dtype, ref.shape, updates), record, out, lambda _: None)
+    undoing.restore(NewTensor("l.weight", ref, dtype, ref.shape, updates), record, out, lambda _: None)
     return of_bytes(out.getvalue(), DTYPES[dtype], merged.shape)
 
 
@@ -148,7 +149,8 @@ def moving(move: Moved) -> list[Patch]:
         rounded: Tensor = round_once(move(values) if values.dtype == torch.float64 else values, out)
         return rounded
 
-    return [(blocks, "round_exactly", exactly), (blocks, "round_once", once)]
+    patches = (("round_exactly", exactly), ("round_once", once))
+    return [(module, name, function) for module in (blocks, undoing) for name, function in patches]
 
 
 def one_unit(seed: int) -> Moved:
@@ -458,7 +460,7 @@ class Seen:
         self.double: tuple[Tensor, Tensor, Tensor] | None = None  # flat indices, float64 and how far it can be off
         self.guess, self.literal = torch.empty(0), torch.empty(0)
         where = torch.empty(0)
-        round_exactly, undecided, encode_block = blocks.round_exactly, blocks.undecided, blocks.encode_block
+        round_exactly, undecided, encode_block = undoing.round_exactly, undoing.undecided, undoing.encode_block
 
         def exactly(W: Tensor, band: Tensor, *rest: Any) -> Any:
             nonlocal where
@@ -475,7 +477,8 @@ class Seen:
             self.guess, self.literal = guess.clone(), literal
             return encode_block(true, guess, literal)
 
-        seen = [(blocks, "round_exactly", exactly), (blocks, "undecided", open_ones), (blocks, "encode_block", encode)]
+        seen = [(blocks, "round_exactly", exactly), (undoing, "round_exactly", exactly)]
+        seen += [(undoing, "undecided", open_ones), (undoing, "encode_block", encode)]
         with patched(seen):
             self.merged, self.record = merge_tensor(W, updates, dtype, reproducible=True)
 
@@ -484,13 +487,13 @@ def guesses(W: Tensor, updates: tuple[Weighted, ...], wrong: Sequence[Patch]) ->
     """The decoder's prediction of a tensor in one block."""
     merged, record = merge_tensor(W, updates, reproducible=True)
     found = []
-    decode = blocks.decode_block
+    decode = undoing.decode_block
 
     def decoding(content: bytes, guess: Tensor) -> Any:
         found.append(guess.clone())
         return decode(content, guess)
 
-    with patched([*wrong, (blocks, "decode_block", decoding)]):
+    with patched([*wrong, (undoing, "decode_block", decoding)]):
         unmerge_tensor(merged, record, updates, TensorRef.of(W).dtype)
     return torch.cat(found)
 

@@ -12,13 +12,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from loratool.blocks import SAMPLED, Merged, Predictor, block_rows, each_block, norms_of, undo_of
+from loratool.blocks import SAMPLED, each_block
 from loratool.errors import Mismatch, Problem, Unsupported
 from loratool.layout import NewTensor, Weighted
 from loratool.live.shards import Piece
+from loratool.matrices import Merged, block_rows
 from loratool.rounding import bits, gradual_underflow
 from loratool.survival import Survival, survival_of
 from loratool.tensors import Computed, FileState, Shape, TensorRef, as_bytes
+from loratool.undoing import Predictor, norms_of, undo_of
 
 if TYPE_CHECKING:
     import torch
