@@ -269,8 +269,8 @@ def read(bench: Bench) -> None:
     """
     base, merged = bench.base(bench.size), bench.folder / "merged"
     nbytes = sum(file.stat().st_size for file in base.glob("*.safetensors"))
-    for rank in (16, 64):
-        adapter, what = bench.adapter(bench.size, rank), f"all 7, r={rank}"
+    for what, rank, targets in (("all 7, r=16", 16, ALL), ("q and v, r=16", 16, QV), ("all 7, r=64", 64, ALL)):
+        adapter = bench.adapter(bench.size, rank, targets)
         bench.loratool(base, "merge", base, adapter, "--no-digests")(merged)
         measure.read("check", base, adapter, merged)
 
