@@ -26,6 +26,7 @@ from loratool.matrices import (
     opened_for,
     ordered,
     rows_of,
+    sample_of,
 )
 from loratool.quantised import Dequantised
 from loratool.rounding import gradual_underflow, round_exactly, round_once
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     import torch
 
 E4M3_LIMIT = 464  # what still rounds to the largest number, 448; there is no infinity beyond
-SAMPLED = 16  # one row of so many, the first of a block among them, tells how much of a change is left
 
 
 Place = Callable[[int, int], "torch.Tensor | None"]  # [rows, columns] in one piece; None: the block's own memory
@@ -129,8 +129,8 @@ def compute(
         if measure and block.exact is not None:
             largest = max(largest, block.largest, *map(abs, extremes(block.stored)))
             reach = max(reach, reach_of(block.opened, start, stop))
-        if block.exact is not None and tensor.source is not None:
-            sample = slice(None, None, SAMPLED)
+        sample = sample_of(block) if tensor.source is not None else None
+        if sample is not None and block.exact is not None:
             survival = survival.plus(survival_of(block.stored[sample], block.exact[sample], block.values[sample]))
         if digests:
             before.update(as_bytes(source.last))

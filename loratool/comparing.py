@@ -9,14 +9,14 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from loratool import diagnosis, maps
-from loratool.blocks import SAMPLED, each_block
+from loratool.blocks import each_block
 from loratool.bounds import float32_error
 from loratool.changes import Fitted
 from loratool.checkpoint import Checkpoint
 from loratool.conventions.choices import Choices
 from loratool.diagnosis import Reason
 from loratool.layout import NewTensor, Weighted
-from loratool.matrices import Merged, row_count
+from loratool.matrices import Merged, row_count, sample_of
 from loratool.requantise import Requantiser
 from loratool.rounding import differing
 from loratool.survival import Survival, survival_of
@@ -218,8 +218,8 @@ class Comparison:
                 error = error + (block.exact - block.stored.to(block.exact.dtype)).abs().double() * ROUNDED_DELTA
             if len(wrong := sink.compare(block.values, there, error)):
                 bad.extend((block.start + int(wrong[0]), block.start + int(wrong[-1])))
-            if block.exact is not None and wanted.source is not None:
-                sample = slice(None, None, SAMPLED)
+            sample = sample_of(block) if wanted.source is not None else None
+            if sample is not None and block.exact is not None:
                 survival = survival.plus(survival_of(block.stored[sample], block.exact[sample], there[sample]))
 
         rows = _sampled(job.name, row_count(wanted), self.share) if self.share < 1 else None

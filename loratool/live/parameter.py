@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from loratool.blocks import SAMPLED, each_block
+from loratool.blocks import each_block
 from loratool.errors import Mismatch, Problem, Unsupported
 from loratool.layout import NewTensor, Weighted
 from loratool.live.shards import Piece
-from loratool.matrices import Merged, block_rows
+from loratool.matrices import Merged, block_rows, sample_of
 from loratool.rounding import bits, gradual_underflow
 from loratool.survival import Survival, survival_of
 from loratool.tensors import Computed, FileState, Shape, TensorRef, as_bytes
@@ -179,8 +179,8 @@ class Parameter:
                 if old is not None:
                     self._write(block.start, block.stop, block.stored, block.values, None)
                 return
-            sample = slice(None, None, SAMPLED)
-            found = found.plus(survival_of(block.stored[sample], block.exact[sample], block.values[sample]))
+            if (sample := sample_of(block)) is not None:
+                found = found.plus(survival_of(block.stored[sample], block.exact[sample], block.values[sample]))
             new: Packed | Kept | InFile
             if how.undo == "compressed":
                 matrix = block.first // max(1, tensor.shape[1]) if stacked else 0
