@@ -20,10 +20,11 @@ from loratool.convert import ConvertReport, plan_convert, run_convert
 from loratool.errors import ChoiceNeeded, InvalidFile, Problem
 from loratool.extract import ExtractReport, run_extract
 from loratool.merge import MergeReport, UnmergeReport, run_merge, run_unmerge
-from loratool.plan import Plan, plan_merge, plan_unmerge
+from loratool.plan import Plan, plan_merge
 from loratool.quantised import logical
 from loratool.status import Status, status_of
 from loratool.summary import Summary, inspect_path
+from loratool.unmerging import plan_unmerge
 from loratool.verify import VerifyReport, run_verify
 from loratool.virtual import MergedFolder, each_tensor, open_virtual
 from loratool.workers import ProgressCallback

@@ -19,7 +19,7 @@ from typing import Any
 from loratool import dispatch, receipt, resume, undo
 from loratool.errors import Mismatch, Problem
 from loratool.layout import Change, Copy, OutputFile
-from loratool.plan import Plan, changed_since
+from loratool.plan import Plan
 from loratool.receipt import ChangedTensor, Receipt
 from loratool.remote import Site
 from loratool.requantise import Requantiser
@@ -30,6 +30,7 @@ from loratool.tasks import Settings, run_task
 from loratool.tensors import CHUNK, open_to_read, reading
 from loratool.undo import UndoWriter
 from loratool.undoing import Written, write_all
+from loratool.unmerging import changed_since
 from loratool.version import TOOL
 from loratool.workers import Meter, ProgressCallback, each_done, workers
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from loratool import receipt
 from loratool.checkpoint import open_checkpoint
-from loratool.plan import changed_names
 from loratool.receipt import Receipt
+from loratool.unmerging import changed_names
 from loratool.workers import Meter, ProgressCallback
 
 

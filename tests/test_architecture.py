@@ -45,6 +45,7 @@ ROOMS = (
     ("ondemand",),
     ("virtual",),
     ("plan",),
+    ("unmerging",),
     ("resume", "cluster"),
     ("remote",),
     ("dispatch",),
