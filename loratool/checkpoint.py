@@ -304,7 +304,7 @@ def _check_index(index: Path, weight_map: Mapping[str, str], shards: Iterable[Sh
 
 
 def _open_shard(path: Path) -> Shard:
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or _looks_like_safetensors(path):
         header = read_header(path)
         return Shard(path, header.tensors, header.metadata, header)
     if path.suffix == ".gguf":
@@ -313,6 +313,16 @@ def _open_shard(path: Path) -> Shard:
     if path.suffix == ".npz":
         return Shard(path, read_npz(path), {}, None)
     return Shard(path, _state_dict(read_tree(path), path), {}, None)
+
+
+def _looks_like_safetensors(path: Path) -> bool:
+    """Whether a file with another suffix is safetensors all the same: people call adapters `my.lora`.
+
+    A header's length and its brace, where pickles and archives have a magic number that would be far too long.
+    """
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") + 8 <= path.stat().st_size
 
 
 def _state_dict(tree: Tree, path: Path) -> dict[str, TensorRef]:

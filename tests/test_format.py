@@ -665,3 +665,16 @@ def test_scaling_rules_are_what_they_say() -> None:
     assert Scaling.by("alpha/rank", 12.0, 4).scale == 3
     assert Scaling.by("alpha/sqrt(rank)", 12.0, 4).scale == 6
     assert scaling("none", 12.0, 4).scale == 12
+
+
+@pytest.mark.parametrize("name", ["my.lora", "my.bin"])
+def test_a_native_file_may_be_called_otherwise(tmp_path: Path, name: str) -> None:
+    adapter = one("lora", (6, 4), name="a.weight")
+    loratool.save(adapter, tmp_path / "a.safetensors")
+    (tmp_path / "a.safetensors").rename(tmp_path / name)
+    assert loratool.inspect(tmp_path / name).convention == "native"
+    assert [item.target.name for item in loratool.load(tmp_path / name).updates] == ["a.weight"]
+    assert loratool.validate(tmp_path / name) == []
+    (tmp_path / name).write_bytes(b"\x80\x02}q\x00." + b"\0" * 20)
+    with pytest.raises(loratool.LoratoolError):
+        loratool.load(tmp_path / name)
