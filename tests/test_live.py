@@ -499,6 +499,19 @@ def test_a_change_that_torch_does_not_count_is_not_given_back_as_nonsense() -> N
     assert refused.value.code == "E-CHANGED"
 
 
+def test_memory_that_a_model_has_left_is_nobodys() -> None:
+    state, A, _ = pair(torch.float32, ("lora",))
+    first, second = model_of(state), model_of(state)
+    kept = loratool.apply(first, A)
+    for name, parameter in second.named_parameters():
+        # As if `first` had been moved to a GPU, and its old memory given to `second`.
+        theirs = first.get_parameter(name)
+        parameter.data, theirs.data = theirs.data, theirs.data.clone()
+    with loratool.apply(second, A):
+        pass
+    assert kept.active
+
+
 def test_an_inactive_handle_has_nothing_to_swap() -> None:
     state, A, B = pair(torch.float32, ("lora",))
     model = model_of(state)

@@ -118,9 +118,9 @@ def put(
         return Handle(model, state, state.entries[-1], report)
 
 
-def _others(state: State) -> list[State]:
+def _others(state: State) -> list[tuple[nn.Module, State]]:
     with _states_lock:
-        return [other for other in _states.values() if other is not state]
+        return [(model, other) for model, other in _states.items() if other is not state]
 
 
 def _undo(given: str | Path | None) -> str | Path | None:

@@ -106,6 +106,12 @@ def read(model: nn.Module, known: Mapping[str, Parameter]) -> Model:
     return Model(checkpoint, spots)
 
 
+def addresses(model: nn.Module) -> set[int]:
+    """Where the parameters of a model lie in this process."""
+    found: list[Any] = [each for each in model.parameters() if not (each.is_meta or is_uninitialized(each))]
+    return {(each.to_local() if is_distributed(each) else each).data_ptr() for each in found}
+
+
 def distributed(model: nn.Module) -> list[Any]:
     """The parameters that are spread over processes."""
     _put_back(model)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from loratool.checkpoint import open_checkpoint
 from loratool.errors import Mismatch, Problem
 from loratool.live.bound import Entry, Request, bound, in_file
-from loratool.live.model import Model, distributed, read
+from loratool.live.model import Model, addresses, distributed, read
 from loratool.live.parameter import How, Parameter, Updates
 from loratool.live.shards import all_agree
 from loratool.survival import Survival, loss
@@ -70,11 +70,11 @@ class State:
         entries: Sequence[Entry | Request],
         undo: str | Path | None = None,
         reproducible: bool | None = None,
-        others: Sequence[State] = (),
+        others: Sequence[tuple[nn.Module, State]] = (),
     ) -> LiveReport:
         """Make the model hold these adapters, one of which may be new; or leave it, and raise why not.
 
-        `undo` and `reproducible` are as before where they are None. Parameters that `others` changed are refused.
+        `undo` and `reproducible` are as before where they are None. What another of the models changed is refused.
         """
         started = time.monotonic()
         spread = distributed(model)
@@ -143,7 +143,7 @@ class State:
         active: Sequence[Entry],
         undo: str | Path | None,
         exactly: bool,
-        others: Sequence[State],
+        others: Sequence[tuple[nn.Module, State]],
     ) -> list[Job]:
         """The parameters that do not hold what they are to hold."""
         names = dict.fromkeys([*self.parameters, *(name for entry in active for name in entry.updates)])
@@ -162,7 +162,7 @@ class State:
                     continue
                 assert not isinstance(stored, Path), "a path was opened"
                 how = replace(how, undo=stored)
-            if any(other.has(parameter) for other in others):
+            if any(other.has(parameter, owner) for owner, other in others):
                 what = f"{name} was changed through another module that has it too"
                 problems.append(Problem("E-OVERLAP", what, name, "apply all adapters to one module, or remove first"))
             jobs.append(Job(parameter, how, replace(parameter.how, updates=_of(self.entries, name))))
@@ -170,10 +170,14 @@ class State:
             raise Mismatch(problems)
         return jobs
 
-    def has(self, parameter: Parameter) -> bool:
-        """Whether a parameter of another model is one that adapters changed here."""
-        values = parameter.spot.values
-        return values.numel() > 0 and values.data_ptr() in [each.address for each in [*self.parameters.values()]]
+    def has(self, parameter: Parameter, model: nn.Module) -> bool:
+        """Whether a parameter of another model is one that adapters changed here, in `model`, and that it still has.
+
+        Memory that a model was moved out of is soon another's.
+        """
+        address = parameter.spot.values.data_ptr()
+        known = parameter.spot.values.numel() > 0 and address in [each.address for each in [*self.parameters.values()]]
+        return known and address in addresses(model)
 
     def _take_back(self, jobs: Sequence[Job]) -> None:
         """Give every parameter the bits it had before the call. What stops this does not stop the next change."""
