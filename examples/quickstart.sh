@@ -49,7 +49,7 @@ loratool inspect adapter.safetensors --base base
 
 say "Base + adapter = a model of its own, and back: from the base, by the undo record, by arithmetic alone"
 loratool merge base adapter.safetensors -o merged --undo merged.undo.safetensors
-loratool verify merged --base base --adapter adapter.safetensors
+loratool verify merged adapter.safetensors --base base
 loratool unmerge merged adapter.safetensors --base base -o unmerged
 loratool unmerge merged adapter.safetensors --undo merged.undo.safetensors -o undone
 loratool unmerge merged adapter.safetensors -o unmerged-alone

@@ -6,15 +6,17 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypedDict, TypeVar
 
-from loratool import conventions, live, maps
 from loratool import format as native_format
+from loratool import live, maps
 from loratool.adapter import Adapter
 from loratool.binding import led
 from loratool.checkpoint import open_checkpoint, read_json
 from loratool.conventions import of_base
 from loratool.conventions.choices import Choices
+from loratool.conventions.load import load as load_adapter
+from loratool.conventions.selection import Selection
 from loratool.conventions.writing import Options
 from loratool.convert import ConvertReport, plan_convert, run_convert
 from loratool.errors import ChoiceNeeded, InvalidFile, Problem
@@ -32,6 +34,7 @@ from loratool.workers import ProgressCallback
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from typing_extensions import Unpack
 
 PathLike: TypeAlias = str | Path
 AdapterLike: TypeAlias = PathLike | Adapter
@@ -57,35 +60,57 @@ def _typed(function: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
-def choices(
-    alpha: float | Mapping[str, float] | None = None,
-    scaling: str | None = None,
-    config: PathLike | None = None,
-    adapter: str | None = None,
-    layout: Mapping[str, str] | None = None,
-    component: str | Sequence[str] | None = None,
-    enable_lora: str | Mapping[str, str] | None = None,
-    already_merged: bool = False,
-    map: PathLike | Sequence[PathLike] | None = None,
-) -> Choices:
-    """What the files leave open, from a caller's arguments."""
-    components = (component,) if isinstance(component, str) else tuple(component or ())
-    patterns = dict(alpha) if isinstance(alpha, Mapping) else {} if alpha is None else {"*": float(alpha)}
-    peft_config = None if config is None else read_json(Path(config))
-    enabled = {"*": enable_lora} if isinstance(enable_lora, str) else dict(enable_lora or {})
-    files = [map] if isinstance(map, str | Path) else map or ()
-    families = tuple(maps.read(Path(file)) for file in files)
+class Reading(TypedDict, total=False):
+    """What the files of an adapter leave open, and which part of them is wanted; taken by every call that reads one.
+
+    `convention` is what to read, where several match, and `adapter` one of several in a file. `alpha` (one, or one per
+    name pattern), `scaling` ("alpha", "alpha/rank", "alpha/sqrt(rank)") and `config` (a PEFT adapter_config.json) say
+    what a file does not; so do, for packed query, key and value, `enable_lora` ("101", or one per name pattern), for
+    loralib's full state dicts `already_merged`, and `layout` ("in_out" or "out_in" per name pattern) for square
+    matrices whose orientation nothing shows. `component` takes only the updates of those parts of a pipeline ("unet",
+    "te1"). `map` is a file of rules (or several) that lead an adapter's names to those of a base, instead of those that
+    come with the library. `only` and `skip` are shell-style patterns, of keys in the file or of targets: what they
+    leave out is named in a note. An answer to a question that the files do not ask is an error.
+    """
+
+    alpha: float | Mapping[str, float] | None
+    scaling: str | None
+    config: PathLike | None
+    convention: str | None
+    adapter: str | None
+    layout: Mapping[str, str] | None
+    component: str | Sequence[str] | None
+    enable_lora: str | Mapping[str, str] | None
+    already_merged: bool
+    map: PathLike | Sequence[PathLike] | None
+    only: str | Sequence[str]
+    skip: str | Sequence[str]
+
+
+def _choices(given: Reading) -> Choices:
+    """What the files leave open, from a caller's arguments. Raises ChoiceNeeded for what can be no answer."""
+    if unknown := given.keys() - Reading.__annotations__.keys():
+        raise TypeError(f"unexpected keyword argument {min(unknown)!r}")  # as of any function
+    alpha, config, enable_lora = given.get("alpha"), given.get("config"), given.get("enable_lora")
+    files = given.get("map") or ()
     return Choices(
-        patterns,
-        scaling,
-        peft_config,
-        adapter,
-        dict(layout or {}),
-        tuple(components),
-        enabled,
-        already_merged,
-        families,
+        alpha=dict(alpha) if isinstance(alpha, Mapping) else {} if alpha is None else {"*": float(alpha)},
+        scaling=given.get("scaling"),
+        config=None if config is None else read_json(Path(config)),
+        adapter=given.get("adapter"),
+        layout=dict(given.get("layout") or {}),
+        components=_several(given.get("component")),
+        enable_lora={"*": enable_lora} if isinstance(enable_lora, str) else dict(enable_lora or {}),
+        already_merged=given.get("already_merged", False),
+        maps=tuple(maps.read(Path(file)) for file in ([files] if isinstance(files, str | Path) else files)),
+        convention=given.get("convention"),
+        selection=Selection(_several(given.get("only")), _several(given.get("skip"))),
     )
+
+
+def _several(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    """One, or several of them, or none."""
+    return () if value is None else (value,) if isinstance(value, str) else tuple(value)
 
 
 @_typed
@@ -93,38 +118,24 @@ def load(
     path: PathLike,
     *,
     base: PathLike | None = None,
-    convention: str | None = None,
-    alpha: float | Mapping[str, float] | None = None,
-    scaling: str | None = None,
-    config: PathLike | None = None,
-    adapter: str | None = None,
-    layout: Mapping[str, str] | None = None,
-    component: str | Sequence[str] | None = None,
-    enable_lora: str | Mapping[str, str] | None = None,
-    already_merged: bool = False,
-    map: PathLike | Sequence[PathLike] | None = None,
+    **reading: Unpack[Reading],
 ) -> Adapter:
     """Read an adapter of any convention. Headers only: numbers are read when they are needed.
 
-    `base` binds it to a checkpoint's names and orientation, which PEFT's MoE and Conv1D layers need. `alpha` (one, or
-    one per name pattern), `scaling` ("alpha", "alpha/rank", "alpha/sqrt(rank)"), `config` (a PEFT adapter_config.json)
-    and `adapter` (one of several in the file) say what the file does not; so do, for packed query, key and value,
-    `enable_lora` ("101", or one per name pattern) and, for loralib's full state dicts, `already_merged`. `component`
-    takes only the updates of those parts of a pipeline ("unet", "te1") out of a kohya or LyCORIS file. `map` is a file
-    of rules (or several) that lead its names to those of `base`, instead of those that come with the library.
+    `base` binds it to a checkpoint's names and orientation, which PEFT's MoE and Conv1D layers need. The other options
+    are those of `Reading`.
 
     Raises InvalidFile, Unsupported, ChoiceNeeded or Mismatch.
 
     >>> loratool.load("adapter/").updates[0].target.name  # doctest: +SKIP
     'model.layers.0.self_attn.q_proj.weight'
     """
-    source = open_checkpoint(Path(path))
-    given = choices(alpha, scaling, config, adapter, layout, component, enable_lora, already_merged, map)
+    given = _choices(reading)
     if base is None:
-        return conventions.choose(source, convention).read(source, given, None)
+        return load_adapter(Path(path), given).adapter
     opened = logical(open_checkpoint(Path(base)))
     view = maps.View(opened.tensors, given.maps or maps.shipped())
-    return led(conventions.read_against(source, given, view, convention), opened, view, str(path))
+    return led(load_adapter(Path(path), given, view).adapter, opened, view, str(path))
 
 
 @_typed
@@ -141,13 +152,10 @@ def inspect(
     path: PathLike,
     *,
     base: PathLike | None = None,
-    convention: str | None = None,
-    adapter: str | None = None,
-    component: str | Sequence[str] | None = None,
+    **reading: Unpack[Reading],
 ) -> Summary:
     """Say what an adapter or checkpoint is, from its headers. Imports no torch for safetensors and zipped pickles."""
-    given = choices(adapter=adapter, component=component)
-    return inspect_path(Path(path), None if base is None else Path(base), given, convention)
+    return inspect_path(Path(path), None if base is None else Path(base), _choices(reading))
 
 
 @_typed
@@ -155,25 +163,25 @@ def extract(
     wrapped: PathLike,
     out: PathLike,
     *,
-    alpha: float | Mapping[str, float] | None = None,
-    scaling: str | None = None,
-    config: PathLike | None = None,
-    convention: str | None = None,
-    adapter: str | None = None,
-    layout: Mapping[str, str] | None = None,
-    enable_lora: str | Mapping[str, str] | None = None,
-    already_merged: bool = False,
+    base: PathLike | None = None,
     base_out: PathLike | None = None,
     progress: ProgressCallback | None = None,
+    **reading: Unpack[Reading],
 ) -> ExtractReport:
     """Write the adapter inside a wrapped checkpoint as a native file, bound to the digests of its base tensors.
 
-    With `base_out`, also write the clean base checkpoint as a folder. `already_merged` says that its weights hold the
+    `base` is that of a file without base weights, whose names and digests the adapter gets. With `base_out`, also write
+    the clean base checkpoint as a folder. `already_merged` says that its weights hold the
     delta: the base is then what is left without it, to rounding. Raises ChoiceNeeded where alpha is not stored.
     """
-    given = choices(alpha, scaling, config, adapter, layout, enable_lora=enable_lora, already_merged=already_merged)
-    target = None if base_out is None else Path(base_out)
-    return run_extract(Path(wrapped), Path(out), given, convention=convention, base_out=target, progress=progress)
+    return run_extract(
+        Path(wrapped),
+        Path(out),
+        _choices(reading),
+        base_path=None if base is None else Path(base),
+        base_out=None if base_out is None else Path(base_out),
+        progress=progress,
+    )
 
 
 @_typed
@@ -186,16 +194,7 @@ def convert(
     uniform: bool = False,
     as_component: str = "",
     bake: bool = False,
-    alpha: float | Mapping[str, float] | None = None,
-    scaling: str | None = None,
-    config: PathLike | None = None,
-    convention: str | None = None,
-    adapter: str | None = None,
-    layout: Mapping[str, str] | None = None,
-    component: str | Sequence[str] | None = None,
-    enable_lora: str | Mapping[str, str] | None = None,
-    already_merged: bool = False,
-    map: PathLike | Sequence[PathLike] | None = None,
+    **reading: Unpack[Reading],
 ) -> ConvertReport:
     """Write an adapter in another convention, `to` ("peft", "native"), whole or not at all. Every delta is kept.
 
@@ -212,9 +211,8 @@ def convert(
         source if isinstance(source, Adapter) else Path(source),
         Path(out),
         to,
-        choices(alpha, scaling, config, adapter, layout, component, enable_lora, already_merged, map),
+        _choices(reading),
         base=None if base is None else Path(base),
-        convention=convention,
         options=Options(uniform, as_component),
         bake=bake,
     )
@@ -229,9 +227,6 @@ def plan(
     *,
     dtype: str = "keep",
     allow_new: bool = False,
-    layout: Mapping[str, str] | None = None,
-    component: str | Sequence[str] | None = None,
-    map: PathLike | Sequence[PathLike] | None = None,
     digests: bool = True,
     reproducible: bool = False,
     undo: PathLike | None = None,
@@ -240,6 +235,7 @@ def plan(
     threads: int | None = None,
     max_memory: int | None = None,
     device: str = "cpu",
+    **reading: Unpack[Reading],
 ) -> Plan:
     """All checks of a merge without writing anything. Raises what `merge` would raise."""
     given = [(adapter, 1.0 if weight is None else weight) for adapter, weight in _weighted(adapters)]
@@ -249,7 +245,7 @@ def plan(
         Path(out),
         dtype=dtype,
         allow_new=allow_new,
-        choices=choices(layout=layout, component=component, map=map),
+        choices=_choices(reading),
         digests=digests,
         reproducible=reproducible,
         undo=None if undo is None else Path(undo),
@@ -269,9 +265,6 @@ def merge(
     *,
     dtype: str = "keep",
     allow_new: bool = False,
-    layout: Mapping[str, str] | None = None,
-    component: str | Sequence[str] | None = None,
-    map: PathLike | Sequence[PathLike] | None = None,
     digests: bool = True,
     reproducible: bool = False,
     undo: PathLike | None = None,
@@ -282,20 +275,20 @@ def merge(
     device: str = "cpu",
     progress: ProgressCallback | None = None,
     executor: Executor | None = None,
+    **reading: Unpack[Reading],
 ) -> MergeReport:
     """Write base + adapters as a checkpoint: W + sum of weight * scale * delta, rounded once.
 
     `adapters` is a path or an `Adapter`, or a list of them, each alone or as (adapter, weight). `dtype` is "keep",
-    "bf16", "fp16" or "fp32". `allow_new` permits adapters to add tensors or resize them. `component` takes only those
-    parts ("unet", "te1") of kohya and LyCORIS adapters that have several. `map` is a file of rules (or several) that
-    lead an adapter's names to the base's, instead of those that come with the library. `undo` names a record to
+    "bf16", "fp16" or "fp32". `allow_new` permits adapters to add tensors or resize them. `undo` names a record to
     write, with which `unmerge` gives the base back bit for bit. `digests=False` leaves the digests of changed tensors
     out of the receipt, which then proves less. `reproducible` rounds as if computed exactly, to the same bits on every
     machine, in about twice the time. `link` makes untouched files hard links instead of copies. `resume`
     keeps the finished files of an interrupted run of the same merge, after verifying them. `threads` workers (all
     cores, at most 8) use at most `max_memory` bytes beside the interpreter and torch; `device` "cuda" moves their
     arithmetic to a GPU. `progress` is called from the
-    workers, one call at a time. Every problem is raised before a byte is written.
+    workers, one call at a time. Every problem is raised before a byte is written. The options of `Reading` hold for all
+    adapters, and each of them must have use for them.
 
     With an `executor` of `concurrent.futures`, its workers do the work: processes, or machines that share a file system
     and have the same releases of loratool and torch. `max_memory` is then what one task may use, and `progress` is
@@ -311,9 +304,6 @@ def merge(
         out,
         dtype=dtype,
         allow_new=allow_new,
-        layout=layout,
-        component=component,
-        map=map,
         digests=digests,
         reproducible=reproducible,
         undo=undo,
@@ -322,6 +312,7 @@ def merge(
         threads=threads if executor is None else 1,  # its workers' memory is counted by task
         max_memory=max_memory,
         device=device,
+        **reading,
     )
     return run_merge(planned, progress, executor)
 
@@ -333,11 +324,9 @@ def open_merged(
     *,
     dtype: str = "keep",
     allow_new: bool = False,
-    layout: Mapping[str, str] | None = None,
-    component: str | Sequence[str] | None = None,
-    map: PathLike | Sequence[PathLike] | None = None,
     reproducible: bool = False,
     threads: int | None = None,
+    **reading: Unpack[Reading],
 ) -> MergedFolder:
     """Open base + adapters as if they were merged: an object with the interface of `safetensors.safe_open`.
 
@@ -354,7 +343,7 @@ def open_merged(
         given,
         dtype=dtype,
         allow_new=allow_new,
-        choices=choices(layout=layout, component=component, map=map),
+        choices=_choices(reading),
         reproducible=reproducible,
         threads=threads,
     )
@@ -366,11 +355,9 @@ def iter_merged(
     *,
     dtype: str = "keep",
     allow_new: bool = False,
-    layout: Mapping[str, str] | None = None,
-    component: str | Sequence[str] | None = None,
-    map: PathLike | Sequence[PathLike] | None = None,
     reproducible: bool = False,
     threads: int | None = None,
+    **reading: Unpack[Reading],
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """All tensors of base + adapters as (name, tensor), for weight loaders. As `open_merged`, one after the other.
 
@@ -384,11 +371,9 @@ def iter_merged(
         adapters,
         dtype=dtype,
         allow_new=allow_new,
-        layout=layout,
-        component=component,
-        map=map,
         reproducible=reproducible,
         threads=threads,
+        **reading,
     )
     return each_tensor(merged)
 
@@ -402,12 +387,10 @@ def plan_of_unmerge(
     base: PathLike | None = None,
     undo: PathLike | None = None,
     exact: bool = False,
-    layout: Mapping[str, str] | None = None,
-    component: str | Sequence[str] | None = None,
-    map: PathLike | Sequence[PathLike] | None = None,
     threads: int | None = None,
     max_memory: int | None = None,
     device: str = "cpu",
+    **reading: Unpack[Reading],
 ) -> Plan:
     """All checks of an unmerge without writing anything. Raises what `unmerge` would raise."""
     base_path = None if base is None else Path(base)
@@ -419,7 +402,7 @@ def plan_of_unmerge(
         base_path=base_path,
         undo_path=undo_path,
         exact=exact,
-        choices=choices(layout=layout, component=component, map=map),
+        choices=_choices(reading),
         threads=threads,
         max_memory=max_memory,
         device=device,
@@ -435,13 +418,11 @@ def unmerge(
     base: PathLike | None = None,
     undo: PathLike | None = None,
     exact: bool = False,
-    layout: Mapping[str, str] | None = None,
-    component: str | Sequence[str] | None = None,
-    map: PathLike | Sequence[PathLike] | None = None,
     threads: int | None = None,
     max_memory: int | None = None,
     device: str = "cpu",
     progress: ProgressCallback | None = None,
+    **reading: Unpack[Reading],
 ) -> UnmergeReport:
     """Take merged adapters out again. With the merge's `undo` record or the `base` bit for bit; with neither to
     rounding, and the report says how far.
@@ -455,12 +436,10 @@ def unmerge(
         base=base,
         undo=undo,
         exact=exact,
-        layout=layout,
-        component=component,
-        map=map,
         threads=threads,
         max_memory=max_memory,
         device=device,
+        **reading,
     )
     return run_unmerge(planned, progress)
 
@@ -469,14 +448,13 @@ def unmerge(
 def apply(
     model: nn.Module,
     adapter: AdapterLike,
+    /,
     *,
     weight: float = 1.0,
     undo: PathLike | None = None,
     reproducible: bool | None = None,
     check_base: bool = True,
-    layout: Mapping[str, str] | None = None,
-    component: str | Sequence[str] | None = None,
-    map: PathLike | Sequence[PathLike] | None = None,
+    **reading: Unpack[Reading],
 ) -> live.Handle:
     """Merge an adapter into the parameters of a running model, in place: bit for bit what `merge` of all adapters that
     are in it, in their order, gives. The handle takes it out again, or swaps it.
@@ -485,8 +463,8 @@ def apply(
     "copy" (in the host's memory, the parameters themselves) or the folder of the base that was loaded. It is for the
     whole model, and stays until another call says otherwise; so does `reproducible`, which is as in `merge`, and always
     on for a model with DTensors. Those are changed where their shards lie, without gathering; every process must make
-    the same calls. `check_base=False` takes the model for the adapter's base without looking. `layout`, `component` and
-    `map` are as in `merge`.
+    the same calls. `check_base=False` takes the model for the adapter's base without looking. The other
+    options are those of `Reading`.
 
     Raises Mismatch with all that does not fit, and what is wrong with the adapter. Whatever is raised, every parameter
     then has the bits that it had before. Do not call it between a forward pass and its backward pass.
@@ -495,7 +473,7 @@ def apply(
     ...     handle.swap("other/")
     """
     given = adapter if isinstance(adapter, Adapter) else Path(adapter)
-    options = choices(layout=layout, component=component, map=map)
+    options = _choices(reading)
     return live.put(model, given, weight, options, undo=undo, reproducible=reproducible, check_base=check_base)
 
 
@@ -508,11 +486,9 @@ def verify(
     sample: float | None = None,
     ulps: int = 1,
     rounded_delta: bool = False,
-    layout: Mapping[str, str] | None = None,
-    component: str | Sequence[str] | None = None,
-    map: PathLike | Sequence[PathLike] | None = None,
     threads: int | None = None,
     progress: ProgressCallback | None = None,
+    **reading: Unpack[Reading],
 ) -> VerifyReport:
     """Whether `merged` is `base` with these adapters, merged by any tool: `report.answer`, and why not.
 
@@ -529,7 +505,7 @@ def verify(
         Path(merged),
         Path(base),
         [(adapter, 1.0 if weight is None else weight) for adapter, weight in _weighted(adapters)],
-        choices(layout=layout, component=component, map=map),
+        _choices(reading),
         sample=sample,
         ulps=ulps,
         rounded_delta=rounded_delta,

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from loratool import conventions, maps
+from loratool import maps
 from loratool.adapter import Adapter, Targeted, overlaps
 from loratool.checkpoint import Checkpoint, open_checkpoint
 from loratool.conventions import of_base
 from loratool.conventions.choices import Choices
+from loratool.conventions.load import load_part
 from loratool.errors import LoratoolError, Problem
 from loratool.format import check_index, unknown_alpha
 from loratool.layout import Weighted
@@ -60,18 +61,21 @@ class Binding:
     def read(self, adapters: Sequence[tuple[Path | Adapter, float]], choices: Choices) -> None:
         """Read every adapter against the base; what is wrong with one does not hide what is wrong with the next."""
         self.view = View(self.base.tensors, choices.maps or shipped())
+        used: set[str] = set()
         for adapter, weight in adapters:
             try:
-                part = self._part(adapter, weight, choices)
+                part = self._part(adapter, weight, choices, used)
             except LoratoolError as error:
                 self.problems += error.problems
                 continue
-            found = list(self._incomplete(part))
+            found = list(self._incomplete(part, choices))
             self.parts.append(part._replace(sound=not found))
             self.notes += [f"{part.name}: {note}" for note in part.adapter.notes]
             self.problems += found
         if choices.maps:
             self.problems += maps.unused(self.view)
+        if len(self.parts) == len(adapters):  # an adapter that can not be read might have what a pattern names
+            self.problems += choices.selection.unused(used, "")
 
     def bind(self) -> None:
         """Give every update of the adapters its tensor of the base, and check that it fits."""
@@ -94,21 +98,23 @@ class Binding:
 
     # -- one adapter --------------------------------------------------------------------------------------------------
 
-    def _part(self, adapter: Path | Adapter, weight: float, choices: Choices) -> Part:
+    def _part(self, adapter: Path | Adapter, weight: float, choices: Choices, used: set[str]) -> Part:
         if isinstance(adapter, Adapter):
             # Read earlier, perhaps against another base than this one.
             given, name = of_base.bound(adapter), adapter.provenance.get("convention", "adapter in memory")
         else:
-            given, name = conventions.read_against(open_checkpoint(adapter), choices, self.view), adapter.name
+            loaded = load_part(open_checkpoint(adapter), choices, self.view)
+            used |= loaded.used
+            given, name = loaded.adapter, adapter.name
         return Part(led(given, self.base, self.view, name), weight, name, given=given)
 
-    def _incomplete(self, part: Part) -> Iterator[Problem]:
+    def _incomplete(self, part: Part, choices: Choices) -> Iterator[Problem]:
         """What an adapter leaves open, or contradicts itself in."""
         if unknown := part.adapter.unknown_scales():
-            hint = "write it with its scale first: `loratool convert` (or extract) with --alpha and --scaling"
+            hint = choices.unknown_scale_hint(min(item.update.scaling.rule for item in unknown if item.update.scaling))
             yield replace(unknown_alpha(unknown), where=part.name, hint=hint)
         for doubt in part.adapter.doubts:
-            yield Problem("E-LAYOUT", doubt, part.name, "read it with its base")
+            yield Problem("E-LAYOUT", doubt, part.name, "read it with its base: `loratool.load(path, base=...)`")
         for problem in part.original.check():
             yield replace(problem, where=f"{part.name}: {problem.where}" if problem.where else part.name)
 

@@ -14,6 +14,7 @@ from loratool.bundle import Bundle
 from loratool.checkpoint import Checkpoint, open_checkpoint
 from loratool.conventions import Writer, of_base
 from loratool.conventions.choices import Choices
+from loratool.conventions.load import load, load_source
 from loratool.conventions.writing import Misfit, Options
 from loratool.errors import ChoiceNeeded, LoratoolError, Mismatch, OutputRefused, Problem, Unsupported
 from loratool.format import unknown_alpha
@@ -77,7 +78,6 @@ def plan_convert(
     choices: Choices,
     *,
     base: Path | None = None,
-    convention: str | None = None,
     options: Options,
     bake: bool = False,
 ) -> Conversion:
@@ -91,7 +91,7 @@ def plan_convert(
         )
     opened = None if base is None else logical(open_checkpoint(base))
     view = None if opened is None else maps.View(opened.tensors, choices.maps or maps.shipped())
-    adapter, read_as, inputs = _read(source, choices, convention, opened, view)
+    adapter, read_as, inputs = _read(source, choices, opened, view)
     adapter = of_base.bound(adapter)
     problems, notes = _unfit(adapter, choices, opened)
     if problems:
@@ -154,21 +154,18 @@ def _writer(name: str, options: Options) -> Writer:
 
 
 def _read(
-    source: Path | Adapter, choices: Choices, convention: str | None, base: Checkpoint | None, view: maps.View | None
+    source: Path | Adapter, choices: Choices, base: Checkpoint | None, view: maps.View | None
 ) -> tuple[Adapter, str, tuple[FileState, ...]]:
     """The adapter, bound to the base's names and orientation; what it was stored as; the files it lies in."""
     if isinstance(source, Adapter):
-        if convention is not None or choices != Choices():
+        if choices != Choices():
             what = "an adapter in memory was read already: alpha, scaling, config and the like mean nothing for it"
             raise ChoiceNeeded(Problem("E-OPTION", what, hint="give them to loratool.load"))
         return source, source.provenance.get("convention", "memory"), ()
-    checkpoint = open_checkpoint(source)
-    inputs = tuple({ref.data.state for ref in checkpoint.tensors.values() if ref.data.state is not None})
-    chosen = conventions.choose(checkpoint, convention)
-    if base is None or view is None:
-        return chosen.read(checkpoint, choices, None), chosen.NAME, inputs
-    adapter = conventions.read_against(checkpoint, choices, view, convention)
-    return led(adapter, base, view, str(source)), chosen.NAME, inputs
+    loaded = load(source, choices, view)
+    inputs = tuple({ref.data.state for ref in loaded.source.tensors.values() if ref.data.state is not None})
+    adapter = loaded.adapter if base is None or view is None else led(loaded.adapter, base, view, str(source))
+    return adapter, loaded.convention.NAME, inputs
 
 
 def _unfit(adapter: Adapter, choices: Choices, base: Checkpoint | None) -> tuple[list[Problem], tuple[str, ...]]:
@@ -269,7 +266,7 @@ def _check_readable(place: Path, conversion: Conversion) -> None:
         elif view is None:
             found = writer.read(written, Choices(), None).targets()
         else:
-            bound = conventions.read_against(written, Choices(), view, writer.NAME)
+            bound = load_source(written, Choices(convention=writer.NAME), view).adapter
             found = maps.led(bound, view, str(place)).targets()
     except LoratoolError as error:
         raise AssertionError(f"the {writer.NAME} adapter that was written can not be read back: {error}") from error

@@ -10,12 +10,17 @@ from typing import Any
 from loratool import conventions
 from loratool import format as native_format
 from loratool.adapter import Adapter, TensorIdentity
+from loratool.binding import Binding, Part, led
 from loratool.checkpoint import Checkpoint, Shard, open_checkpoint
+from loratool.conventions import Convention, of_base
 from loratool.conventions.choices import Choices
-from loratool.errors import ChoiceNeeded, OutputRefused, Problem, Unsupported
+from loratool.conventions.load import load_source
+from loratool.errors import ChoiceNeeded, Mismatch, OutputRefused, Problem, Unsupported
 from loratool.layout import output_files, output_index
+from loratool.maps import View, shipped
 from loratool.merge import run_copy
 from loratool.plan import Plan, settled
+from loratool.quantised import logical
 from loratool.staging import refuse_existing, take_back
 from loratool.tensors import Computed, TensorRef
 from loratool.updates import Replace
@@ -50,11 +55,14 @@ def run_extract(
     out: Path,
     choices: Choices,
     *,
-    convention: str | None = None,
+    base_path: Path | None = None,
     base_out: Path | None = None,
     progress: ProgressCallback | None = None,
 ) -> ExtractReport:
-    """Write the adapter of a wrapped checkpoint as a native file, and with `base_out` its clean base as a folder."""
+    """Write the adapter of a wrapped checkpoint as a native file, and with `base_out` its clean base as a folder.
+
+    `base_path` is the base of a file that holds no base weights: the adapter is bound to its names and digests.
+    """
     problems = [p for path in (out, base_out) if path is not None and (p := refuse_existing(path)) is not None]
     if base_out is not None and base_out.absolute() == out.absolute():
         problems.append(Problem("E-OUTPUT", "the adapter and its base can not have one name", str(out)))
@@ -62,18 +70,10 @@ def run_extract(
         raise OutputRefused(problems)
     source = open_checkpoint(wrapped)
     inputs = {ref.data.state for ref in source.tensors.values() if ref.data.state is not None}
-    chosen = conventions.choose(source, convention)
-    base = chosen.unwrap(source, choices)
-    if not base:
-        raise Unsupported(
-            Problem(
-                "E-NO-BASE",
-                f"a {chosen.TITLE} has no base weights in it, so there is nothing to extract from",
-                str(wrapped),
-                "merge and inspect take it as it is",
-            )
-        )
-    adapter = chosen.read(source, choices, None)
+    chosen = conventions.choose(source, choices.convention)
+    inside = chosen.unwrap(source, choices)
+    adapter, base = _bound(source, inside, chosen, choices, base_path, base_out)
+    inputs |= {ref.data.state for ref in base.values() if ref.data.state is not None}
     if unknown := adapter.unknown_scales():
         config = "; or --config adapter_config.json" if chosen is conventions.peft_wrapped else ""
         rules = {item.update.scaling.rule for item in unknown if item.update.scaling}
@@ -97,6 +97,39 @@ def run_extract(
             take_back(base_out, written)
         raise
     return ExtractReport(adapter, chosen.NAME, chosen.TITLE, out, base_out)
+
+
+def _bound(
+    source: Checkpoint,
+    inside: Mapping[str, TensorRef],
+    chosen: Convention,
+    choices: Choices,
+    base_path: Path | None,
+    base_out: Path | None,
+) -> tuple[Adapter, Mapping[str, TensorRef]]:
+    """The adapter, and the base weights it lies beside, or those of the base that is given."""
+    if inside and base_path is not None:
+        what = "the base weights are in the file itself, so another base means nothing"
+        raise ChoiceNeeded(Problem("E-OPTION", what, str(source.path), "leave out --base"))
+    if inside:
+        return load_source(source, choices).adapter, inside
+    if base_path is None or base_out is not None:
+        what = f"a {chosen.TITLE} has no base weights in it, so there is nothing to extract from"
+        hint = (
+            "leave out --base-out"
+            if base_path
+            else "merge and inspect take it as it is; --base BASE binds it to its base"
+        )
+        raise Unsupported(Problem("E-NO-BASE", what, str(source.path), hint))
+    opened = logical(open_checkpoint(base_path))
+    view = View(opened.tensors, choices.maps or shipped())
+    adapter = of_base.bound(led(load_source(source, choices, view).adapter, opened, view, str(source.path)))
+    binding = Binding(opened, allow_new=True)
+    binding.parts.append(Part(adapter, 1.0, source.path.name, sound=False))
+    binding.bind()
+    if binding.problems:
+        raise Mismatch(binding.problems)
+    return adapter, opened.tensors
 
 
 def _known(adapter: Adapter, base: Mapping[str, TensorRef]) -> dict[str, TensorRef]:

@@ -15,6 +15,7 @@ from loratool.adapter import Adapter, Targeted
 from loratool.binding import led
 from loratool.checkpoint import Checkpoint, open_checkpoint
 from loratool.conventions.choices import Choices
+from loratool.conventions.load import load_source
 from loratool.maps import View, shipped
 from loratool.names import natural
 from loratool.quantised import logical
@@ -100,21 +101,18 @@ class Summary:
         }
 
 
-def inspect_path(
-    path: Path, base_path: Path | None = None, choices: Choices | None = None, convention: str | None = None
-) -> Summary:
+def inspect_path(path: Path, base_path: Path | None = None, choices: Choices | None = None) -> Summary:
     """Say what is at a path. Raises the errors of reading it; an adapter's unknown scale is shown, not refused."""
     choices = choices or Choices()
     source = open_checkpoint(path)
     base = logical(open_checkpoint(base_path)) if base_path is not None else None
-    chosen = conventions.find(source, convention)
+    chosen = conventions.find(source, choices.convention)
     adapter, fitting = None, None
-    if chosen and base:
-        view = View(base.tensors, choices.maps or shipped())
-        adapter = conventions.read_against(source, choices, view, convention)
-        fitting = led(adapter, base, view, str(path))
-    elif chosen:
-        adapter = chosen.read(source, choices, None)
+    if chosen:
+        view = None if base is None else View(base.tensors, choices.maps or shipped())
+        adapter = load_source(source, choices, view).adapter
+        if base is not None and view is not None:
+            fitting = led(adapter, base, view, str(path))
     wrapped = bool(chosen and chosen.unwrap(source, choices))
     found = None if adapter else receipt.find(source)
     layers = tuple(_layer(item) for item in adapter.updates) if adapter else ()

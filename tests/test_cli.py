@@ -164,7 +164,7 @@ def test_examples_of_the_help_run(kit: Kit, cli: Cli, monkeypatch: pytest.Monkey
         shutil.copy(kit / "adapter" / "adapter_config.json", work)
     if arguments[0] == "verify":
         shutil.rmtree(merged)
-        given = [str(work / value) for option, value in itertools.pairwise(arguments) if option == "--adapter"]
+        given = [str(work / value) for value in arguments[2 : arguments.index("--base")]]
         assert cli("merge", work / "base", *given, "-o", merged).code == 0
     monkeypatch.chdir(work)
     written = {"-o", "--base-out"} | ({"--undo"} if arguments[0] == "merge" else set())
@@ -673,7 +673,7 @@ def test_messages_say_what_where_and_what_helps(kit: Kit, cli: Cli, monkeypatch:
         (["merge", "base", "adapter", "-o", "new.safetensors"], "E-OUTPUT", ["folder", "help: "]),
         (["merge", "merged", "adapter", *out], "E-MERGED", ["receipt", "unmerge", "in: merged"]),
         (["merge", "plain.pth", "adapter", *out], "E-WRAPPED", ["extract", "--base-out", "in: plain.pth"]),
-        (["merge", "base", "plain.pth", *out], "E-ALPHA", ["l.0.q.weight", "loratool convert", "--alpha"]),
+        (["merge", "base", "plain.pth", *out], "E-ALPHA", ["l.0.q.weight", "--scaling", "--alpha"]),
         (["merge", "base", "base", *out], "E-CONVENTION", ["in: base", "l.0.q.weight", "help: "]),
         (["extract", "plain.pth", *out], "E-ALPHA", ["--alpha", "--scaling", "in: plain.pth"]),
         (["extract", "adapter", *out], "E-NO-BASE", ["in: adapter", "help: "]),

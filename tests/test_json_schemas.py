@@ -71,7 +71,7 @@ class Case(NamedTuple):
 
 ALPHA = "--alpha 4 --scaling alpha/rank"
 MERGE = "merge base native.lora.safetensors -o"
-VERIFY = "--base base --adapter native.lora.safetensors"
+VERIFY = "native.lora.safetensors --base base"
 CASES = [
     *[Case("inspect", f"inspect {name}") for name in ("adapter", "base", "sharded", "merged", "merged.safetensors")],
     *[Case("inspect", f"inspect {name}") for name in ("plain.pth", "plain.legacy.pth", "peft.pth", "fp8.merged")],
@@ -81,6 +81,7 @@ CASES = [
     Case("inspect", "inspect rows.lora.safetensors"),
     Case("extract", f"extract plain.pth -o x1.lora.safetensors {ALPHA}"),
     Case("extract", f"extract plain.pth -o x2.lora.safetensors {ALPHA} --base-out x2"),
+    Case("extract", "extract adapter -o x3.lora.safetensors --base base"),
     Case("convert", "convert native.lora.safetensors --to peft -o c1"),
     Case("convert", "convert adapter --to native -o c2.lora.safetensors --base base"),
     Case("convert", "convert loha.lora.safetensors --to mlx -o c3 --base layer --bake"),
@@ -109,13 +110,13 @@ CASES = [
     Case("validate", "validate native.lora.safetensors"),
     Case("validate", "validate bad.lora.safetensors", 1),
     Case("verify", f"verify merged {VERIFY}"),
-    Case("verify", f"verify merged {VERIFY}@2", 1),
+    Case("verify", "verify merged native.lora.safetensors@2 --base base", 1),
     Case("verify", f"verify merged {VERIFY} --sample 0.5 --ulps 0 --rounded-delta --threads 1"),
     Case("verify", f"verify base {VERIFY}", 1),
     Case("verify", f"verify nan {VERIFY}", 1),
     Case("verify", f"verify other {VERIFY}", 1),
-    Case("verify", "verify fp8.merged --base fp8 --adapter lora.lora.safetensors"),
-    Case("verify", "verify base --base base --adapter native.lora.safetensors@0"),
+    Case("verify", "verify fp8.merged lora.lora.safetensors --base fp8"),
+    Case("verify", "verify base native.lora.safetensors@0 --base base"),
     Case("status", "status merged --check"),
     Case("status", "status merged.safetensors"),
     Case("status", "status base", 1),
@@ -129,7 +130,7 @@ CASES = [
     Case("error", "merge base bad.lora.safetensors -o out", 2),
     Case("error", "unmerge base adapter -o out", 2),
     Case("error", "unmerge merged adapter -o out --exact", 1),
-    Case("error", "verify merged --base other --adapter native.lora.safetensors", 2),
+    Case("error", "verify merged native.lora.safetensors --base other", 2),
     Case("error", "validate nowhere", 2),
     Case("error", "status nowhere", 2),
 ]
@@ -323,7 +324,7 @@ def test_every_option_has_a_case() -> None:
     """But for those that only say what an input is, and say nothing about the document."""
     told = {"--json", "--quiet", "-q", "--progress", "--out", "--device", "--component", "--map", "--layout"}
     told |= {"--from", "--adapter", "--config", "--enable-lora", "--already-merged", "--as", "--uniform"}
-    told |= {"--alpha", "--scaling", "--dask"}
+    told |= {"--alpha", "--scaling", "--dask", "--only", "--skip"}
     for name in COMMANDS:
         lines = " ".join(case.line for case in CASES if case.line.split()[0] == name)
         assert {flag for flag in flags(name) - told if flag not in lines} == set(), name

@@ -326,7 +326,7 @@ def test_adapters_that_do_not_fit(base: State, tmp_path: Path) -> None:
 def test_the_command(base: State, cli: Cli, tmp_path: Path) -> None:
     loratool.save(adapter_of(), tmp_path / "a.safetensors")
     loratool.merge(tmp_path / "base.safetensors", tmp_path / "a.safetensors", tmp_path / "out.safetensors")
-    arguments = ["--base", tmp_path / "base.safetensors", "--adapter", tmp_path / "a.safetensors"]
+    arguments = [tmp_path / "a.safetensors", "--base", tmp_path / "base.safetensors"]
     good = cli("verify", tmp_path / "out.safetensors", *arguments)
     assert good.code == 0
     assert "out.safetensors: yes: 3 changed tensors" in good.out
@@ -342,7 +342,7 @@ def test_the_command(base: State, cli: Cli, tmp_path: Path) -> None:
     assert document["answer"] is False
     assert document["findings"][0]["reason"] == "missing"
     assert document["tensors"][0]["factors"] == [0.0]
-    weighted = cli("verify", tmp_path / "out.safetensors", *arguments[:3], f"{arguments[3]}@0.5", "--json").json
+    weighted = cli("verify", tmp_path / "out.safetensors", f"{arguments[0]}@0.5", *arguments[1:], "--json").json
     assert "merged twice, or its weight was left out" in weighted["findings"][0]["text"]
 
 

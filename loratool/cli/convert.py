@@ -34,8 +34,6 @@ Examples:
 )
 @click.option("--bake", is_flag=True, help="Write what does not fit as whole merged tensors (with --base).")
 @options.reading
-@options.component
-@options.map
 @options.as_json
 @options.quiet
 def convert_command(
@@ -47,8 +45,6 @@ def convert_command(
     as_component: str,
     bake: bool,
     given: dict[str, Any],
-    component: tuple[str, ...],
-    map: tuple[Path, ...],
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -66,8 +62,6 @@ def convert_command(
         as_component=as_component,
         bake=bake,
         **given,
-        component=component,
-        map=map,
     )
     if as_json:
         output.print_json("convert", report.to_json())

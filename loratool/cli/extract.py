@@ -21,6 +21,7 @@ Examples:
 @click.argument("wrapped", type=click.Path(path_type=Path))
 @options.out("The adapter file to write, usually NAME.lora.safetensors.")
 @options.reading
+@click.option("--base", type=click.Path(path_type=Path), help="The base, where the file holds no base weights.")
 @click.option("--base-out", type=click.Path(path_type=Path), help="Also write the clean base checkpoint, as a folder.")
 @options.progress
 @options.as_json
@@ -29,6 +30,7 @@ def extract_command(
     wrapped: Path,
     out: Path,
     given: dict[str, Any],
+    base: Path | None,
     base_out: Path | None,
     progress_as: str,
     as_json: bool,
@@ -43,6 +45,7 @@ def extract_command(
             wrapped,
             out,
             **given,
+            base=base,
             base_out=base_out,
             progress=callback,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -22,24 +23,20 @@ Examples:
 @options.existing_path
 @click.option("--base", type=click.Path(path_type=Path), help="A base checkpoint: which of its tensors would change?")
 @click.option("--layers", is_flag=True, help="One row per update instead of one per group.")
-@click.option("--from", "convention", metavar="NAME", help="The convention, where several match.")
-@click.option("--adapter", metavar="NAME", help="Which adapter, where a checkpoint holds several.")
-@options.component
+@options.reading
 @options.as_json
 def inspect_command(
     path: Path,
     base: Path | None,
     layers: bool,
-    convention: str | None,
-    adapter: str | None,
-    component: tuple[str, ...],
+    given: dict[str, Any],
     as_json: bool,
 ) -> None:
     """Show what an adapter or checkpoint is, from its headers.
 
     PATH is an adapter of any convention, a LoRA-wrapped checkpoint, a plain or a merged checkpoint.
     """
-    summary = loratool.inspect(path, base=base, convention=convention, adapter=adapter, component=component)
+    summary = loratool.inspect(path, base=base, **given)
     if as_json:
         output.print_json("inspect", summary.to_json())
         return

@@ -47,9 +47,7 @@ Examples:
     metavar="ADDRESS",
     help="Let a Dask cluster do the work: HOST:PORT of its scheduler, or its scheduler file.",
 )
-@options.layout
-@options.component
-@options.map
+@options.reading
 @options.resources
 @options.dry_run
 @options.progress
@@ -67,9 +65,7 @@ def merge_command(
     link: bool,
     resume: bool,
     dask: str | None,
-    layout: dict[str, str],
-    component: tuple[str, ...],
-    map: tuple[Path, ...],
+    given: dict[str, Any],
     threads: int | None,
     max_memory: int | None,
     device: str,
@@ -91,9 +87,7 @@ def merge_command(
         "reproducible": reproducible,
         "link": link,
         "resume": resume,
-        "layout": layout,
-        "component": component,
-        "map": map,
+        **given,
         "threads": threads,
         "max_memory": max_memory,
         "device": device,

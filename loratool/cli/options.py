@@ -123,27 +123,47 @@ already_merged = click.option(
 )
 
 
-READING = ("alpha", "scaling", "config", "convention", "adapter", "layout", "enable_lora", "already_merged")
+_READING = (
+    alpha,
+    click.option("--scaling", metavar="RULE", help="What alpha means: alpha/rank, alpha, or alpha/sqrt(rank)."),
+    click.option("--config", type=click.Path(path_type=Path), help="A PEFT adapter_config.json with rank and alpha."),
+    click.option("--from", "convention", metavar="NAME", help="The convention to read, where several match."),
+    click.option("--adapter", metavar="NAME", help="Which adapter, where a file holds several."),
+    layout,
+    enable_lora,
+    already_merged,
+    component,
+    map,
+    click.option("--only", multiple=True, metavar="PATTERN", help="Read only these keys or targets; may be repeated."),
+    click.option("--skip", multiple=True, metavar="PATTERN", help="Leave these keys or targets out; may be repeated."),
+)
+READING = (
+    "alpha",
+    "scaling",
+    "config",
+    "convention",
+    "adapter",
+    "layout",
+    "enable_lora",
+    "already_merged",
+    "component",
+    "map",
+    "only",
+    "skip",
+)
 
 
 def reading(function: Callable[..., None]) -> Callable[..., None]:
-    """The options that say what a file leaves open; the command gets them as one mapping, `given`."""
+    """The options that say what an adapter's file leaves open; the command gets them as one mapping, `given`."""
 
     @functools.wraps(function)
     def command(**params: Any) -> None:
         function(given={name: params.pop(name) for name in READING}, **params)
 
-    scaling = click.option(
-        "--scaling", metavar="RULE", help="What alpha means: alpha/rank, alpha, or alpha/sqrt(rank)."
-    )
-    config = click.option(
-        "--config", type=click.Path(path_type=Path), help="A PEFT adapter_config.json with rank and alpha."
-    )
-    convention = click.option(
-        "--from", "convention", metavar="NAME", help="The convention to read, where several match."
-    )
-    adapter = click.option("--adapter", metavar="NAME", help="Which adapter, where the file holds several.")
-    return alpha(scaling(config(convention(adapter(layout(enable_lora(already_merged(command))))))))
+    decorated: Callable[..., None] = command
+    for option in reversed(_READING):
+        decorated = option(decorated)
+    return decorated
 
 
 def _bytes(ctx: Context, param: Parameter, value: str | None) -> int | None:

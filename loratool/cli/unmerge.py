@@ -28,9 +28,7 @@ Examples:
 @click.option("--base", type=click.Path(path_type=Path), help="The base: its tensors are restored bit for bit.")
 @click.option("--undo", type=click.Path(path_type=Path), help="The record of `merge --undo`: exact, without the base.")
 @click.option("--exact", is_flag=True, help="Refuse (exit 1) unless the result is bit-exact.")
-@options.layout
-@options.component
-@options.map
+@options.reading
 @options.resources
 @options.dry_run
 @options.progress
@@ -43,9 +41,7 @@ def unmerge_command(
     base: Path | None,
     undo: Path | None,
     exact: bool,
-    layout: dict[str, str],
-    component: tuple[str, ...],
-    map: tuple[Path, ...],
+    given: dict[str, Any],
     threads: int | None,
     max_memory: int | None,
     device: str,
@@ -63,9 +59,7 @@ def unmerge_command(
         "base": base,
         "undo": undo,
         "exact": exact,
-        "layout": layout,
-        "component": component,
-        "map": map,
+        **given,
         "threads": threads,
         "max_memory": max_memory,
         "device": device,

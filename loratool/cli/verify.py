@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -17,21 +18,13 @@ WORST = 5  # tensors that are listed without --verbose
     "verify",
     epilog="""\b
 Examples:
-  loratool verify merged/ --base base/ --adapter my.lora.safetensors
-  loratool verify merged/ --base base/ --adapter style/@0.8 --adapter task.lora.safetensors --json
-  loratool verify merged/ --base base/ --adapter my.lora.safetensors --sample""",
+  loratool verify merged/ my.lora.safetensors --base base/
+  loratool verify merged/ style/@0.8 task.lora.safetensors --base base/ --json
+  loratool verify merged/ my.lora.safetensors --base base/ --sample""",
 )
 @click.argument("merged", type=click.Path(path_type=Path))
+@options.adapters
 @click.option("--base", required=True, type=click.Path(path_type=Path), help="The checkpoint that was merged into.")
-@click.option(
-    "--adapter",
-    "adapters",
-    multiple=True,
-    required=True,
-    callback=options.weighted,
-    metavar="ADAPTER[@WEIGHT]",
-    help="What was merged; may be repeated.",
-)
 @click.option(
     "--sample",
     is_flag=False,
@@ -42,9 +35,7 @@ Examples:
 )
 @click.option("--ulps", default=1, show_default=True, type=click.IntRange(0), help="Accepted units in the last place.")
 @click.option("--rounded-delta", is_flag=True, help="Accept a delta that was rounded before it was added.")
-@options.layout
-@options.component
-@options.map
+@options.reading
 @click.option("--threads", type=click.IntRange(1), help="Workers [default: one per core, at most 8].")
 @options.progress
 @options.as_json
@@ -58,9 +49,7 @@ def verify_command(
     sample: float | None,
     ulps: int,
     rounded_delta: bool,
-    layout: dict[str, str],
-    component: tuple[str, ...],
-    map: tuple[Path, ...],
+    given: dict[str, Any],
     threads: int | None,
     progress_as: str,
     as_json: bool,
@@ -79,11 +68,9 @@ def verify_command(
             sample=sample,
             ulps=ulps,
             rounded_delta=rounded_delta,
-            layout=layout,
-            component=component,
-            map=map,
             threads=threads,
             progress=callback,
+            **given,
         )
     if as_json:
         output.print_json("verify", report.to_json())

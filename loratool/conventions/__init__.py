@@ -40,8 +40,7 @@ from loratool.conventions import (
 )
 from loratool.conventions.choices import Choices
 from loratool.conventions.writing import Misfit, Options
-from loratool.errors import ChoiceNeeded, LoratoolError, Problem, Unsupported
-from loratool.maps import View, absent
+from loratool.errors import ChoiceNeeded, Problem, Unsupported
 from loratool.tensors import TensorRef
 
 
@@ -141,29 +140,10 @@ def find(source: Checkpoint, name: str | None = None) -> Convention | None:
                 "E-AMBIGUOUS",
                 f"more than one convention matches: {names}",
                 str(source.path),
-                "say which one with --from NAME (inspect and extract have it)",
+                "say which one with --from NAME",
             )
         )
     return found[0] if found else None
-
-
-def read_against(source: Checkpoint, choices: Choices, view: View, name: str | None = None) -> Adapter:
-    """The adapter in `source`, bound to a base; where that lacks targets, to what its maps say that it would have."""
-    convention = choose(source, name)
-    adapter = None
-    try:
-        adapter = convention.read(source, choices, view.base)
-    except LoratoolError:
-        if not view.places:
-            raise
-    if adapter is not None and (not absent(adapter, view.base) or not view.places):
-        return adapter
-    try:
-        return convention.read(source, choices, view.tensors)
-    except LoratoolError:
-        if adapter is None:
-            raise
-        return adapter
 
 
 def choose(source: Checkpoint, name: str | None = None) -> Convention:

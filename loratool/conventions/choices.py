@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from loratool.conventions.selection import Selection
 from loratool.errors import ChoiceNeeded, Problem
 from loratool.maps import Family
 from loratool.updates import RULES, Scaling
@@ -25,7 +26,8 @@ class Choices:
     pipeline ("unet", "te1") that are wanted of an adapter for several, all if empty. `enable_lora` maps patterns to one
     digit per block of a packed matrix, 1 for those that were trained (``101``: query and value of query, key, value).
     `already_merged` says that the weights in a wrapped checkpoint hold the delta as well. `maps` are rules for names
-    that the base does not have, instead of those that come with the library.
+    that the base does not have, instead of those that come with the library. `convention` is what to read, where
+    several match, and `selection` what of it.
     """
 
     alpha: Mapping[str, float] = field(default_factory=dict)
@@ -37,6 +39,8 @@ class Choices:
     enable_lora: Mapping[str, str] = field(default_factory=dict)
     already_merged: bool = False
     maps: Sequence[Family] = ()
+    convention: str | None = None
+    selection: Selection = field(default_factory=Selection)
 
     def __post_init__(self) -> None:
         if wrong_alpha := [alpha for alpha in self.alpha.values() if not math.isfinite(alpha)]:
