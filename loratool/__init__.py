@@ -28,6 +28,7 @@ from loratool.errors import (
     Problem,
     Unsupported,
 )
+from loratool.explanations import Explanation, explain
 from loratool.extract import ExtractReport
 from loratool.live import Handle, LiveReport
 from loratool.merge import MergeReport, UnmergeReport
@@ -46,6 +47,7 @@ __all__ = [
     "BaseIdentity",
     "ChoiceNeeded",
     "ConvertReport",
+    "Explanation",
     "ExtractReport",
     "Handle",
     "InvalidFile",
@@ -72,6 +74,7 @@ __all__ = [
     "__version__",
     "apply",
     "convert",
+    "explain",
     "extract",
     "inspect",
     "iter_merged",

@@ -23,6 +23,7 @@ PACKAGE = Path(loratool.__file__).parent
 # Arrows go down only: a room imports from rooms further up in this list, or from itself.
 ROOMS = (
     ("errors", "version"),
+    ("explanations",),
     ("tensors", "rounding", "survival", "workers"),
     ("container", "gguf", "npz", "pickles", "staging", "names", "slicing", "recycling"),
     ("updates", "checkpoint", "spans"),

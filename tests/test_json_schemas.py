@@ -122,6 +122,8 @@ CASES = [
     Case("status", "status base", 1),
     Case("status", "status undigested --check"),
     Case("status", "status changed --check", 1),
+    Case("explain", "explain alpha"),
+    Case("explain", "explain"),
     Case("error", "inspect", 2),
     Case("error", "inspect nowhere", 2),
     Case("error", "extract plain.pth -o out", 2),

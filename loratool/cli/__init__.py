@@ -22,6 +22,7 @@ COMMANDS = {
     "verify": "Say whether a checkpoint is the base with these adapters merged in.",
     "status": "Show what was merged into a checkpoint.",
     "validate": "Check a native adapter file against the specification.",
+    "explain": "Say what an error code means.",
 }
 
 EXIT_CODES = """Exit codes: 0 done; 1 the answer is no; 2 could not run (usage, input, disk); 101 a bug in loratool;
