@@ -20,12 +20,11 @@ from loratool.layout import Weighted
 from loratool.maps import View, shipped
 from loratool.names import missing
 from loratool.quantised import Foreign, stored_part
+from loratool.strangers import HEADS, UNTIE, not_in_the_base
 from loratool.tensors import FLOATS, MERGEABLE, TensorRef, extremes
 from loratool.updates import Replace, ReplaceRows
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
-HEADS = ("lm_head.weight", "embed_out.weight")
-UNTIE = "save the base with untied embeddings first (transformers: tie_word_embeddings=False)"
 
 
 class Part(NamedTuple):
@@ -80,15 +79,19 @@ class Binding:
     def bind(self) -> None:
         """Give every update of the adapters its tensor of the base, and check that it fits."""
         for part in self.parts:
-            targets = part.adapter.targets()
+            targets, lost = part.adapter.targets(), []
             for name, items in targets.items():
                 target = self._untied(name, targets, part)
                 if target is None:
                     continue
-                self.problems += self._unfit(target, items, part)
+                if self._lacks(target, items):
+                    lost.append(target)
+                else:
+                    self.problems += self._unfit(target, items, part)
                 # A weight of 0 is the identity: not even a zero changes its sign.
                 weighted = [Weighted(item, part.weight) for item in items if part.weight != 0]
                 self.wanted.setdefault(target, []).extend(weighted)
+            self.problems += not_in_the_base(lost, len(targets), self.base, self.view, part.name)
             self.problems += self._other_base(part)
             if part.sound:
                 self.problems += self._bad_values(part)
@@ -125,15 +128,8 @@ class Binding:
             yield stored.data.problem(name, part.name)
             return
         shape = items[0].target.shape
-        whole = any(item.update.kind == Replace.kind and item.target.covers_all for item in items)
-        if stored is None and not whole:
-            problem = missing(name, self.base.tensors, part.name)
-            if name.endswith(HEADS):
-                problem = replace(problem, hint=f"the base's head is its embedding: {UNTIE}")
-            elif why := self.view.why_not(name):
-                problem = replace(problem, message=f"{problem.message}; {why}")
-            yield problem
-        elif stored is None or (whole and stored.shape != shape):
+        whole = _whole(items)
+        if stored is None or (whole and stored.shape != shape):
             yield from self._new(name, stored, items, part)
         elif stored.shape != shape:
             what = f"{name} is {list(stored.shape)} in the base, {list(shape)} for the adapter"
@@ -141,6 +137,10 @@ class Binding:
         if stored is not None and stored.dtype not in MERGEABLE:
             what = f"{name} is stored as {stored.dtype}: a quantised tensor can not be merged into"
             yield Problem("E-QUANTISED", what, part.name, "merge into the 16-bit base that it was made from")
+
+    def _lacks(self, name: str, items: list[Targeted]) -> bool:
+        """Whether the base lacks the target of updates that only change what is there."""
+        return name not in self.base.tensors and not _whole(items)
 
     def _new(self, name: str, stored: TensorRef | None, items: list[Targeted], part: Part) -> Iterator[Problem]:
         """A tensor that the base lacks, or has in another size: only with consent."""
@@ -275,6 +275,11 @@ def led(adapter: Adapter, base: Checkpoint, view: View, where: str) -> Adapter:
     if adapter.check():
         return adapter  # its contradictions are reported as they are
     return maps.led(adapter, view, where, base.ties)
+
+
+def _whole(items: Sequence[Targeted]) -> bool:
+    """Whether a tensor is replaced as a whole, so that the base need not have it."""
+    return any(item.update.kind == Replace.kind and item.target.covers_all for item in items)
 
 
 def _disjoint(items: list[Targeted]) -> bool:

@@ -10,8 +10,9 @@ from loratool import conventions, quantised, receipt, requantise
 from loratool.adapter import Adapter
 from loratool.binding import Binding, Part
 from loratool.checkpoint import Checkpoint, open_checkpoint
+from loratool.conventions import Convention
 from loratool.conventions.choices import Choices
-from loratool.errors import ChoiceNeeded, Mismatch, Problem
+from loratool.errors import ChoiceNeeded, LoratoolError, Mismatch, Problem
 from loratool.format import content_digest
 from loratool.layout import NewTensor, Weighted
 from loratool.quantised import Dequantised
@@ -96,14 +97,21 @@ def _refuse_base(base: Checkpoint) -> None:
             )
         )
     for convention in conventions.matching(base):
-        raise Mismatch(
-            Problem(
-                "E-WRAPPED",
-                f"the base is itself a {convention.TITLE}",
-                str(base.path),
-                "`loratool extract ... --base-out DIR` writes the clean base",
-            )
+        what, hint = (
+            f"the base is itself a {convention.TITLE}",
+            "`loratool extract ... --base-out DIR` writes the clean base",
         )
+        if not _holds_weights(base, convention):
+            hint = "the base comes first: are the two swapped?"
+        raise Mismatch(Problem("E-WRAPPED", what, str(base.path), hint))
+
+
+def _holds_weights(base: Checkpoint, convention: Convention) -> bool:
+    """Whether base weights lie beside the factors. What can not be taken apart may well hold some."""
+    try:
+        return bool(convention.unwrap(base, Choices()))
+    except LoratoolError:
+        return True
 
 
 def _new_tensors(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import heapq
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -11,6 +12,9 @@ from loratool.errors import ChoiceNeeded, Problem
 
 # Whole-prefix renames between versions of one library (transformers moved the language model of its VLMs).
 RENAMED_PREFIXES = (("language_model.model.", "model.language_model."), ("language_model.lm_head.", "lm_head."))
+
+
+COMPARED = 200  # names, letter by letter, in a search for near ones
 
 
 def parent(name: str) -> str:
@@ -41,8 +45,17 @@ def listed(names: Iterable[str], shown: int = 3) -> str:
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The most similar known names, for an error message; those with the same last segments first."""
     tail = ".".join(name.split(".")[-2:])
-    same_tail = [other for other in known if other.endswith(tail)]
-    return difflib.get_close_matches(name, same_tail or list(known), count, cutoff=0.4)
+    candidates = [other for other in known if other.endswith(tail)] or [*known]
+    if len(candidates) > COMPARED:  # comparing letters takes a millisecond a dozen
+        segments = set(name.split("."))
+        candidates = heapq.nlargest(
+            COMPARED, candidates, key=lambda other: len(segments.intersection(other.split(".")))
+        )
+    return difflib.get_close_matches(name, candidates, count, cutoff=0.4)
+
+
+def absent(name: str) -> str:
+    return f"the base has no '{name}'"
 
 
 def missing(name: str, known: Iterable[str], where: str) -> Problem:
@@ -50,7 +63,7 @@ def missing(name: str, known: Iterable[str], where: str) -> Problem:
     near = nearest(name, known)
     return Problem(
         "E-TARGET",
-        f"the base has no '{name}'",
+        absent(name),
         where,
         f"near names in the base: {', '.join(near)}" if near else "is this the adapter's base?",
     )

@@ -38,6 +38,7 @@ ROOMS = (
     ("blocks",),
     ("folding", "bundle"),
     ("conventions",),
+    ("strangers",),
     ("binding", "requantise"),
     ("changes", "tasks"),
     ("live",),
