@@ -117,7 +117,7 @@ class Binding:
             hint = choices.unknown_scale_hint(min(item.update.scaling.rule for item in unknown if item.update.scaling))
             yield replace(unknown_alpha(unknown), where=part.name, hint=hint)
         for doubt in part.adapter.doubts:
-            yield Problem("E-LAYOUT", doubt, part.name, "read it with its base: `loratool.load(path, base=...)`")
+            yield Problem("E-LAYOUT", doubt, part.name, "read it with its base")
         for problem in part.original.check():
             yield replace(problem, where=f"{part.name}: {problem.where}" if problem.where else part.name)
 
@@ -152,7 +152,7 @@ class Binding:
             yield Problem("E-TARGET", f"{what}: adding it needs weight 1, not {part.weight:g}", part.name)
         elif not self.allow_new:
             near = f"; {missing(name, self.base.tensors, '').hint}" if stored is None else ""
-            yield Problem("E-TARGET", what, part.name, f"--allow-new adds or resizes it{near}")
+            yield Problem("E-TARGET", what, part.name, f"merge with --allow-new adds or resizes it{near}")
         else:
             self.notes.append(f"{part.name}: {what}: it is written as {shape}; config.json is not changed")
 

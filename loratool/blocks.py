@@ -199,6 +199,6 @@ def _finite(out: torch.Tensor, largest: float, tensor: NewTensor) -> torch.Tenso
     if not fits:
         what = f"{tensor.name} would have NaN or infinity in {tensor.dtype}"
         raise Mismatch(
-            Problem("E-NONFINITE", what, tensor.name, "is the scale right? a wider --dtype may hold it", "R-061")
+            Problem("E-NONFINITE", what, tensor.name, "is the scale right? a wider dtype may hold it", "R-061")
         )
     return out

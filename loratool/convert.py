@@ -160,7 +160,7 @@ def _read(
     if isinstance(source, Adapter):
         if choices != Choices():
             what = "an adapter in memory was read already: alpha, scaling, config and the like mean nothing for it"
-            raise ChoiceNeeded(Problem("E-OPTION", what, hint="give them to loratool.load"))
+            raise ChoiceNeeded(Problem("E-OPTION", what, hint="give them where it is loaded"))
         return source, source.provenance.get("convention", "memory"), ()
     loaded = load(source, choices, view)
     inputs = tuple({ref.data.state for ref in loaded.source.tensors.values() if ref.data.state is not None})
