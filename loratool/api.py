@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+import numbers
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypedDict, TypeVar
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 PathLike: TypeAlias = str | Path
 AdapterLike: TypeAlias = PathLike | Adapter
 Weighted: TypeAlias = AdapterLike | tuple[AdapterLike, float | None]
+Adapters: TypeAlias = AdapterLike | Sequence[Weighted] | Mapping[str, float] | Mapping[Path, float]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -222,11 +225,12 @@ def convert(
 @_typed
 def plan(
     base: PathLike,
-    adapters: AdapterLike | Sequence[Weighted],
+    adapters: Adapters,
     out: PathLike,
     *,
     dtype: str = "keep",
     allow_new: bool = False,
+    allow_unchanged: bool = False,
     digests: bool = True,
     reproducible: bool = False,
     undo: PathLike | None = None,
@@ -245,6 +249,7 @@ def plan(
         Path(out),
         dtype=dtype,
         allow_new=allow_new,
+        allow_unchanged=allow_unchanged,
         choices=_choices(reading),
         digests=digests,
         reproducible=reproducible,
@@ -260,11 +265,12 @@ def plan(
 @_typed
 def merge(
     base: PathLike,
-    adapters: AdapterLike | Sequence[Weighted],
+    adapters: Adapters,
     out: PathLike,
     *,
     dtype: str = "keep",
     allow_new: bool = False,
+    allow_unchanged: bool = False,
     digests: bool = True,
     reproducible: bool = False,
     undo: PathLike | None = None,
@@ -279,8 +285,10 @@ def merge(
 ) -> MergeReport:
     """Write base + adapters as a checkpoint: W + sum of weight * scale * delta, rounded once.
 
-    `adapters` is a path or an `Adapter`, or a list of them, each alone or as (adapter, weight). `dtype` is "keep",
-    "bf16", "fp16" or "fp32". `allow_new` permits adapters to add tensors or resize them. `undo` names a record to
+    `adapters` is a path or an `Adapter`, or a list of them, each alone or as (adapter, weight), or {path: weight}.
+    `dtype` is "keep", "bf16", "fp16" or "fp32". `allow_new` permits adapters to add tensors or resize them. An adapter
+    that changes nothing (a scale, weight or factors of zero) is refused, and so is a merge after which every bit is
+    what it was, unless `allow_unchanged`. `undo` names a record to
     write, with which `unmerge` gives the base back bit for bit. `digests=False` leaves the digests of changed tensors
     out of the receipt, which then proves less. `reproducible` rounds as if computed exactly, to the same bits on every
     machine, in about twice the time. `link` makes untouched files hard links instead of copies. `resume`
@@ -304,6 +312,7 @@ def merge(
         out,
         dtype=dtype,
         allow_new=allow_new,
+        allow_unchanged=allow_unchanged,
         digests=digests,
         reproducible=reproducible,
         undo=undo,
@@ -320,7 +329,7 @@ def merge(
 @_typed
 def open_merged(
     base: PathLike,
-    adapters: AdapterLike | Sequence[Weighted],
+    adapters: Adapters,
     *,
     dtype: str = "keep",
     allow_new: bool = False,
@@ -351,7 +360,7 @@ def open_merged(
 
 def iter_merged(
     base: PathLike,
-    adapters: AdapterLike | Sequence[Weighted],
+    adapters: Adapters,
     *,
     dtype: str = "keep",
     allow_new: bool = False,
@@ -381,7 +390,7 @@ def iter_merged(
 @_typed
 def plan_of_unmerge(
     merged: PathLike,
-    adapters: AdapterLike | Sequence[Weighted],
+    adapters: Adapters,
     out: PathLike,
     *,
     base: PathLike | None = None,
@@ -412,7 +421,7 @@ def plan_of_unmerge(
 @_typed
 def unmerge(
     merged: PathLike,
-    adapters: AdapterLike | Sequence[Weighted],
+    adapters: Adapters,
     out: PathLike,
     *,
     base: PathLike | None = None,
@@ -472,16 +481,24 @@ def apply(
     >>> with loratool.apply(model, "style/", weight=0.8) as handle:  # doctest: +SKIP
     ...     handle.swap("other/")
     """
-    given = adapter if isinstance(adapter, Adapter) else Path(adapter)
+    given, factor = _adapter(adapter), _weight(weight)
     options = _choices(reading)
-    return live.put(model, given, weight, options, undo=undo, reproducible=reproducible, check_base=check_base)
+    return live.put(
+        model,
+        given,
+        1.0 if factor is None else factor,
+        options,
+        undo=undo,
+        reproducible=reproducible,
+        check_base=check_base,
+    )
 
 
 @_typed
 def verify(
     merged: PathLike,
     base: PathLike,
-    adapters: AdapterLike | Sequence[Weighted],
+    adapters: Adapters,
     *,
     sample: float | None = None,
     ulps: int = 1,
@@ -526,7 +543,33 @@ def validate(path: PathLike) -> list[Problem]:
     return native_format.validate(Path(path))
 
 
-def _weighted(adapters: AdapterLike | Sequence[Weighted]) -> list[tuple[Path | Adapter, float | None]]:
-    listed: Sequence[Weighted] = [adapters] if isinstance(adapters, str | Path | Adapter) else adapters
-    pairs = [entry if isinstance(entry, tuple) else (entry, None) for entry in listed]
-    return [(adapter if isinstance(adapter, Adapter) else Path(adapter), weight) for adapter, weight in pairs]
+def _weighted(adapters: Adapters) -> list[tuple[Path | Adapter, float | None]]:
+    """The adapters with their weights, None where none is given. Raises ChoiceNeeded for what is neither."""
+    if isinstance(adapters, str | Path | Adapter):
+        pairs: list[tuple[object, object]] = [(adapters, None)]
+    elif isinstance(adapters, Mapping):
+        pairs = [*adapters.items()]
+    elif isinstance(adapters, Iterable):
+        pairs = [entry if isinstance(entry, tuple) and len(entry) == 2 else (entry, None) for entry in adapters]
+    else:
+        pairs = [(adapters, None)]
+    if not pairs:
+        raise ChoiceNeeded(Problem("E-OPTION", "no adapter is given", hint="give at least one"))
+    return [(_adapter(adapter), _weight(weight)) for adapter, weight in pairs]
+
+
+def _adapter(given: object) -> Path | Adapter:
+    if isinstance(given, Adapter):
+        return given
+    if isinstance(given, str | Path):
+        return Path(given)
+    hint = "adapters are paths or Adapters, each alone or as (adapter, weight), or {adapter: weight}"
+    raise ChoiceNeeded(Problem("E-OPTION", f"{given!r:.80} is no adapter", hint=hint))
+
+
+def _weight(given: object) -> float | None:
+    if given is None:
+        return None
+    if isinstance(given, bool) or not isinstance(given, numbers.Real) or not math.isfinite(given):
+        raise ChoiceNeeded(Problem("E-OPTION", f"{given!r:.80} is no weight", hint="a weight is a finite number"))
+    return float(given)

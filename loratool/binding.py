@@ -18,12 +18,13 @@ from loratool.errors import LoratoolError, Problem
 from loratool.format import check_index, unknown_alpha
 from loratool.layout import Weighted
 from loratool.maps import View, shipped
-from loratool.names import missing
+from loratool.names import listed, missing
 from loratool.quantised import Foreign, stored_part
 from loratool.strangers import HEADS, UNTIE, not_in_the_base
 from loratool.tensors import FLOATS, MERGEABLE, TensorRef, extremes
 from loratool.updates import Replace, ReplaceRows
 
+PRODUCTS = ("lora", "loha", "lokr", "add")  # nothing, as soon as one of their components is all zero
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 
 
@@ -51,6 +52,7 @@ class Binding:
     wanted: dict[str, list[Weighted]] = field(default_factory=dict)  # by the base's clean names
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    idle: list[Problem] = field(default_factory=list)  # why adapters change nothing
     paired: set[str] = field(default_factory=set)  # tensors whose tied copy the adapter holds as well
     view: View = field(init=False)
 
@@ -178,6 +180,9 @@ class Binding:
         """Non-finite numbers and impossible row numbers; updates that change nothing are noted."""
         idle = []
         for item in part.original.updates:
+            if item.update.role == "add" and item.update.scaling is not None and item.update.scaling.scale == 0:
+                idle.append(item.target.name)
+                continue
             for name, ref in item.update.components().items():
                 if ref.dtype in FLOATS:
                     values = ref.read()
@@ -185,12 +190,27 @@ class Binding:
                     if not (math.isfinite(low) and math.isfinite(high)):
                         what = f"{name} of {item.target.name} has NaN or infinity"
                         yield Problem("E-NONFINITE", what, part.name, "train or download the adapter again", "R-033")
-                    elif item.update.kind == "lora" and low == high == 0:
+                    elif item.update.kind in PRODUCTS and low == high == 0:
                         idle.append(item.target.name)
                 elif name in item.update.index_components and (problem := check_index(item, ref)) is not None:
                     yield replace(problem, where=f"{part.name}: {problem.where}")
-        if idle:
-            self.notes.append(f"{part.name}: {len(idle)} updates change nothing, a factor is all zero: {idle[0]} ...")
+        self._say_idle(part, [*dict.fromkeys(idle)])
+
+    def _say_idle(self, part: Part, idle: list[str]) -> None:
+        """Targets that stay as they are: their scale or a factor is zero."""
+        if part.weight == 0:
+            what, hint = f"{part.name} has the weight 0: it changes nothing", "leave it out, or give it another weight"
+            if len(self.parts) > 1:
+                self.notes.append(what)  # beside others it may be meant, as one end of a range of weights
+                return
+        elif len(idle) == len(part.original.targets()):
+            what = f"{part.name} changes nothing: of each of its updates the scale or a factor is zero"
+            hint = "some trainers write alpha 0 where they do not know it, and factors before training are zero"
+        else:
+            if idle:
+                self.notes.append(f"{part.name}: {listed(idle)} stay as they are: the scale or a factor is zero")
+            return
+        self.idle.append(Problem("E-NO-CHANGE", what, part.name, f"{hint}; merge --allow-unchanged takes it as it is"))
 
     # -- ties ---------------------------------------------------------------------------------------------------------
 

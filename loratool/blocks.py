@@ -29,7 +29,7 @@ from loratool.matrices import (
     sample_of,
 )
 from loratool.quantised import Dequantised
-from loratool.rounding import gradual_underflow, round_exactly, round_once
+from loratool.rounding import bits, gradual_underflow, round_exactly, round_once
 from loratool.rows import Rows
 from loratool.survival import Survival, survival_of
 from loratool.tensors import all_finite, as_bytes, empty, extremes, torch_dtype
@@ -117,14 +117,17 @@ def compute(
     `step` is told the bytes of every block. With `measure`, the error that rounding may leave is bounded on the way;
     with a `recorder`, what undoes every block is recorded. `reproducible` is as in `each_block`.
     """
+    import torch
+
     before, after = blake3(), blake3()
     largest = 0.0
     reach = 0.0  # of the deltas: sums in between can be larger than both ends
     survival = Survival()
+    changed = tensor.source is None or tensor.source.dtype != tensor.dtype
     _, rows, columns = matrices_of(tensor)
 
     def receive(block: Merged) -> None:
-        nonlocal largest, reach, survival
+        nonlocal largest, reach, survival, changed
         source, start, stop = block.source, block.start - block.first, block.stop - block.first
         if measure and block.exact is not None:
             largest = max(largest, block.largest, *map(abs, extremes(block.stored)))
@@ -132,6 +135,8 @@ def compute(
         sample = sample_of(block) if tensor.source is not None else None
         if sample is not None and block.exact is not None:
             survival = survival.plus(survival_of(block.stored[sample], block.exact[sample], block.values[sample]))
+        if not changed:  # true after the first block of most tensors
+            changed = not torch.equal(bits(block.stored), bits(block.values))
         if digests:
             before.update(as_bytes(source.last))
         data = source.host(block.values)
@@ -152,11 +157,11 @@ def compute(
     if recorder is not None and tensor.source is None and tensor.original is not None:
         record_whole(tensor.original, recorder)
     if not digests:
-        return Written(None if tensor.original is None else "", "", 0.0, survival)
+        return Written(None if tensor.original is None else "", "", 0.0, survival, changed)
     as_stored = tensor.source is not None and not isinstance(tensor.source.data, Dequantised)
     digest = f"blake3:{before.hexdigest()}" if as_stored else tensor.original.digest() if tensor.original else None
     bound = rounding_bound(tensor, largest, reach) if measure else 0.0
-    return Written(digest, f"blake3:{after.hexdigest()}", bound, survival)
+    return Written(digest, f"blake3:{after.hexdigest()}", bound, survival, changed)
 
 
 def _merged(

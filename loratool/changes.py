@@ -39,6 +39,7 @@ class Fitted:
     additions: tuple[NewTensor, ...] = ()
     dropped: tuple[TensorRef, ...] = ()
     notes: tuple[str, ...] = ()
+    idle: tuple[Problem, ...] = ()  # adapters that change nothing
 
 
 def fitted(
@@ -71,7 +72,7 @@ def fitted(
     changes, additions = _new_tensors(base, binding.wanted, DTYPES[dtype])
     dropped = requantise.dropped(base) if DTYPES[dtype] else ()
     notes = (*base.notes, *binding.notes, *twice)
-    return Fitted(base, (), parts, merged, changes, tuple(additions), tuple(dropped), notes)
+    return Fitted(base, (), parts, merged, changes, tuple(additions), tuple(dropped), notes, tuple(binding.idle))
 
 
 def inputs(made_of: TensorRef | NewTensor) -> set[FileState]:

@@ -147,6 +147,11 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "The base has the receipt of a merge: merging into it again would add up.",
         "Merge all adapters at once into the original base, or `loratool unmerge` it first.",
     ),
+    "E-NO-CHANGE": (
+        "An adapter, or the whole merge, would change no bit: its scale, weight or factors are zero, or every change is"
+        " smaller than the steps of the output's dtype.",
+        "Give the alpha it was trained with, or a wider --dtype; --allow-unchanged merges it as it is.",
+    ),
     "E-NO-BASE": (
         "The file is an adapter without base weights, so there is nothing to extract it from.",
         "Merge and inspect take it as it is; extract --base BASE binds it to a base.",

@@ -19,6 +19,7 @@ from typing import Any
 from loratool import dispatch, receipt, resume, undo
 from loratool.errors import Mismatch, Problem
 from loratool.layout import Change, Copy, OutputFile
+from loratool.names import listed
 from loratool.plan import Plan
 from loratool.receipt import ChangedTensor, Receipt
 from loratool.remote import Site
@@ -45,6 +46,12 @@ class MergeReport:
     receipt: Receipt
     seconds: float
     survival: Mapping[str, Survival] = field(default_factory=dict)  # of tensors with a delta, from a sample of rows
+    unchanged: tuple[str, ...] = ()  # tensors that were computed, and whose bits are what they were
+
+    @property
+    def changed(self) -> int:
+        """How many tensors of the output are not the base's, bit for bit."""
+        return len(self.plan.changes) - len(self.unchanged)
 
     @property
     def notes(self) -> list[str]:
@@ -52,7 +59,9 @@ class MergeReport:
         parts = {tensor.name: tensor.part for tensor in self.plan.changes}
         again = {name: found for name, found in self.survival.items() if parts[name]}
         rounded = {name: found for name, found in self.survival.items() if not parts[name]}
+        unchanged = f"{listed(self.unchanged)}: nothing of the change is left after rounding" if self.unchanged else ""
         return [
+            *filter(None, [unchanged]),
             *loss(again, "after quantising again", "--dtype bf16 keeps all of it"),
             *loss(rounded, "after rounding", "--dtype fp32 keeps all of it"),
         ]
@@ -61,6 +70,8 @@ class MergeReport:
         return {
             **self.plan.to_json(),
             "notes": [*self.plan.notes, *self.notes],
+            "tensors_changed": self.changed,
+            "unchanged": list(self.unchanged),
             "survival": survival_json(self.survival),
             "seconds": round(self.seconds, 3),
             "receipt": self.receipt.to_json(),
@@ -122,7 +133,8 @@ def run_merge(plan: Plan, progress: ProgressCallback | None = None, executor: Ex
             plan.undo.unlink(missing_ok=True)
         raise
     survival = {name: found.survival for name, found in written.items() if found.survival.asked}
-    return MergeReport(plan, done, time.monotonic() - started, survival)
+    unchanged = tuple(name for name, found in written.items() if not found.changed)
+    return MergeReport(plan, done, time.monotonic() - started, survival, unchanged)
 
 
 def _fill(
@@ -135,6 +147,10 @@ def _fill(
 ) -> tuple[Receipt, dict[str, Written]]:
     """Write the weights files of a merge and its receipt; also what is known of each computed tensor."""
     written = _write(plan, folder, progress, writer, kept, executor)
+    if not plan.allow_unchanged and not any(found.changed for found in written.values()):
+        what = "nothing would change: every element rounds back to what it was"
+        hint = "a wider --dtype keeps more of the change; --allow-unchanged writes it all the same"
+        raise Mismatch(Problem("E-NO-CHANGE", what, str(plan.source), hint))
     done = _receipt(plan, written)
     if plan.single:
         header = _with_receipt(plan.files[0], done).header

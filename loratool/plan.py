@@ -53,6 +53,7 @@ class Plan:
     undo: Path | None = None  # the record to write
     record: UndoRecord | None = None  # the record to read
     rewritten: Mapping[Path, bytes] = field(default_factory=dict)  # companions that are not copied as they are
+    allow_unchanged: bool = False  # write a merge that changes nothing as well
     dropped: tuple[TensorRef, ...] = ()  # stored tensors that only served a quantisation which is gone
 
     @property
@@ -130,6 +131,7 @@ def plan_merge(
     *,
     dtype: str = "keep",
     allow_new: bool = False,
+    allow_unchanged: bool = False,
     choices: Choices | None = None,
     digests: bool = True,
     reproducible: bool = False,
@@ -148,9 +150,10 @@ def plan_merge(
         *output_problems(base, out, folders),
         *_undo_problems(undo, out, digests, resume),
         *fit.problems,
+        *(() if allow_unchanged else fit.idle),
     ]:
         raise Mismatch(problems)
-    notes = [*fit.notes]
+    notes = [*fit.notes, *(problem.message for problem in fit.idle)]
     single = is_single(base, out)
     files = output_files(base, changes, additions, frozenset(ref.name for ref in dropped))
     touched = [*changes, *(new.name for new in additions)]
@@ -179,6 +182,7 @@ def plan_merge(
         resume=resume,
         rewritten=requantise.configs_without(base) if dropped else {},
         dropped=dropped,
+        allow_unchanged=allow_unchanged,
     )
     return settled(plan, threads, max_memory, device)
 

@@ -124,7 +124,8 @@ class Requantiser:
             put(scales.to(torch_dtype(tensor.dtype)))
         if not digests or tensor.original is None:
             return Written("", "", 0.0, survival)
-        return Written(tensor.original.digest(), f"blake3:{after.hexdigest()}", 0.0, survival)
+        both = tensor.original.digest(), f"blake3:{after.hexdigest()}"
+        return Written(*both, 0.0, survival, changed=both[0] != both[1])
 
     def _scales(self, tensor: NewTensor) -> torch.Tensor:
         assert tensor.source is not None

@@ -95,8 +95,8 @@ def _entries(journal: Path, wanted: str) -> dict[str, dict[str, Written]]:
         whole = [json.loads(line) for line in lines if line.endswith("\n")]
         return {
             line["file"]: {
-                name: Written(before, after, float(bound), Survival(*survival))
-                for name, (before, after, bound, survival) in line["tensors"].items()
+                name: Written(before, after, float(bound), Survival(*survival), bool(changed))
+                for name, (before, after, bound, survival, changed) in line["tensors"].items()
             }
             for line in whole
         }

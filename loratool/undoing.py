@@ -41,6 +41,7 @@ class Written(NamedTuple):
     after: str
     bound: float  # how far rounding can have moved an element
     survival: Survival = Survival()  # of a sample of its rows, or of all of a weight that was quantised again
+    changed: bool = True  # whether any of its bits is another one than before
 
 
 def write_all(out: BinaryIO, data: memoryview) -> None:

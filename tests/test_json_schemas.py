@@ -91,7 +91,7 @@ CASES = [
     Case("merge", f"{MERGE} m4 --no-digests"),
     Case("merge", f"{MERGE} m5 --resume"),
     Case("merge", "merge base native.lora.safetensors@0.5 adapter@-0.25 -o m6"),
-    Case("merge", "merge base native.lora.safetensors@0 -o m7"),
+    Case("merge", "merge base native.lora.safetensors@0 -o m7 --allow-unchanged"),
     Case("merge", "merge base/model.safetensors adapter -o m8.safetensors"),
     Case("merge", "merge layer/model.safetensors huge.lora.safetensors -o m9.safetensors"),
     Case("merge", "merge base new.lora.safetensors -o m10 --allow-new"),

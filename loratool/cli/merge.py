@@ -35,6 +35,7 @@ Examples:
     help="The dtype to write floating-point tensors in.",
 )
 @click.option("--allow-new", is_flag=True, help="Let adapters add tensors the base lacks, or resize them.")
+@click.option("--allow-unchanged", is_flag=True, help="Write the output even if no tensor changes.")
 @click.option("--undo", type=click.Path(path_type=Path), help="Also write the record that makes unmerge exact.")
 @click.option("--no-digests", is_flag=True, help="Leave digests of the changed tensors out of the receipt.")
 @click.option(
@@ -59,6 +60,7 @@ def merge_command(
     out: Path,
     dtype: str,
     allow_new: bool,
+    allow_unchanged: bool,
     undo: Path | None,
     no_digests: bool,
     reproducible: bool,
@@ -82,6 +84,7 @@ def merge_command(
     choices: dict[str, Any] = {
         "dtype": dtype,
         "allow_new": allow_new,
+        "allow_unchanged": allow_unchanged,
         "undo": undo,
         "digests": not no_digests,
         "reproducible": reproducible,
@@ -105,7 +108,7 @@ def merge_command(
     elif not quiet:
         plan = report.plan
         output.notes([*plan.notes, *report.notes])
-        changed = f"{len(plan.changes)} of {sum(len(file.tensors) for file in plan.files)} tensors changed"
+        changed = f"{report.changed} of {sum(len(file.tensors) for file in plan.files)} tensors changed"
         output.say(f"{out}: {changed}, {output.size(plan.nbytes)} written in {report.seconds:.2f} s")
         if line := output.survives(report.survival):
             output.say(line)
