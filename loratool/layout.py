@@ -18,6 +18,7 @@ from loratool.adapter import Targeted
 from loratool.checkpoint import Checkpoint, Shard, read_json
 from loratool.container import encode_header
 from loratool.errors import Problem
+from loratool.quantised.comfy import HEADER_KEY
 from loratool.tensors import DTYPE_BITS, FileSpan, Shape, TensorRef, reading
 
 
@@ -156,9 +157,11 @@ def _output_file(
     ]
     tensors = tuple((name, item.dtype, item.shape) for name, item in zip(names, planned, strict=True))
     metadata = shard.metadata if shard.header else {"format": "pt"}  # what transformers expects of a shard
+    if dropped:  # nothing is quantised any more
+        metadata = {key: value for key, value in metadata.items() if key != HEADER_KEY}
     header = encode_header(tensors, metadata)
     kept = tensors == tuple((name, ref.dtype, ref.shape) for name, ref in shard.tensors.items())
-    kept &= shard.header is not None
+    kept &= shard.header is not None and metadata == shard.metadata
     if kept and shard.header:
         with reading(shard.path), shard.path.open("rb") as file:
             header = file.read(shard.header.size)  # nothing moves: the base's own header, to the byte

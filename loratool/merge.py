@@ -19,7 +19,6 @@ from typing import Any
 from loratool import dispatch, receipt, resume, undo
 from loratool.errors import Mismatch, Problem
 from loratool.layout import Change, Copy, OutputFile
-from loratool.names import listed
 from loratool.plan import Plan
 from loratool.receipt import ChangedTensor, Receipt
 from loratool.remote import Site
@@ -59,7 +58,9 @@ class MergeReport:
         parts = {tensor.name: tensor.part for tensor in self.plan.changes}
         again = {name: found for name, found in self.survival.items() if parts[name]}
         rounded = {name: found for name, found in self.survival.items() if not parts[name]}
-        unchanged = f"{listed(self.unchanged)}: nothing of the change is left after rounding" if self.unchanged else ""
+        count = len(self.unchanged)
+        unchanged = f"{count} tensors keep every bit: nothing of the change is left after rounding, " if count else ""
+        unchanged += f"such as {self.unchanged[0]}" if count else ""
         return [
             *filter(None, [unchanged]),
             *loss(again, "after quantising again", "--dtype bf16 keeps all of it"),

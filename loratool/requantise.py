@@ -22,7 +22,8 @@ from loratool.blocks import each_block
 from loratool.checkpoint import Checkpoint
 from loratool.errors import Mismatch, Problem
 from loratool.layout import NewTensor, Weighted
-from loratool.quantised import CONFIG_KEYS, FP8, Dequantised, Foreign, Scaled
+from loratool.quantised import CONFIG_KEYS, FP8, Dequantised, Foreign
+from loratool.quantised.schemes import Scaled
 from loratool.survival import Survival, survival_of
 from loratool.tensors import TensorRef, as_bytes, converted, torch_dtype
 from loratool.undoing import Written, write_all
@@ -82,7 +83,7 @@ def new_tensors(weight: TensorRef, updates: tuple[Weighted, ...], dtype: str | N
 def dropped(base: Checkpoint) -> tuple[TensorRef, ...]:
     """The stored tensors that only serve the quantisation of others."""
     weights = [ref.data for ref in base.tensors.values() if isinstance(ref.data, Dequantised)]
-    return tuple(ref for data in weights for ref in (*data.scheme.parts[1:], *data.beside))
+    return tuple(dict.fromkeys(ref for data in weights for ref in (*data.scheme.parts[1:], *data.beside)))
 
 
 def configs_without(base: Checkpoint) -> dict[Path, bytes]:

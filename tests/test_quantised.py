@@ -398,6 +398,10 @@ def test_int8_with_scales_is_read_and_not_written(tmp_path: Path) -> None:
     codes = torch.randint(-127, 128, (6, 8), dtype=torch.int8)
     scale = values(6, 1).abs().bfloat16()
     save_sharded({NAME: codes, NAME + "_scale": scale}, tmp_path / "base")
+    unnamed = refused(lambda: loratool.plan(tmp_path / "base", lora((6, 8)), tmp_path / "out", dtype="bf16"))
+    assert "nothing names the method" in str(unnamed)
+    config = {"quantization_config": {"quant_method": "compressed-tensors"}}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     error = refused(lambda: loratool.merge(tmp_path / "base", lora((6, 8)), tmp_path / "out"))
     assert (error.code, "--dtype bf16" in str(error)) == ("E-QUANTISED", True)
     loratool.merge(tmp_path / "base", lora((6, 8)), tmp_path / "out", dtype="bf16")
@@ -548,7 +552,8 @@ FOREIGN: Mapping[str, tuple[State, str]] = {
     "hqq": ({"W_q": U8, "scale": values(4, 1), "zero": values(4, 1)}, "HQQ"),
     "mlx": ({"weight": I32.view(torch.uint32), "scales": values(4, 2), "biases": values(4, 2)}, "MLX"),
     "packed-fp4": ({"weight": U8.view(torch.int8), "weight_scale_inv": values(16, 1)}, "I8"),
-    "comfy": ({"weight": values(16, 8).to(FP8["F8_E4M3"]), "scale_weight": values(1)}, "ComfyUI"),
+    "unnamed-fp8": ({"weight": values(16, 8).to(FP8["F8_E4M3"]), "weight_scale": values(4, 2)}, "names the method"),
+    "unnamed-int8": ({"weight": values(16, 8).to(torch.int8), "weight_scale": values(16, 1)}, "names the method"),
     "mxfp8": ({"weight": values(16, 32).to(FP8["F8_E4M3"]), "weight_scale": U8[:, :1]}, "weight_scale"),
     "unknown": ({"weight": values(16, 8).to(FP8["F8_E4M3"]), "wscale": values(1)}, "wscale"),
     "zero-points": (

@@ -1,9 +1,11 @@
 """Quantised checkpoints: which stored tensors are one weight together, and its numbers, some rows at a time.
 
-`logical` shows a checkpoint as its layers compute with it: `X.weight` with its scales becomes one float32 tensor of the
-weight's own shape, which adapters bind to. What can be read: fp8 with scales of blocks, channels, groups or the whole
-tensor (DeepSeek, transformers, compressed-tensors), and bitsandbytes' nf4, fp4 and int8. Other methods are recognised
-by the names of their parts, and are refused when an adapter wants to change one of their weights.
+The method is what the file names: a marker of the layer, the config, or the name of a part that only one method has; it
+is never told by shapes. `logical` shows a checkpoint as its layers compute with it: `X.weight` with its scales becomes
+one float32 tensor of the weight's own shape, which adapters bind to. What can be read: fp8 with scales of blocks,
+channels, groups or the whole tensor (DeepSeek, transformers, compressed-tensors), bitsandbytes' nf4, fp4 and int8, and
+ComfyUI's fp8, mxfp8 and int8 (`comfy`). Other methods are recognised by the names of their parts, and are refused when
+an adapter wants to change one of their weights; so are 8-bit weights with scales of which nothing says what they mean.
 """
 
 from __future__ import annotations
@@ -11,11 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any
 
 from loratool.checkpoint import Checkpoint
 from loratool.container import strict_json
 from loratool.errors import InvalidFile, Problem
+from loratool.quantised import comfy
+from loratool.quantised.comfy import MARKER, OF_INPUTS, Unfit
+from loratool.quantised.schemes import EightBit, FourBit, Scaled, Scheme
 from loratool.tensors import CHUNK, FLOATS, FileState, Shape, TensorRef, as_bytes, is_int
 
 if TYPE_CHECKING:
@@ -23,8 +28,6 @@ if TYPE_CHECKING:
 
 FP8 = ("F8_E4M3", "F8_E5M2")
 SCALES = ("_scale_inv", "_scale")  # after the weight's name: DeepSeek and transformers; compressed-tensors
-# Scales of the activations of a layer, which mean nothing once its weight is no longer quantised.
-OF_ACTIVATIONS = ("input_scale", "activation_scale")
 BLOCK = (128, 128)  # of DeepSeek and of everybody since
 STATE_LIMIT = 1 << 16  # bytes of its JSON, which has about 300
 CONFIG_KEYS = ("quantization_config", "compression_config")  # the second: compressed-tensors before 0.6
@@ -44,137 +47,9 @@ FOREIGN = (  # more telling ones first
     ("qweight", "AWQ"),
     ("W_q", "HQQ"),
     ("scales", "grouped integers, such as MLX's"),
-    ("scale_weight", "ComfyUI's scaled fp8"),
 )
 PARTS = (".qzeros", ".scales", ".g_idx", ".biases", ".scale_weight", ".weight_scale", ".weight_scale_2",
          ".weight_global_scale", ".weight_shape", ".weight_zero_point", ".weight_g_idx")  # fmt: skip
-
-
-class Scheme(Protocol):
-    """How the numbers of one weight [rows, columns] are stored."""
-
-    title: ClassVar[str]
-
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Rows start:stop in float32."""
-
-    @property
-    def columns(self) -> int: ...
-
-    @property
-    def parts(self) -> Sequence[TensorRef]:
-        """The stored tensors, of which the first has the weight's name."""
-
-
-@dataclass(frozen=True)
-class Scaled:
-    """Codes [rows, columns] times the scale of the tile they lie in: W = q * scale.
-
-    Scales are [tile rows, tile columns]; the last tiles of a row or column may be cut off. Per tensor is one tile, per
-    channel a tile for each row, grouped a tile for so many columns of a row.
-    """
-
-    title: ClassVar[str] = "8 bits with scales"
-    codes: TensorRef  # [rows, columns]
-    scales: TensorRef  # [tile rows, tile columns]
-    tile: tuple[int, int]
-    whole: tuple[TensorRef, TensorRef]  # both as they are stored, of any number of dimensions
-    powers_of_two: bool = False  # scales are to be such (DeepSeek's scale_fmt "ue8m0")
-
-    @property
-    def parts(self) -> Sequence[TensorRef]:
-        return self.whole
-
-    @property
-    def columns(self) -> int:
-        return self.codes.shape[1]
-
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        import torch
-
-        q = self.codes.narrow(0, start, stop - start).read(torch.float32)  # [rows, columns]
-        first, last = start // self.tile[0], -(-stop // self.tile[0])
-        scale = self.scales.narrow(0, first, last - first).read(torch.float32)
-        return q.mul_(self.spread(scale, start, stop))
-
-    def spread(self, scale: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """The scale of each element of rows start:stop, given those of the tile rows they lie in; or what broadcasts
-        to it."""
-        import torch
-
-        height, width = self.tile
-        which = torch.arange(start, stop, device="cpu") // height - start // height
-        scale = scale[which] if len(scale) > 1 else scale  # [rows, tile columns]
-        return scale if scale.shape[1] == 1 else scale.repeat_interleave(width, dim=1)[:, : self.columns]
-
-
-@dataclass(frozen=True)
-class FourBit:
-    """bitsandbytes: two 4-bit codes per byte, the first in the upper half, an index into `table`; blocks of the
-    flattened weight have one scale each. With `nested` the scales are 8-bit codes themselves, in blocks of their own.
-    """
-
-    title: ClassVar[str] = "bitsandbytes 4-bit"
-    packed: TensorRef  # [ceil(rows * columns / 2), 1], U8
-    absmax: TensorRef  # [blocks], F32; U8 if nested
-    table: TensorRef  # [16]
-    columns: int
-    block: int
-    state: TensorRef
-    nested: tuple[TensorRef, TensorRef, int, float] | None = None  # absmax, table [256], block, offset
-
-    @property
-    def parts(self) -> Sequence[TensorRef]:
-        return self.packed, self.absmax, self.table, self.state, *(self.nested[:2] if self.nested else ())
-
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        import torch
-
-        first, last = start * self.columns, stop * self.columns  # of the flattened weight
-        pairs = self.packed.reshape(self.packed.numel).narrow(0, first // 2, -(-last // 2) - first // 2).read()
-        codes = torch.stack((pairs >> 4, pairs & 15), dim=1).view(-1)[first % 2 :][: last - first]
-        scale = self.scale(first // self.block, -(-last // self.block))
-        which = torch.arange(first, last, device="cpu") // self.block - first // self.block
-        table = self.table.read(torch.float32)
-        return (table[codes.int()] * scale[which]).view(stop - start, self.columns)
-
-    def scale(self, first: int, last: int) -> torch.Tensor:
-        """The scales of blocks first:last, [last - first]."""
-        import torch
-
-        stored = self.absmax.narrow(0, first, last - first).read()
-        if self.nested is None:
-            return stored.float()
-        absmax, table, block, offset = self.nested
-        low, high = first // block, -(-last // block)
-        outer = absmax.narrow(0, low, high - low).read(torch.float32)
-        which = torch.arange(first, last, device="cpu") // block - low
-        return table.read(torch.float32)[stored.int()] * outer[which] + offset
-
-
-@dataclass(frozen=True)
-class EightBit:
-    """bitsandbytes LLM.int8(): W = q * SCB / 127, one SCB per row."""
-
-    title: ClassVar[str] = "bitsandbytes int8"
-    codes: TensorRef  # [rows, columns], I8
-    absmax: TensorRef  # [rows]
-    more: tuple[TensorRef, ...] = ()  # weight_format
-
-    @property
-    def parts(self) -> Sequence[TensorRef]:
-        return self.codes, self.absmax, *self.more
-
-    @property
-    def columns(self) -> int:
-        return self.codes.shape[1]
-
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        import torch
-
-        q = self.codes.narrow(0, start, stop - start).read(torch.float32)  # [rows, columns]
-        scale = self.absmax.narrow(0, start, stop - start).read(torch.float32)  # [rows]
-        return q.mul_(scale.unsqueeze(1)).mul_(1 / 127)
 
 
 @dataclass(frozen=True)
@@ -255,7 +130,7 @@ def logical(checkpoint: Checkpoint) -> Checkpoint:
         if ref.dtype in CODES:
             try:
                 look.at(name, ref, found, parts)
-            except _Unfit as unfit:
+            except Unfit as unfit:
                 what = f"{name} can not be dequantised: {unfit}"
                 problems.append(Problem("E-QUANTISED", what, str(checkpoint.path), "is it complete?"))
     if problems:
@@ -267,10 +142,6 @@ def logical(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, tensors={**kept, **found})
 
 
-class _Unfit(Exception):
-    """The parts of a weight contradict each other."""
-
-
 class _Look:
     """Looks at the stored tensors of one checkpoint, each of them once."""
 
@@ -278,9 +149,11 @@ class _Look:
         self.tensors = checkpoint.tensors
         self.clean = {ref.name: name for name, ref in self.tensors.items()}  # by stored name
         self.configs = {name: _config(part) for name, part in (checkpoint.components or {"": checkpoint}).items()}
+        self.methods = comfy.methods(checkpoint)
+        self.old_markers = comfy.old_markers(self.tensors)
         # Layers with something that may be the scale of their weight: by the name without its last segment.
         scales = [name for name in self.tensors if "scale" in name.rpartition(".")[2]]
-        self.scales = {name.rpartition(".")[0]: name for name in scales if not name.endswith(OF_ACTIVATIONS)}
+        self.scales = {name.rpartition(".")[0]: name for name in scales if not name.endswith(OF_INPUTS)}
 
     def config(self, name: str) -> Mapping[str, Any]:
         """The quantization_config that goes for a tensor: in a pipeline, that of its component."""
@@ -305,13 +178,17 @@ class _Look:
     def weight(self, name: str, ref: TensorRef) -> TensorRef | None:
         """The weight whose main part is a stored tensor, if its method is one that is read."""
         tensors, stem = self.tensors, name.removesuffix(".weight")
+        if (method := self.methods.get(stem)) is not None and name == f"{stem}.weight":
+            scheme = comfy.scheme_of(name, ref, method, tensors)
+            return None if scheme is None else _float(scheme, ref.shape, comfy.beside(name, method, tensors))
+        if ref.dtype in FP8 and name.endswith(".weight") and f"{stem}.scale_weight" in tensors:
+            others = (*comfy.beside(name, None, tensors), *self.old_markers)
+            return _float(comfy.old_scaled(ref, tensors[f"{stem}.scale_weight"]), ref.shape, others)
         if ref.dtype in (*FP8, "I8") and f"{name}_zero_point" not in tensors:
-            scale = next((tensors[name + suffix] for suffix in SCALES if name + suffix in tensors), None)
-            if ref.dtype == "I8":
-                scale = tensors.get(f"{name}_scale")  # beside another one, its bytes are pairs of 4-bit numbers
-            if scale is not None and scale.dtype in (*FLOATS, "F8_E8M0"):
-                beside = [tensors[f"{stem}.{n}"] for n in OF_ACTIVATIONS if f"{stem}.{n}" in tensors]
-                return _float(_scaled(ref, scale, self.config(name)), ref.shape, tuple(beside))
+            suffix = next((s for s in SCALES if name + s in tensors), None)
+            if suffix is not None and self.named(name, ref, suffix):
+                scaled = _scaled(ref, tensors[name + suffix], self.config(name))
+                return _float(scaled, ref.shape, comfy.beside(name, None, tensors))
         if ref.dtype == "U8":
             state = tensors.get(f"{name}.{NF4}nf4") or tensors.get(f"{name}.{NF4}fp4")
             return None if state is None else _four_bit(name, ref, state, tensors)
@@ -319,17 +196,31 @@ class _Look:
             return _eight_bit(ref, tensors[f"{stem}.SCB"], tensors.get(f"{stem}.weight_format"))
         return None
 
+    def named(self, name: str, ref: TensorRef, suffix: str) -> bool:
+        """Whether something says what the scale beside a weight means: a config, or the scale's own name and size."""
+        scale = self.tensors[name + suffix]
+        if scale.dtype not in (*FLOATS, "F8_E8M0"):
+            return False
+        if self.config(name).get("quant_method"):
+            return ref.dtype != "I8" or suffix == "_scale"  # beside another one, its bytes are pairs of 4-bit numbers
+        if ref.dtype == "I8" or scale.dtype == "F8_E8M0":
+            return False
+        of_rows = scale.numel == 1 or scale.shape in (ref.shape[:-1], (*ref.shape[:-1], 1))
+        return suffix == "_scale_inv" or of_rows  # DeepSeek's name, which is of blocks of 128 x 128
+
     def foreign(self, name: str, ref: TensorRef) -> tuple[str, Foreign, tuple[str, ...]] | None:
         """A weight of a method that is not read, told by the names of its parts: its name, and what they end in."""
         if name.endswith("_blocks") and ref.dtype == "U8" and f"{name.removesuffix('_blocks')}_scales" in self.tensors:
             return name.removesuffix("_blocks"), Foreign("mxfp4", ref, hint=UNPACK_MXFP4), ("_blocks", "_scales")
         stem, _, last = name.rpartition(".")
+        if last == "weight" and (told := self.methods.get(stem)) is not None:
+            return name, Foreign(f"{told.format}, as ComfyUI's marker says", ref), (MARKER, *PARTS)
         if last in MAIN:
             for suffix, method in FOREIGN:
                 if f"{stem}.{suffix}" in self.tensors:
                     return f"{stem}.weight", Foreign(method, ref), (f".{last}", *PARTS)
-        if ref.dtype in FP8 and "scale" not in last and stem and stem in self.scales:
-            return name, Foreign(f"fp8 with {self.scales[stem]}", ref), ()
+        if ref.dtype in (*FP8, "I8") and "scale" not in last and stem and stem in self.scales:
+            return name, Foreign(f"{ref.dtype} with {self.scales[stem]}, and nothing names the method", ref), ()
         return None
 
 
@@ -365,12 +256,12 @@ def _float(scheme: Scheme, shape: Shape, beside: tuple[TensorRef, ...] = ()) -> 
 def _scaled(codes: TensorRef, scales: TensorRef, config: Mapping[str, Any]) -> Scaled:
     """fp8 with scales, whatever their tiles are: told by the shapes, and by the config where shapes leave it open."""
     if len(codes.shape) < 2 or not codes.numel:
-        raise _Unfit(f"{list(codes.shape)} is no matrix")
+        raise Unfit(f"{list(codes.shape)} is no matrix")
     columns = codes.shape[-1]
     count = codes.numel // columns
     tile = _tile(codes.shape, scales.shape, _block(config))
     if tile is None:
-        raise _Unfit(f"its scales are {list(scales.shape)}, which fits no tiling of {list(codes.shape)}")
+        raise Unfit(f"its scales are {list(scales.shape)}, which fits no tiling of {list(codes.shape)}")
     grid = scales.reshape(-(-count // tile[0]), -(-columns // tile[1]))
     powers = config.get("scale_fmt") == "ue8m0" or scales.dtype == "F8_E8M0"
     return Scaled(codes.reshape(count, columns), grid, tile, (codes, scales), powers)
@@ -419,20 +310,20 @@ def _four_bit(name: str, packed: TensorRef, state: TensorRef, tensors: Mapping[s
             nested = (*outer, int(facts["nested_blocksize"]), float(facts["nested_offset"]))
         absmax, table = tensors[f"{name}.absmax"], tensors[f"{name}.quant_map"]
     except (KeyError, IndexError, TypeError, ValueError, OverflowError, InvalidFile) as error:
-        raise _Unfit(f"its quant_state is broken or incomplete: {error}") from None
+        raise Unfit(f"its quant_state is broken or incomplete: {error}") from None
     blocks = -(-math.prod(shape) // block) if block > 0 else -1
     fits = packed.numel == -(-math.prod(shape) // 2) and absmax.shape == (blocks,) and table.shape == (16,)
     if nested is not None:
         fits &= nested[2] > 0 and nested[0].shape == (-(-blocks // nested[2]),) and nested[1].shape == (256,)
         fits &= absmax.dtype == "U8"
     if not fits or min(shape, default=0) < 1:
-        raise _Unfit(f"its parts do not fit a weight {list(shape)} in blocks of {block}")
+        raise Unfit(f"its parts do not fit a weight {list(shape)} in blocks of {block}")
     return _float(FourBit(packed, absmax, table, shape[-1], block, state, nested), shape)
 
 
 def _eight_bit(codes: TensorRef, absmax: TensorRef, order: TensorRef | None) -> TensorRef:
     if len(codes.shape) != 2 or absmax.shape != codes.shape[:1]:
-        raise _Unfit(f"SCB is {list(absmax.shape)}, the weight {list(codes.shape)}")
+        raise Unfit(f"SCB is {list(absmax.shape)}, the weight {list(codes.shape)}")
     if order is not None and order.read().flatten().tolist() != [0]:
-        raise _Unfit("its weight_format is not row-major: save it again with a newer bitsandbytes")
+        raise Unfit("its weight_format is not row-major: save it again with a newer bitsandbytes")
     return _float(EightBit(codes, absmax, () if order is None else (order,)), codes.shape)
