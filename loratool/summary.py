@@ -14,10 +14,11 @@ from loratool import format as native_format
 from loratool.adapter import Adapter, Targeted
 from loratool.binding import led
 from loratool.checkpoint import Checkpoint, open_checkpoint
+from loratool.conventions.beside import trainers_own
 from loratool.conventions.choices import Choices
 from loratool.conventions.load import load_source
 from loratool.maps import View, shipped
-from loratool.names import natural
+from loratool.names import listed, natural
 from loratool.quantised import logical
 from loratool.receipt import Receipt
 
@@ -123,6 +124,8 @@ def inspect_path(path: Path, base_path: Path | None = None, choices: Choices | N
     headers = [shard.header.size if shard.header else None for shard in source.shards]
     known = [size for size in headers if size is not None]
     notes = [*((fitting or adapter).notes if adapter else source.notes), *(adapter.doubts if adapter else ())]
+    if adapter and not wrapped and (own := trainers_own(source)):
+        notes.append(f"beside it, for the trainer to go on with, and no part of it: {listed(own)}")
     notes += [_component(name, part) for name, part in source.components.items()]
     if adapter and adapter.unknown_scales():
         config = " (or --config)" if chosen is conventions.peft_wrapped else ""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from loratool import conventions
 from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint, open_checkpoint
-from loratool.conventions import Convention, native
+from loratool.conventions import Convention, beside, native
 from loratool.conventions.choices import Choices
 from loratool.errors import ChoiceNeeded, LoratoolError
 from loratool.maps import View, absent
@@ -16,12 +17,16 @@ from loratool.maps import View, absent
 
 @dataclass(frozen=True)
 class Loaded:
-    """An adapter, what it was stored as, and the patterns of `--only` and `--skip` that matched something in it."""
+    """An adapter, what it was stored as, and the patterns of `--only` and `--skip` that matched something in it.
+
+    `beside` names the file of each target that lies beside the adapter's own.
+    """
 
     adapter: Adapter
     convention: Convention
     source: Checkpoint
     used: frozenset[str] = frozenset()
+    beside: Mapping[str, str] = field(default_factory=dict)
 
 
 def load(path: Path, choices: Choices, view: View | None = None) -> Loaded:
@@ -47,9 +52,13 @@ def load_part(source: Checkpoint, choices: Choices, view: View | None = None) ->
     if choices.selection and convention is not native:  # its keys are counted by its manifest
         source, used = choices.selection.keys(source)
     adapter = _read(source, convention, choices, view)
+    files: Mapping[str, str] = {}
+    if not convention.unwrap(source, choices):  # beside a whole checkpoint lies no part of an adapter
+        adapter, found = beside.joined(adapter, source, choices.selection, view, used)
+        used, files = used | found.used, found.files
     if choices.selection:
         adapter = choices.selection.updates(adapter, used, str(source.path))
-    return Loaded(adapter, convention, source, frozenset(used))
+    return Loaded(adapter, convention, source, frozenset(used), files)
 
 
 def _read(source: Checkpoint, convention: Convention, choices: Choices, view: View | None) -> Adapter:
