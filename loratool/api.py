@@ -227,6 +227,7 @@ def plan(
     *,
     dtype: str = "keep",
     allow_new: bool = False,
+    tokenizer_from: PathLike = "",
     digests: bool = True,
     reproducible: bool = False,
     undo: PathLike | None = None,
@@ -251,6 +252,7 @@ def plan(
         undo=None if undo is None else Path(undo),
         link=link,
         resume=resume,
+        tokenizer=str(tokenizer_from),
         threads=threads,
         max_memory=max_memory,
         device=device,
@@ -265,6 +267,7 @@ def merge(
     *,
     dtype: str = "keep",
     allow_new: bool = False,
+    tokenizer_from: PathLike = "",
     digests: bool = True,
     reproducible: bool = False,
     undo: PathLike | None = None,
@@ -280,7 +283,9 @@ def merge(
     """Write base + adapters as a checkpoint: W + sum of weight * scale * delta, rounded once.
 
     `adapters` is a path or an `Adapter`, or a list of them, each alone or as (adapter, weight). `dtype` is "keep",
-    "bf16", "fp16" or "fp32". `allow_new` permits adapters to add tensors or resize them. `undo` names a record to
+    "bf16", "fp16" or "fp32". `allow_new` permits adapters to add tensors or resize them. `tokenizer_from` is
+    "base", "adapter" or a folder: whose tokenizer and chat template to write; by default what the weights need. A
+    config that does not fit the merged weights is edited, and every edit is in the notes. `undo` names a record to
     write, with which `unmerge` gives the base back bit for bit. `digests=False` leaves the digests of changed tensors
     out of the receipt, which then proves less. `reproducible` rounds as if computed exactly, to the same bits on every
     machine, in about twice the time. `link` makes untouched files hard links instead of copies. `resume`
@@ -304,6 +309,7 @@ def merge(
         out,
         dtype=dtype,
         allow_new=allow_new,
+        tokenizer_from=tokenizer_from,
         digests=digests,
         reproducible=reproducible,
         undo=undo,

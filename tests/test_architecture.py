@@ -45,6 +45,8 @@ ROOMS = (
     ("comparing",),
     ("ondemand",),
     ("virtual",),
+    ("configs", "tokenizers"),
+    ("companions",),
     ("plan",),
     ("unmerging",),
     ("resume", "cluster"),

@@ -83,7 +83,8 @@ def test_an_adapter_in_a_pickle_is_not_hidden_by_safetensors_beside_it(kit: Kit)
     torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
     (folder / "adapter_model.safetensors").unlink()
     got = merged(kit, folder)
-    assert torch.equal(got["norm.weight"], NORM) and torch.equal(got["l.0.v.weight"], torch.ones(3, 4))
+    assert torch.equal(got["norm.weight"], NORM)
+    assert torch.equal(got["l.0.v.weight"], torch.ones(3, 4))
     assert not torch.equal(got["l.0.q.weight"], load_file(kit / "base" / "model.safetensors")["l.0.q.weight"])
 
 
@@ -91,11 +92,15 @@ def test_a_head_that_the_base_lacks_is_refused_by_the_name_of_its_file(kit: Kit,
     head = {"v_head.summary.weight": torch.ones(1, 4), "v_head.summary.bias": torch.zeros(1)}
     folder = beside(kit, "value_head.safetensors", head)
     refused = cli("merge", kit / "base", folder, "-o", kit / "out")
-    assert refused.code == 2 and not (kit / "out").exists()
-    assert "adapter: value_head.safetensors" in refused.err and "v_head.summary.bias" in refused.err
-    assert "--allow-new" in refused.err and "--skip 'value_head.safetensors'" in refused.err
+    assert refused.code == 2
+    assert not (kit / "out").exists()
+    assert "adapter: value_head.safetensors" in refused.err
+    assert "v_head.summary.bias" in refused.err
+    assert "--allow-new" in refused.err
+    assert "--skip 'value_head.safetensors'" in refused.err
     skipped = cli("merge", kit / "base", folder, "-o", kit / "out", "--skip", "value_head.safetensors")
-    assert skipped.code == 0 and "left out, as --skip says: value_head.safetensors" in skipped.out + skipped.err
+    assert skipped.code == 0
+    assert "left out, as --skip says: value_head.safetensors" in skipped.out + skipped.err
     assert load_file(kit / "out" / "model.safetensors").keys() == load_file(kit / "base" / "model.safetensors").keys()
     assert cli("merge", kit / "base", folder, "-o", kit / "new", "--allow-new").code == 0
     new = load_file(kit / "new" / "model.safetensors")
@@ -107,7 +112,8 @@ def test_rows_for_new_tokens_without_their_place_are_refused(kit: Kit, allow_new
     folder = beside(kit, "new_embeddings.safetensors", {"input_embeddings": torch.ones(2, 4)})
     with pytest.raises(Mismatch) as caught:
         merged(kit, folder, allow_new=allow_new)
-    assert caught.value.code == "E-BESIDE" and "--skip 'new_embeddings.safetensors'" in caught.value.hint
+    assert caught.value.code == "E-BESIDE"
+    assert "--skip 'new_embeddings.safetensors'" in caught.value.hint
     assert merged(kit, folder, skip="new_embeddings.*").keys() == load_file(kit / "base" / "model.safetensors").keys()
 
 
@@ -116,7 +122,8 @@ def test_a_file_that_can_not_be_read_is_refused_by_name(kit: Kit, cli: Cli) -> N
     torch.save({"model": kit}, kit / "adapter" / "model_and_all.pt")
     refused = cli("merge", kit / "base", kit / "adapter", "-o", kit / "out", "--json")
     problems = {Path(problem["where"]).name: problem for problem in refused.json["problems"]}
-    assert refused.code == 2 and set(problems) == {"projector.safetensors", "model_and_all.pt"}
+    assert refused.code == 2
+    assert set(problems) == {"projector.safetensors", "model_and_all.pt"}
     assert all(p["code"] == "E-BESIDE" and p["hint"] == f"--skip '{n}' leaves it out" for n, p in problems.items())
     skips = ["--skip", "projector.safetensors", "--skip", "model_*.pt"]
     assert cli("merge", kit / "base", kit / "adapter", "-o", kit / "out", *skips).code == 0
@@ -148,13 +155,15 @@ def test_patterns_choose_among_the_keys_of_a_file_beside(kit: Kit) -> None:
         out = kit / f"out{number}"
         loratool.merge(kit / "base", folder, out, **options)  # type: ignore[arg-type]
         got = load_file(out / "model.safetensors")
-        assert torch.equal(got["norm.weight"], NORM) and not torch.equal(got["l.0.v.weight"], torch.ones(3, 4))
+        assert torch.equal(got["norm.weight"], NORM)
+        assert not torch.equal(got["l.0.v.weight"], torch.ones(3, 4))
 
 
 def test_the_second_file_alone_leads_to_the_adapter(kit: Kit, cli: Cli) -> None:
     folder = beside(kit, "vit.safetensors", {"norm.weight": NORM})
     refused = cli("merge", kit / "base", folder / "vit.safetensors", "-o", kit / "out")
-    assert refused.code == 2 and f"give the adapter that it lies beside, {folder}" in refused.err
+    assert refused.code == 2
+    assert f"give the adapter that it lies beside, {folder}" in refused.err
 
 
 def test_llava_s_two_files_give_the_live_model(tmp_path: Path) -> None:
@@ -198,6 +207,8 @@ def test_a_real_trainer_s_checkpoint_is_its_adapter(tmp_path: Path, cli: Cli) ->
     names = {path.name for path in checkpoint.iterdir()}
     assert names >= {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"}
     shown = cli("inspect", checkpoint)
-    assert shown.code == 0 and "optimizer.pt" in shown.out
+    assert shown.code == 0
+    assert "optimizer.pt" in shown.out
     merged = cli("merge", tmp_path / "base", checkpoint, "-o", tmp_path / "out", "--json")
-    assert merged.code == 0 and merged.json["tensors_changed"] == 1
+    assert merged.code == 0
+    assert merged.json["tensors_changed"] == 1
