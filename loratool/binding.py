@@ -106,6 +106,7 @@ class Binding:
             given, name = of_base.bound(adapter), adapter.provenance.get("convention", "adapter in memory")
         else:
             loaded = load_part(open_checkpoint(adapter), choices, self.view)
+            self.problems += loaded.problems
             used |= loaded.used
             given, name, files = loaded.adapter, adapter.name, loaded.beside
         return Part(led(given, self.base, self.view, name), weight, name, given=given, beside=files)

@@ -16,7 +16,7 @@ from loratool.binding import led
 from loratool.checkpoint import Checkpoint, open_checkpoint
 from loratool.conventions.beside import trainers_own
 from loratool.conventions.choices import Choices
-from loratool.conventions.load import load_source
+from loratool.conventions.load import Loaded, look
 from loratool.maps import View, shipped
 from loratool.names import listed, natural
 from loratool.quantised import logical
@@ -109,9 +109,11 @@ def inspect_path(path: Path, base_path: Path | None = None, choices: Choices | N
     base = logical(open_checkpoint(base_path)) if base_path is not None else None
     chosen = conventions.find(source, choices.convention)
     adapter, fitting = None, None
+    loaded: Loaded | None = None
     if chosen:
         view = None if base is None else View(base.tensors, choices.maps or shipped())
-        adapter = load_source(source, choices, view).adapter
+        loaded = look(source, choices, view)
+        adapter = loaded.adapter
         if base is not None and view is not None:
             fitting = led(adapter, base, view, str(path))
     wrapped = bool(chosen and chosen.unwrap(source, choices))
@@ -126,6 +128,7 @@ def inspect_path(path: Path, base_path: Path | None = None, choices: Choices | N
     notes = [*((fitting or adapter).notes if adapter else source.notes), *(adapter.doubts if adapter else ())]
     if adapter and not wrapped and (own := trainers_own(source)):
         notes.append(f"beside it, for the trainer to go on with, and no part of it: {listed(own)}")
+    notes += [f"{problem.message}; {problem.hint}" for problem in (loaded.problems if loaded else ())]
     notes += [_component(name, part) for name, part in source.components.items()]
     if adapter and adapter.unknown_scales():
         config = " (or --config)" if chosen is conventions.peft_wrapped else ""

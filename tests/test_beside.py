@@ -125,6 +125,9 @@ def test_a_file_that_can_not_be_read_is_refused_by_name(kit: Kit, cli: Cli) -> N
     assert refused.code == 2
     assert set(problems) == {"projector.safetensors", "model_and_all.pt"}
     assert all(p["code"] == "E-BESIDE" and p["hint"] == f"--skip '{n}' leaves it out" for n, p in problems.items())
+    shown = cli("inspect", kit / "adapter")
+    assert shown.code == 0
+    assert all(f"--skip '{name}'" in shown.out for name in problems)
     skips = ["--skip", "projector.safetensors", "--skip", "model_*.pt"]
     assert cli("merge", kit / "base", kit / "adapter", "-o", kit / "out", *skips).code == 0
 

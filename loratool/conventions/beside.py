@@ -37,7 +37,7 @@ NOT_A_MODULE = re.compile(r"\.base_layer(?=\.)|\.modules_to_save(\.default)?(?=\
 
 @dataclass
 class Beside:
-    """What was found beside an adapter: updates with the file of each target, notes, and the patterns that matched."""
+    """What was found beside an adapter: updates, the file of each target, the patterns that matched, problems."""
 
     updates: list[Targeted] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)  # target -> file
@@ -65,8 +65,8 @@ def joined(
 ) -> tuple[Adapter, Beside]:
     """The adapter with what lies beside it, by the base's names where a base is given.
 
-    `by_key` are the patterns that matched keys of the adapter's own file. Raises Unsupported for files that can not be
-    read, or whose place in a base is not known: each by its name.
+    `by_key` are the patterns that matched keys of the adapter's own file. Files that can not be read, or whose place in
+    a base is not known, are problems: each by its name.
     """
     found = Beside()
     trained = {item.target.name for item in adapter.updates if item.update.role != "replace"}
@@ -92,8 +92,6 @@ def joined(
         if added:
             count = f"{len(added)} tensor" + "s" * (len(added) > 1)
             found.notes.append(f"{path.name} lies beside it and is part of it: {count}, {listed(added)}")
-    if found.problems:
-        raise Unsupported(found.problems)
     notes = (*adapter.notes, *found.notes)
     return replace(adapter, updates=(*adapter.updates, *found.updates), notes=notes), found
 
