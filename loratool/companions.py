@@ -18,7 +18,7 @@ from loratool import configs, requantise, tokenizers
 from loratool.checkpoint import Checkpoint, read_json
 from loratool.configs import Edit, Editor, Trained, Weights, as_text
 from loratool.conventions.peft_folder import FILE_STEM
-from loratool.errors import Problem
+from loratool.errors import InvalidFile, Problem
 from loratool.layout import NewTensor
 from loratool.names import listed
 from loratool.receipt import Receipt, Replaced
@@ -171,8 +171,15 @@ def _named(folders: Sequence[Path]) -> dict[str, Path]:
 
 
 def _trained(folder: Path) -> Trained:
-    beside = [read_json(path) if (path := folder / name).is_file() else {} for name in ("adapter_config.json", CONFIG)]
-    return configs.trained_of(*beside)
+    return configs.trained_of(*(_said(folder / name) for name in ("adapter_config.json", CONFIG)))
+
+
+def _said(path: Path) -> dict[str, Any]:
+    """What a JSON file says; nothing if it is not there, or can not be read: readers refuse those that they need."""
+    try:
+        return read_json(path) if path.is_file() else {}
+    except InvalidFile:
+        return {}
 
 
 def _weights(

@@ -216,8 +216,7 @@ def _taken(own: Tokenizer, given: Tokenizer, origin: str, rows: Rows | None, why
 
 def _checked(used: Tokenizer, origin: str, rows: Rows | None, notes: Sequence[str]) -> Chosen:
     """A tokenizer against the number of rows that the merged embedding has."""
-    last = used.last
-    if rows is None or last is None:
+    if rows is None or (not origin and rows.after <= rows.before) or (last := used.last) is None:
         return Chosen(origin, notes=tuple(notes))
     if origin and last[1] >= rows.after:
         what = f"the tokenizer has a token {last[0]!r} with number {last[1]}, the merged vocabulary {rows.after} rows"
