@@ -99,6 +99,7 @@ class Editor:
         self._tie()
         self._head()
         self._layers()
+        self._inputs()
         self._dtype()
         return bool(self.edits)
 
@@ -209,6 +210,15 @@ class Editor:
             for key, value in scope.items():
                 if isinstance(value, list) and len(value) == before > 1:
                     self.notes.append(f"config.json has {before} entries of {prefix}{key}, one a layer: write {after}")
+
+    def _inputs(self) -> None:
+        """A denoiser whose first layer got more inputs (diffusers' control adapters); its outputs stay as many."""
+        for old, new in self.weights.resized.values():
+            if len(old) < 2 or old[0] != new[0] or self.config.get("in_channels") != old[1] != new[1]:
+                continue
+            self._set("", self.config, "in_channels", new[1])
+            if self.config.get("out_channels") is None:  # diffusers: as many as inputs
+                self._set("", self.config, "out_channels", old[1])
 
     def _dtype(self) -> None:
         if self.weights.dtype is None:

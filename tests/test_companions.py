@@ -19,7 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import loratool
+from loratool.configs import Editor, Weights
 from loratool.errors import InvalidFile, Mismatch
+from loratool.layout import NewTensor
+from loratool.tensors import TensorRef
 
 IDS = torch.tensor([[1, 5, 9, 7]])
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
@@ -404,6 +407,24 @@ def test_a_dtype_is_what_loads(base: Path, tmp_path: Path, key: str) -> None:
     report = loratool.merge(base, tmp_path / "adapter", tmp_path / "out", dtype="fp16")
     assert f'config.json: {key} "float32" -> "float16"' in report.plan.notes
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.float16
+
+
+def test_a_first_layer_with_more_inputs_is_that_of_the_config() -> None:
+    from diffusers import FluxTransformer2DModel
+
+    sizes = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2}
+    sizes |= {"joint_attention_dim": 8, "pooled_projection_dim": 8, "axes_dims_rope": (2, 2, 4)}
+    base = FluxTransformer2DModel(in_channels=4, **sizes)
+    config = {key: value for key, value in base.config.items() if not key.startswith("_")}
+    first = base.state_dict()["x_embedder.weight"]
+    wide = torch.cat([first, torch.zeros_like(first)], dim=1)
+    refs = {name: TensorRef.of(value, name) for name, value in base.state_dict().items()}
+    new = NewTensor("x_embedder.weight", None, "F32", (*wide.shape,), original=refs["x_embedder.weight"])
+    editor = Editor(config, Weights(refs, {"x_embedder.weight": new}, {}))
+    assert editor.edit()
+    assert {edit.key: edit.after for edit in editor.edits} == {"in_channels": 8, "out_channels": 4}
+    model = FluxTransformer2DModel.from_config(editor.config)
+    model.load_state_dict({**base.state_dict(), "x_embedder.weight": wide})
 
 
 def test_repeated_layers_are_counted(tmp_path: Path) -> None:
