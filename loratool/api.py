@@ -231,6 +231,7 @@ def plan(
     dtype: str = "keep",
     allow_new: bool = False,
     allow_unchanged: bool = False,
+    tokenizer_from: PathLike = "",
     digests: bool = True,
     reproducible: bool = False,
     undo: PathLike | None = None,
@@ -256,6 +257,7 @@ def plan(
         undo=None if undo is None else Path(undo),
         link=link,
         resume=resume,
+        tokenizer=str(tokenizer_from),
         threads=threads,
         max_memory=max_memory,
         device=device,
@@ -271,6 +273,7 @@ def merge(
     dtype: str = "keep",
     allow_new: bool = False,
     allow_unchanged: bool = False,
+    tokenizer_from: PathLike = "",
     digests: bool = True,
     reproducible: bool = False,
     undo: PathLike | None = None,
@@ -288,7 +291,9 @@ def merge(
     `adapters` is a path or an `Adapter`, or a list of them, each alone or as (adapter, weight), or {path: weight}.
     `dtype` is "keep", "bf16", "fp16" or "fp32". `allow_new` permits adapters to add tensors or resize them. An adapter
     that changes nothing (a scale, weight or factors of zero) is refused, and so is a merge after which every bit is
-    what it was, unless `allow_unchanged`. `undo` names a record to
+    what it was, unless `allow_unchanged`. `tokenizer_from` is "base", "adapter" or a folder: whose tokenizer and chat
+    template to write; by default what the weights need. A config that does not fit the merged weights is edited, and
+    every edit is in the notes. `undo` names a record to
     write, with which `unmerge` gives the base back bit for bit. `digests=False` leaves the digests of changed tensors
     out of the receipt, which then proves less. `reproducible` rounds as if computed exactly, to the same bits on every
     machine, in about twice the time. `link` makes untouched files hard links instead of copies. `resume`
@@ -313,6 +318,7 @@ def merge(
         dtype=dtype,
         allow_new=allow_new,
         allow_unchanged=allow_unchanged,
+        tokenizer_from=tokenizer_from,
         digests=digests,
         reproducible=reproducible,
         undo=undo,

@@ -36,6 +36,7 @@ class Part(NamedTuple):
     name: str
     sound: bool = True  # whether its values are worth looking at
     given: Adapter | None = None  # the adapter before a map led its targets to those of the base
+    beside: Mapping[str, str] = {}  # the file of each target that lies beside the adapter's own
 
     @property
     def original(self) -> Adapter:
@@ -104,14 +105,16 @@ class Binding:
     # -- one adapter --------------------------------------------------------------------------------------------------
 
     def _part(self, adapter: Path | Adapter, weight: float, choices: Choices, used: set[str]) -> Part:
+        files: Mapping[str, str] = {}
         if isinstance(adapter, Adapter):
             # Read earlier, perhaps against another base than this one.
             given, name = of_base.bound(adapter), adapter.provenance.get("convention", "adapter in memory")
         else:
             loaded = load_part(open_checkpoint(adapter), choices, self.view)
+            self.problems += loaded.problems
             used |= loaded.used
-            given, name = loaded.adapter, adapter.name
-        return Part(led(given, self.base, self.view, name), weight, name, given=given)
+            given, name, files = loaded.adapter, adapter.name, loaded.beside
+        return Part(led(given, self.base, self.view, name), weight, name, given=given, beside=files)
 
     def _incomplete(self, part: Part, choices: Choices) -> Iterator[Problem]:
         """What an adapter leaves open, or contradicts itself in."""
@@ -150,13 +153,16 @@ class Binding:
         what = (
             f"the base has no {name}" if stored is None else f"{name} is {list(stored.shape)} in the base, not {shape}"
         )
+        file = part.beside.get(name)
+        where = f"{part.name}: {file}" if file else part.name
+        leave = f"--skip '{file or name}' leaves it out"
         if part.weight != 1:
-            yield Problem("E-TARGET", f"{what}: adding it needs weight 1, not {part.weight:g}", part.name)
+            yield Problem("E-TARGET", f"{what}: adding it needs weight 1, not {part.weight:g}", where, leave)
         elif not self.allow_new:
             near = f"; {missing(name, self.base.tensors, '').hint}" if stored is None else ""
-            yield Problem("E-TARGET", what, part.name, f"merge with --allow-new adds or resizes it{near}")
+            yield Problem("E-TARGET", what, where, f"merge with --allow-new adds or resizes it, {leave}{near}")
         else:
-            self.notes.append(f"{part.name}: {what}: it is written as {shape}; config.json is not changed")
+            self.notes.append(f"{where}: {what}: it is written as {shape}")
 
     def _other_base(self, part: Part) -> Iterator[Problem]:
         """Tensors that are not those the adapter was trained on (R-041)."""

@@ -239,6 +239,8 @@ def _find_weights(folder: Path) -> tuple[list[Path], Path | None]:
             return [], indexes[0]
         files = sorted(path for path in folder.iterdir() if path.suffix in kinds and path.is_file())
         known = [path for path in files if path.name in PREFERRED] if not indexes else []
+        if not (known or indexes) and any((folder / name).is_file() for name in PREFERRED):
+            continue  # what lies beside a file of another kind
         if len(files) == 1 or len(known) == 1:
             return known or files, None
         if files or indexes:

@@ -163,7 +163,9 @@ def _read(
             raise ChoiceNeeded(Problem("E-OPTION", what, hint="give them where it is loaded"))
         return source, source.provenance.get("convention", "memory"), ()
     loaded = load(source, choices, view)
-    inputs = tuple({ref.data.state for ref in loaded.source.tensors.values() if ref.data.state is not None})
+    parts = [ref for item in loaded.adapter.updates for ref in item.update.components().values()]
+    refs = [*loaded.source.tensors.values(), *parts]
+    inputs = tuple({ref.data.state for ref in refs if ref.data.state is not None})
     adapter = loaded.adapter if base is None or view is None else led(loaded.adapter, base, view, str(source))
     return adapter, loaded.convention.NAME, inputs
 

@@ -129,6 +129,16 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "Is it the adapter's base, whole, in the layout that it was trained on? `loratool inspect ADAPTER --base BASE`"
         " compares; --map FILE leads names to others; --allow-new adds whole tensors; --skip leaves some out.",
     ),
+    "E-BESIDE": (
+        "A weights file lies beside the adapter's own, and it can not be said what it changes: what was trained in it"
+        " would be lost. Files that a trainer keeps for itself (optimizer, scheduler, random states) are known.",
+        "Leave it out with --skip and its name, if the model is to do without it.",
+    ),
+    "E-TOKENIZER": (
+        "The tokenizer of the output is not clear: two adapters bring different ones, or one has tokens that the"
+        " merged vocabulary has no rows for.",
+        "Say whose to take: --tokenizer-from base, adapter, or a folder.",
+    ),
     "E-BASE-MISMATCH": (
         "The adapter knows the digests of the base it was trained on, and this is another one.",
         "Merge into the base it was trained on.",

@@ -12,6 +12,7 @@ from loratool import format as native_format
 from loratool.adapter import Adapter, TensorIdentity
 from loratool.binding import Binding, Part, led
 from loratool.checkpoint import Checkpoint, Shard, open_checkpoint
+from loratool.companions import Companions
 from loratool.conventions import Convention, of_base
 from loratool.conventions.choices import Choices
 from loratool.conventions.load import load_source
@@ -166,5 +167,5 @@ def _base_plan(source: Checkpoint, base: Mapping[str, TensorRef], out: Path) -> 
     files = output_files(checkpoint, {})
     if len(files) == 1:
         files = (replace(files[0], name="model.safetensors"),)
-    companions = tuple(path for path in source.companions() if not path.name.startswith("adapter_"))
+    companions = Companions(tuple(path for path in source.companions() if not path.name.startswith("adapter_")))
     return Plan("extract", source.path, out, False, files, companions, output_index(checkpoint, files), (), "keep")

@@ -215,7 +215,7 @@ def _receipt(plan: Plan, written: Mapping[str, Written]) -> Receipt:
             targets=tuple(dict.fromkeys(item.target.name for item, _ in tensor.updates)),
         )
     dropped = {ref.name: ref.digest() if plan.digests else "" for ref in plan.dropped}
-    return Receipt(TOOL, plan.dtype, plan.adapters, tensors, dropped)
+    return Receipt(TOOL, plan.dtype, plan.adapters, tensors, dropped, plan.companions.replaced)
 
 
 def run_copy(plan: Plan, progress: ProgressCallback | None = None) -> None:
@@ -235,12 +235,13 @@ def _output(plan: Plan) -> Iterator[Path]:
             yield place.parent  # the one file is written under the output's own name
         else:
             place.mkdir()
-            for path in plan.companions:
-                (place / path).parent.mkdir(parents=True, exist_ok=True)
-                if path in plan.rewritten:
-                    (place / path).write_bytes(plan.rewritten[path])
+            for name in plan.companions.names:
+                (place / name).parent.mkdir(parents=True, exist_ok=True)
+                origin = plan.companions.origin(name, plan.source)
+                if origin is None:
+                    (place / name).write_bytes(plan.companions.written[name])
                 else:
-                    _copy_companion(plan.source / path, place / path)
+                    _copy_companion(origin, place / name)
             if plan.index is not None:
                 (place / plan.index[0]).write_bytes(plan.index[1])
             yield place

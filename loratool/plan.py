@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loratool import receipt, requantise, staging
+from loratool import companions, receipt, staging
 from loratool.adapter import Adapter
-from loratool.changes import fitted, inputs
+from loratool.changes import DTYPES, fitted, inputs
 from loratool.checkpoint import Checkpoint
+from loratool.companions import Companions
 from loratool.conventions.choices import Choices
 from loratool.errors import ChoiceNeeded, Mismatch, OutputRefused, Problem
 from loratool.layout import Change, NewTensor, OutputFile, names_clash, output_files, output_index
@@ -36,7 +37,7 @@ class Plan:
     out: Path
     single: bool  # the output is one file, not a folder
     files: tuple[OutputFile, ...]
-    companions: tuple[Path, ...]
+    companions: Companions
     index: tuple[str, bytes] | None
     adapters: tuple[MergedAdapter, ...]
     dtype: str
@@ -52,7 +53,6 @@ class Plan:
     inputs: tuple[FileState, ...] = ()
     undo: Path | None = None  # the record to write
     record: UndoRecord | None = None  # the record to read
-    rewritten: Mapping[Path, bytes] = field(default_factory=dict)  # companions that are not copied as they are
     allow_unchanged: bool = False  # write a merge that changes nothing as well
     dropped: tuple[TensorRef, ...] = ()  # stored tensors that only served a quantisation which is gone
 
@@ -89,7 +89,7 @@ class Plan:
             "reproducible": self.reproducible,
             "undo": None if self.undo is None else str(self.undo),
             "files": [{"name": file.name, "bytes": file.size} for file in self.files],
-            "companions": [path.as_posix() for path in self.companions],
+            **self.companions.to_json(),
             "changes": [
                 {
                     "tensor": tensor.name,
@@ -141,36 +141,50 @@ def plan_merge(
     threads: int | None = None,
     max_memory: int | None = None,
     device: str = "cpu",
+    tokenizer: str = "",
 ) -> Plan:
     """Check everything about a merge and lay out its files. Raises the errors of `loratool.errors`, all at once."""
     fit = fitted(base_path, adapters, dtype, choices or Choices(), allow_new, undo is not None)
     base, changes, additions, dropped = fit.base, fit.changes, fit.additions, fit.dropped
     folders = [Path(adapter) for adapter, _ in adapters if not isinstance(adapter, Adapter)]
+    single = is_single(base, out)
+    touched = [*changes, *(new.name for new in additions)]
+    beside = (
+        Companions()
+        if fit.problems
+        else companions.merged(
+            base,
+            companions_of(base, touched),
+            changes,
+            additions,
+            folders,
+            dtype=DTYPES[dtype],
+            dequantised=bool(dropped),
+            tokenizer=tokenizer,
+        )
+    )
     if problems := [
         *output_problems(base, out, folders),
         *_undo_problems(undo, out, digests, resume),
         *fit.problems,
+        *beside.problems,
         *(() if allow_unchanged else fit.idle),
     ]:
         raise Mismatch(problems)
-    notes = [*fit.notes, *(problem.message for problem in fit.idle)]
-    single = is_single(base, out)
+    notes = [*fit.notes, *beside.notes, *(problem.message for problem in fit.idle)]
     files = output_files(base, changes, additions, frozenset(ref.name for ref in dropped))
-    touched = [*changes, *(new.name for new in additions)]
     if stale := base.left_out(_components(base, touched)):
         names = ", ".join(map(str, stale[:3])) + (" ..." if stale[3:] else "")
         notes.append(f"not in the output, because nothing was merged into them: {names}")
     if single:
         files = (replace(files[0], name=out.name),)
-    if dtype != "keep" and base.path.is_dir():
-        notes.append("config.json is copied as it is: its torch_dtype may name another dtype than the weights now have")
     plan = Plan(
         "merge",
         base.path,
         out,
         single,
         files,
-        tuple(companions_of(base, touched)),
+        beside,
         output_index(base, files),
         fit.merged,
         dtype,
@@ -180,7 +194,6 @@ def plan_merge(
         undo=undo,
         link=link,
         resume=resume,
-        rewritten=requantise.configs_without(base) if dropped else {},
         dropped=dropped,
         allow_unchanged=allow_unchanged,
     )
@@ -219,7 +232,7 @@ def settled(plan: Plan, threads: int | None = None, max_memory: int | None = Non
             raise Mismatch(Problem("E-MEMORY", what, str(plan.source), "allow more with --max-memory"))
         plan = replace(plan, threads=plan.threads - 1)
     copied = [file.size for file in plan.files if not (plan.link and file.same_as)]
-    beside = [(plan.source / path).stat().st_size for path in plan.companions]
+    beside = [path.stat().st_size for path in _copied(plan)]
     if (problem := staging.refuse_small_disk(plan.out, sum(copied) + sum(beside))) is not None:
         raise OutputRefused(problem)
     return replace(plan, inputs=tuple(sorted(_inputs(plan))))
@@ -242,7 +255,13 @@ def _inputs(plan: Plan) -> set[FileState]:
     """The files that the plan's bytes come from, as they were when they were first read."""
     tasks = [task for file in plan.files for task in file.tasks]
     read = [inputs(task.tensor if isinstance(task, Change) else task.source) for task in tasks]
-    return {FileState.of(plan.source / path) for path in plan.companions}.union(*read)
+    return {FileState.of(path) for path in _copied(plan)}.union(*read)
+
+
+def _copied(plan: Plan) -> list[Path]:
+    """The files that companions are copied from."""
+    origins = (plan.companions.origin(name, plan.source) for name in plan.companions.names)
+    return [path for path in origins if path is not None]
 
 
 def is_single(base: Checkpoint, out: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,12 +53,27 @@ class ChangedTensor:
 
 
 @dataclass(frozen=True)
+class Replaced:
+    """A file beside the weights that is not the base's any more.
+
+    `digest` is that of the base's file, None if the base had none. `now` is the file that stands for it, with the
+    digest `merged`; None if there is none. `text` is the base's file itself, where it is small and a text.
+    """
+
+    digest: str | None
+    now: str | None
+    merged: str | None
+    text: str | None = None
+
+
+@dataclass(frozen=True)
 class Receipt:
     tool: str
     dtype: str
     adapters: tuple[MergedAdapter, ...]
     tensors: Mapping[str, ChangedTensor] = field(default_factory=dict)
     dropped: Mapping[str, str] = field(default_factory=dict)  # digests of what only the base has: scales, mostly
+    replaced: Mapping[str, Replaced] = field(default_factory=dict)  # by the name of the base's file
 
     def to_json(self) -> dict[str, Any]:
         document = self._content()
@@ -70,8 +86,10 @@ class Receipt:
 
     def _content(self) -> dict[str, Any]:
         dropped = {"dropped": dict(sorted(self.dropped.items()))} if self.dropped else {}
+        files = {name: vars(file) for name, file in sorted(self.replaced.items())}
         return {
             **dropped,
+            **({"replaced": files} if files else {}),
             "format": FORMAT_NAME,
             "version": VERSION,
             "tool": self.tool,
@@ -127,7 +145,14 @@ def _parse(document: Any, path: Path) -> Receipt:
             for name, t in document["tensors"].items()
         }  # fmt: skip
         dropped = {str(name): str(digest) for name, digest in document.get("dropped", {}).items()}
-        return Receipt(str(document["tool"]), str(document["dtype"]), adapters, tensors, dropped)
+        replaced = {
+            _file(name): Replaced(
+                _text(file["digest"]), None if file["now"] is None else _file(file["now"]), _text(file["merged"]),
+                _text(file["text"]),
+            )
+            for name, file in document.get("replaced", {}).items()
+        }  # fmt: skip
+        return Receipt(str(document["tool"]), str(document["dtype"]), adapters, tensors, dropped, replaced)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidFile(
             Problem(
@@ -143,6 +168,20 @@ def _weight(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2**1000:
         raise ValueError(f"weight {value!r}")
     return float(value)
+
+
+def _text(value: object) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{value!r:.80} is no text")
+    return value
+
+
+def _file(value: object) -> str:
+    """A name relative to the folder of the receipt, that leads to nowhere else."""
+    parts = value.split("/") if isinstance(value, str) else []
+    if not parts or any(part in ("", ".", "..") or re.search(r"[\\\\:\x00]", part) for part in parts):
+        raise ValueError(f"{value!r:.80} is no name of a file in the folder")
+    return "/".join(parts)
 
 
 def _dtype(value: object) -> str:

@@ -14,10 +14,11 @@ from loratool import format as native_format
 from loratool.adapter import Adapter, Targeted
 from loratool.binding import led
 from loratool.checkpoint import Checkpoint, open_checkpoint
+from loratool.conventions.beside import trainers_own
 from loratool.conventions.choices import Choices
-from loratool.conventions.load import load_source
+from loratool.conventions.load import Loaded, look
 from loratool.maps import View, shipped
-from loratool.names import natural
+from loratool.names import listed, natural
 from loratool.quantised import logical
 from loratool.receipt import Receipt
 
@@ -108,9 +109,11 @@ def inspect_path(path: Path, base_path: Path | None = None, choices: Choices | N
     base = logical(open_checkpoint(base_path)) if base_path is not None else None
     chosen = conventions.find(source, choices.convention)
     adapter, fitting = None, None
+    loaded: Loaded | None = None
     if chosen:
         view = None if base is None else View(base.tensors, choices.maps or shipped())
-        adapter = load_source(source, choices, view).adapter
+        loaded = look(source, choices, view)
+        adapter = loaded.adapter
         if base is not None and view is not None:
             fitting = led(adapter, base, view, str(path))
     wrapped = bool(chosen and chosen.unwrap(source, choices))
@@ -123,6 +126,9 @@ def inspect_path(path: Path, base_path: Path | None = None, choices: Choices | N
     headers = [shard.header.size if shard.header else None for shard in source.shards]
     known = [size for size in headers if size is not None]
     notes = [*((fitting or adapter).notes if adapter else source.notes), *(adapter.doubts if adapter else ())]
+    if adapter and not wrapped and (own := trainers_own(source)):
+        notes.append(f"beside it, for the trainer to go on with, and no part of it: {listed(own)}")
+    notes += [f"{problem.message}; {problem.hint}" for problem in (loaded.problems if loaded else ())]
     notes += [_component(name, part) for name, part in source.components.items()]
     if adapter and adapter.unknown_scales():
         config = " (or --config)" if chosen is conventions.peft_wrapped else ""

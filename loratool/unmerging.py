@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from loratool import quantised, receipt
+from loratool import companions, quantised, receipt
 from loratool.adapter import Adapter
 from loratool.binding import Binding, Part
 from loratool.checkpoint import Checkpoint, open_checkpoint
+from loratool.companions import Companions
 from loratool.conventions import of_base
 from loratool.conventions.choices import Choices
 from loratool.errors import AnswerIsNo, InvalidFile, Mismatch, Problem
@@ -96,8 +97,11 @@ def plan_unmerge(
         raise Mismatch(problems)
     changes, dropped = _old_tensors(merged, found, base, parts, exact=record is not None)
     single = is_single(merged, out)
+    folder = base.path if base is not None and base.path.is_dir() else None
+    beside = companions.unmerged(merged.path, companions_of(merged, found.tensors), found, folder)
     if base is not None and found.dropped:
         merged, dropped = base, []  # parts that a merge left out have their places in the base's files
+        beside = Companions(tuple(companions_of(merged, found.tensors)))
     files = output_files(merged, changes, dropped=frozenset(dropped))
     if single:
         bare = {key: value for key, value in files[0].metadata.items() if key != receipt.METADATA_KEY}
@@ -108,11 +112,11 @@ def plan_unmerge(
         out,
         single,
         files,
-        tuple(companions_of(merged, found.tensors)),
+        beside,
         output_index(merged, files),
         found.adapters,
         "keep",
-        tuple(binding.notes),
+        (*binding.notes, *beside.notes),
         base is not None or record is not None,
         found,
         record=record,

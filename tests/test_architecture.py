@@ -46,6 +46,8 @@ ROOMS = (
     ("comparing",),
     ("ondemand",),
     ("virtual",),
+    ("configs", "tokenizers"),
+    ("companions",),
     ("plan",),
     ("unmerging",),
     ("resume", "cluster"),

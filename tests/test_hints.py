@@ -24,6 +24,8 @@ SHOWN_BY = {
     "plan": {"merge"},
     "changes": {"merge", "verify"},
     "requantise": {"merge"},
+    "companions": {"merge"},
+    "tokenizers": {"merge"},
     "merge": {"merge"},
     "tasks": {"merge", "unmerge"},
     "resume": {"merge"},

@@ -28,7 +28,7 @@ from loratool.cli import COMMANDS, cli, run
 FOLDER = Path(__file__).parent.parent / "spec" / "schema"
 SCHEMAS: dict[str, Any] = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in FOLDER.glob("*.json")}
 OURS = {name: schema for name, schema in SCHEMAS.items() if name.startswith(("cli-", "receipt-"))}
-OPTIONAL = {"dropped"}  # of a receipt, which is a file, and says nothing where there is nothing
+OPTIONAL = {"dropped", "replaced"}  # of a receipt, which is a file, and says nothing where there is nothing
 
 
 def _registry(schemas: dict[str, Any]) -> Any:
@@ -95,6 +95,8 @@ CASES = [
     Case("merge", "merge base/model.safetensors adapter -o m8.safetensors"),
     Case("merge", "merge layer/model.safetensors huge.lora.safetensors -o m9.safetensors"),
     Case("merge", "merge base new.lora.safetensors -o m10 --allow-new"),
+    Case("merge", "merge carded head.lora.safetensors -o m13 --allow-new"),
+    Case("merge", "merge carded native.lora.safetensors -o m12 --tokenizer-from asked --dtype bf16"),
     Case("merge", "merge fp8 lora.lora.safetensors -o m11 --dtype bf16"),
     *[Case("merge", f"merge layer {form}.lora.safetensors -o m.{form}") for form in FORMS],
     Case("plan", f"{MERGE} p --dry-run --undo p.undo.safetensors"),
@@ -149,6 +151,7 @@ def prepare(kit: Kit) -> None:
     huge = replace(item.update, value=loratool.TensorRef.of(torch.full((6, 4), 1e30)))  # type: ignore[call-arg]
     loratool.save(Adapter((replace(item, update=huge),)), kit / "huge.lora.safetensors")
     loratool.save(one("replace", (2, 2), name="new.weight"), kit / "new.lora.safetensors")
+    loratool.save(one("replace", (3, 4), name="score.weight"), kit / "head.lora.safetensors")
     for folder in ("layer", "other", "fp8", "nan"):
         (kit / folder).mkdir()
     save_file({"layer.weight": torch.ones(6, 4).bfloat16()}, kit / "layer" / "model.safetensors")
@@ -157,6 +160,11 @@ def prepare(kit: Kit) -> None:
     save_file(scaled, kit / "fp8" / "model.safetensors")
     kit.write("fp8/config.json", {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}})
     base, native = kit / "base", kit / "native.lora.safetensors"
+    shutil.copytree(base, kit / "carded")
+    kit.write("carded/README.md", "# base")
+    kit.write("carded/config.json", {"dtype": "float32"})
+    kit.write("carded/vocab.txt", "a\nb\n")
+    kit.write("asked/tokenizer.json", {"model": {"vocab": {"a": 0}}})
     loratool.merge(kit / "fp8", kit / "lora.lora.safetensors", kit / "fp8.merged")
     loratool.merge(base, native, kit / "undigested", digests=False)
     loratool.merge(base, native, kit / "undoable", undo=kit / "undo.safetensors")
@@ -211,7 +219,9 @@ def test_the_schemas_notice_every_missing_key(printed: dict[Case, Printed]) -> N
         for path in objects(document):
             there = at(document, path)
             spot = (document["schema"], *(key for key in path if isinstance(key, str)))
-            if spot in looked or (path and path[-1] in ("tensors", "dtypes", "dropped")):  # these have names for keys
+            if spot in looked or (
+                path and path[-1] in ("tensors", "dtypes", "dropped", "replaced")
+            ):  # these have names for keys
                 continue
             looked.add(spot)
             changed = copy.deepcopy(document)
@@ -257,6 +267,7 @@ def test_what_may_be_null_was_seen_with_both(printed: dict[Case, Printed]) -> No
     } | {
         (f"loratool.{command}/1", *spot.split())
         for command, spot in (
+            ("merge", "tokenizer_from"), ("merge", "config_edits from"), ("merge", "config_edits to"),
             ("plan", "undo"), ("plan", "changes updates rank"), ("plan", "changes updates scale"),
             ("merge", "undo"), ("merge", "changes updates rank"), ("merge", "survival share"),
             ("extract", "base_out"), ("status", "receipt"), ("verify", "sample"), ("verify", "ulps"),
@@ -273,7 +284,8 @@ def test_a_receipt_in_a_file_follows_its_schema(printed: dict[Case, Printed], ki
     for _, document in printed.values():
         if document.get("receipt"):
             validator.validate(document["receipt"])
-    assert any((document.get("receipt") or {}).get("dropped") for _, document in printed.values())
+    for key in OPTIONAL:
+        assert any((document.get("receipt") or {}).get(key) for _, document in printed.values())
 
 
 def test_interrupts_and_bugs_are_errors(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:

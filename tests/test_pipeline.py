@@ -77,8 +77,9 @@ def test_touched_components_change_and_all_else_stays(base: Path, tmp_path: Path
     report = loratool.merge(base, path, tmp_path / "out")
     before, after = tree(base), tree(tmp_path / "out")
     changed = {"unet/" + SHARDS[1], "text_encoder_2/model.safetensors"}
-    assert {name for name in before if after.get(name) != before[name]} == changed | {"whole.ckpt"}
-    assert after.keys() - before.keys() == {"loratool_receipt.json"}
+    assert {name for name in before if after.get(name) != before[name]} == changed | {"whole.ckpt", "README.md"}
+    assert after.keys() - before.keys() == {"loratool_receipt.json", "README.base.md"}
+    assert after["README.base.md"] == before["README.md"]
     for module, file in (("unet.b", f"unet/{SHARDS[1]}"), ("text_encoder_2.fc", "text_encoder_2/model.safetensors")):
         name = module.partition(".")[2] + ".weight"
         found, old = load_file(tmp_path / "out" / file)[name], load_file(base / file)[name]

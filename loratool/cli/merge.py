@@ -36,6 +36,12 @@ Examples:
 )
 @click.option("--allow-new", is_flag=True, help="Let adapters add tensors the base lacks, or resize them.")
 @click.option("--allow-unchanged", is_flag=True, help="Write the output even if no tensor changes.")
+@click.option(
+    "--tokenizer-from",
+    metavar="base|adapter|FOLDER",
+    default="",
+    help="Whose tokenizer and chat template to write; without it, what the weights need.",
+)
 @click.option("--undo", type=click.Path(path_type=Path), help="Also write the record that makes unmerge exact.")
 @click.option("--no-digests", is_flag=True, help="Leave digests of the changed tensors out of the receipt.")
 @click.option(
@@ -61,6 +67,7 @@ def merge_command(
     dtype: str,
     allow_new: bool,
     allow_unchanged: bool,
+    tokenizer_from: str,
     undo: Path | None,
     no_digests: bool,
     reproducible: bool,
@@ -78,13 +85,15 @@ def merge_command(
 ) -> None:
     """Merge adapters into a base checkpoint: W + sum of weight * scale * BA, rounded once.
 
-    ADAPTERs are of any convention, each with a weight (1 if none is given). Tensor names, dtypes, shards and companion
-    files stay the base's; a receipt of the merge is written beside them.
+    ADAPTERs are of any convention, each with a weight (1 if none is given). Tensor names, dtypes and shards stay
+    the base's. config.json is edited where the weights need it, the tokenizer is the one they need, and a receipt of
+    the merge is written beside them.
     """
     choices: dict[str, Any] = {
         "dtype": dtype,
         "allow_new": allow_new,
         "allow_unchanged": allow_unchanged,
+        "tokenizer_from": tokenizer_from,
         "undo": undo,
         "digests": not no_digests,
         "reproducible": reproducible,
@@ -131,7 +140,7 @@ def print_plan(plan: Plan, as_json: bool, quiet: bool) -> None:
             ("changes", f"{document['tensors_changed']} of {document['tensors_total']} tensors; the others are copied"),
             ("writes", f"{output.size(plan.nbytes)} in {output.count(len(plan.files), 'file')}"),
             ("undo", f"{plan.undo}, bit for bit" if plan.undo else ""),
-            ("copies", ", ".join(path.as_posix() for path in plan.companions)),
+            ("copies", ", ".join(document["companions"])),
             ("dtype", plan.dtype if plan.dtype != "keep" else "as stored, computed wider and rounded once"),
             ("memory", f"at most {output.size(plan.memory)} beside torch, for {output.count(plan.threads, 'thread')}"),
         ]

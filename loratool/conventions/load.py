@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from loratool import conventions
 from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint, open_checkpoint
-from loratool.conventions import Convention, native
+from loratool.conventions import Convention, beside, native
 from loratool.conventions.choices import Choices
-from loratool.errors import ChoiceNeeded, LoratoolError
+from loratool.errors import ChoiceNeeded, LoratoolError, Problem, Unsupported
 from loratool.maps import View, absent
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """An adapter, what it was stored as, and the patterns of `--only` and `--skip` that matched something in it."""
+    """An adapter, what it was stored as, and the patterns of `--only` and `--skip` that matched something in it.
+
+    `beside` names the file of each target that lies beside the adapter's own; `problems` are files there whose weights
+    have no place: with one of them it can be looked at, not used.
+    """
 
     adapter: Adapter
     convention: Convention
     source: Checkpoint
     used: frozenset[str] = frozenset()
+    beside: Mapping[str, str] = field(default_factory=dict)
+    problems: tuple[Problem, ...] = ()
 
 
 def load(path: Path, choices: Choices, view: View | None = None) -> Loaded:
@@ -34,6 +41,14 @@ def load(path: Path, choices: Choices, view: View | None = None) -> Loaded:
 
 def load_source(source: Checkpoint, choices: Choices, view: View | None = None) -> Loaded:
     """Raises ChoiceNeeded, InvalidFile, Unsupported, Mismatch; an unknown scale is left to the caller."""
+    loaded = look(source, choices, view)
+    if loaded.problems:
+        raise Unsupported(loaded.problems)
+    return loaded
+
+
+def look(source: Checkpoint, choices: Choices, view: View | None = None) -> Loaded:
+    """The same for one that is only looked at: `problems` are left to the caller as well."""
     loaded = load_part(source, choices, view)
     if unused := choices.selection.unused(loaded.used, str(source.path)):
         raise ChoiceNeeded(unused)
@@ -41,15 +56,19 @@ def load_source(source: Checkpoint, choices: Choices, view: View | None = None) 
 
 
 def load_part(source: Checkpoint, choices: Choices, view: View | None = None) -> Loaded:
-    """The same for one of several adapters: a pattern that matches nothing in this one may match in another."""
+    """The same for one of several: a pattern that matches nothing in this one may match in another."""
     convention = conventions.choose(source, choices.convention)
     used: set[str] = set()
     if choices.selection and convention is not native:  # its keys are counted by its manifest
         source, used = choices.selection.keys(source)
     adapter = _read(source, convention, choices, view)
+    found = beside.Beside()
+    if not convention.unwrap(source, choices):  # beside a whole checkpoint lies no part of an adapter
+        adapter, found = beside.joined(adapter, source, choices.selection, view, used)
+        used |= found.used
     if choices.selection:
         adapter = choices.selection.updates(adapter, used, str(source.path))
-    return Loaded(adapter, convention, source, frozenset(used))
+    return Loaded(adapter, convention, source, frozenset(used), found.files, tuple(found.problems))
 
 
 def _read(source: Checkpoint, convention: Convention, choices: Choices, view: View | None) -> Adapter:
