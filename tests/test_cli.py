@@ -491,8 +491,8 @@ class Llama:
         (folder / "alpaca-lora").mkdir()
         parts = {}
         for name, (out, into) in shapes.items():
-            parts[f"{PREFIX}{name}.lora_A.weight"] = torch.full((2, into), 0.01)
-            parts[f"{PREFIX}{name}.lora_B.weight"] = torch.full((out, 2), 0.01)
+            parts[f"{PREFIX}{name}.lora_A.weight"] = torch.full((2, into), 0.1)
+            parts[f"{PREFIX}{name}.lora_B.weight"] = torch.full((out, 2), 0.1)
         save_file(parts, folder / "alpaca-lora" / "adapter_model.safetensors")
         config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "TinyLlama/TinyLlama-1.1B"}
         (folder / "alpaca-lora" / "adapter_config.json").write_text(json.dumps(config))

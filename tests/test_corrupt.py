@@ -406,25 +406,21 @@ def test_a_header_that_lies_is_refused(attack: Attack, kit: Kit, case: str) -> N
     attack.done()
 
 
-def test_many_names_with_one_duplicate_are_refused_in_time(kit: Kit, cli: Cli) -> None:
-    count = 20_000
+def test_many_names_with_one_duplicate_are_refused(kit: Kit, cli: Cli) -> None:
+    count = 200_000  # a search that takes quadratic time would not end before the test's own limit
     names = [*range(count), count - 1]
     file = kit.write("bad.safetensors", container("{" + ",".join(f'"{name}":0' for name in names) + "}"))
-    started = time.monotonic()
     assert "E-DUPLICATE" in cli("inspect", file).err
-    assert time.monotonic() - started < 1, "searching the duplicate takes quadratic time"
 
 
-def test_many_updates_of_one_tensor_are_checked_in_time(kit: Kit, cli: Cli) -> None:
-    manifest, count = kit.manifest(), 4000
+def test_many_updates_of_one_tensor_are_checked(kit: Kit, cli: Cli) -> None:
+    manifest, count = kit.manifest(), 40_000  # comparing every pair would not end before the test's own limit
     add = {"target": "t", "kind": "add", "shape": [], "scaling": "none", "scale": 1}
     manifest |= {"updates": [add] * count, "features": ["add"], "base": {}}
     tensors = {f"t.{n}.value": {"dtype": "F32", "shape": [], "data_offsets": [4 * n, 4 * n + 4]} for n in range(count)}
     header = {"__metadata__": {"loratool": json.dumps(manifest)}, **tensors}
     file = kit.write("many.lora.safetensors", container(header, b"\0" * 4 * count))
-    started = time.monotonic()
     assert cli("inspect", file).code == 0
-    assert time.monotonic() - started < 1.5, "comparing every pair of updates takes quadratic time"
 
 
 def test_claims_of_size_do_not_fill_the_memory(kit: Kit) -> None:
@@ -823,13 +819,11 @@ def test_archives_that_torch_did_not_write_are_refused(attack: Attack, kit: Kit)
     attack.done()
 
 
-def test_a_pickle_that_refers_to_itself_is_read_in_time(kit: Kit, cli: Cli) -> None:
-    """Seven names for the dict itself are 7^8 paths of eight steps."""
-    names = b"".join(b"X\x01\x00\x00\x00" + bytes([48 + n]) + b"h\x00" for n in range(7))
+def test_a_pickle_that_refers_to_itself_is_refused(kit: Kit, cli: Cli) -> None:
+    """Twenty names for the dict itself are 20^8 paths of eight steps: walking them all would never end."""
+    names = b"".join(b"X\x01\x00\x00\x00" + bytes([48 + n]) + b"h\x00" for n in range(20))
     file = zipped(kit / "bad.pth", b"\x80\x02}q\x00(" + names + b"u.")
-    started = time.monotonic()
     assert cli("inspect", file).code == 2
-    assert time.monotonic() - started < 1
 
 
 def test_opcodes_replaced_one_by_one(attack: Attack, kit: Kit) -> None:
@@ -1100,7 +1094,7 @@ def test_a_pattern_can_not_hang_the_reader(kit: Kit) -> None:
     save_file(parts, kit / "adapter" / "adapter_model.safetensors")
     config = kit.json("adapter/adapter_config.json")
     kit.write("adapter/adapter_config.json", {**config, "alpha_pattern": {"(a+)+b": 1}})
-    code, _, _ = capped("inspect", kit / "adapter", seconds=4)
+    code, _, _ = capped("inspect", kit / "adapter", seconds=60)
     assert code in (0, 2), "inspect hangs"
 
 
@@ -1112,7 +1106,7 @@ def test_a_pattern_can_not_hang_the_reader(kit: Kit) -> None:
     ids=lambda value: f"{value!s:.20}",
 )  # fmt: skip
 def test_token_indices_that_do_not_fit_are_refused(attack: Attack, kit: Kit, indices: Any, resized: bool) -> None:
-    parts = {TOKENS: torch.ones(2, 4)}
+    parts = {TOKENS: torch.full((2, 4), 2.0)}
     if resized:
         parts[f"{PREFIX}emb.token_adapter.base_layer.weight"] = torch.ones(6, 4)
     save_file(parts, kit / "adapter" / "adapter_model.safetensors")

@@ -191,14 +191,12 @@ def test_an_interrupted_merge_leaves_nothing_and_a_cluster_that_works(shared: An
 def test_a_scheduler_that_is_not_there(
     address: str, code: str, message: str, world: Path, tmp_path: Path, cli: Cli
 ) -> None:
-    started = time.monotonic()
     result = cli(
         "merge", world / "base", world / "a.lora.safetensors", "-o", tmp_path / "out", "--dask", address, "--json"
     )
     assert result.code == 2
     assert result.json["problems"][0]["code"] == code
     assert message in result.json["problems"][0]["message"]
-    assert time.monotonic() - started < 20
     assert left_behind(tmp_path) == []
 
 
