@@ -130,15 +130,17 @@ def matching(source: Checkpoint) -> list[Convention]:
 def find(source: Checkpoint, name: str | None = None) -> Convention | None:
     """The convention a source is in: the named one, or the only one that matches; None if none does.
 
-    Raises ChoiceNeeded if several do.
+    Raises ChoiceNeeded if several do, or if one is named and only others do.
     """
     if name is not None:
         found = [convention for convention in CONVENTIONS if name == convention.NAME]
         if not found:
             known = ", ".join(convention.NAME for convention in CONVENTIONS)
             raise ChoiceNeeded(Problem("E-OPTION", f"there is no convention {name!r}", hint=f"known are {known}"))
-        if native.detect(source) and found[0] is not native:
-            what = f"--from {name} is given, and the file says itself that it is a {native.TITLE}"
+        others = matching(source)
+        if others and found[0] not in others:
+            # Read as another convention's, its config or its alphas would not be looked at.
+            what = f"--from {name} is given, and it is a {' or a '.join(other.TITLE for other in others)}"
             raise ChoiceNeeded(Problem("E-OPTION", what, str(source.path), "leave --from out"))
         return found[0]
     found = matching(source)

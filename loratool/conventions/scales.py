@@ -134,8 +134,11 @@ class Scales:
         open_rule = chosen.rule is None
         if given is not None and (rivals or open_rule):
             fitting = [said for said in (chosen, *rivals) if math.isclose(said.alpha, given[1], rel_tol=_ROUNDED)]
+            if not fitting and not rivals:
+                self._known.append(chosen)
             if fitting:
                 self._used.add(given[0])
+                self._rule_used = True
                 chosen, rivals = fitting[0], []
         elif given is not None:
             self._known.append(chosen)
