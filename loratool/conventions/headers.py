@@ -15,7 +15,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -87,7 +87,7 @@ def ranks_of(config: PeftConfig, module: str, place: str) -> list[SaidRank]:
 
 @dataclass(frozen=True)
 class Header:
-    """The statements of a file's header. Keys are roles; what is said of the file as a whole is under ""."""
+    """The statements of a file's header, by component as it spells them; under "" what it says of the whole file."""
 
     alphas: Mapping[str, list[Said]] = field(default_factory=dict)
     ranks: Mapping[str, list[SaidRank]] = field(default_factory=dict)
@@ -108,7 +108,7 @@ class Header:
         for name, text in source.metadata.items():
             if (match := _FIELD.fullmatch(name)) is None or text.strip().lower() in _SILENT:
                 continue
-            role, place = _role(match["component"]), f"{name} {PLACE}"
+            component, place = match["component"] or "", f"{name} {PLACE}"
             number = _number(text)
             if match["alpha"] and number is None:
                 what = f"{name} {PLACE} is {text!r:.80}, not a number"
@@ -116,9 +116,9 @@ class Header:
                 problems.append(Problem("E-CONFIG", what, where, hint))
             elif match["alpha"] and number is not None:
                 rule = "alpha/sqrt(rank)" if rslora else "alpha/rank"
-                alphas[role].append(Said(number, place, rule, broad=True))
+                alphas[component].append(Said(number, place, rule, broad=True))
             elif match["rank"] and number is not None and number >= 1:
-                ranks[role].append(SaidRank(number, place))
+                ranks[component].append(SaidRank(number, place))
             elif match["pattern"] and text.strip() != "{}":
                 what = f"{name} {PLACE}: alphas and ranks of single layers are read from {METADATA_KEY} only"
                 problems.append(Problem("E-UNSUPPORTED", what, where, "save it with diffusers, which writes that"))
@@ -130,19 +130,15 @@ class Header:
 
     def said_of(self, component: str, module: str) -> list[Said]:
         """All that is said of the alpha of a component's module, the most precise first."""
-        role = role_of(component)
-        found = [*self.alphas.get(role, ()), *self.alphas.get("", ())]
-        if (named := self._config(role)) is not None:
-            found = [alpha_of(self.configs[named], module, self.labels[named]), *found]
+        found = [said for name in _names_for(component, self.alphas) for said in self.alphas[name]]
+        for name in _names_for(component, self.configs)[:1]:
+            found = [alpha_of(self.configs[name], module, self.labels[name]), *found]
         return found
 
     def ranks_said_of(self, component: str, module: str) -> list[SaidRank]:
         """What a config in the header says of the rank of a component's module."""
-        named = self._config(role_of(component))
-        return [] if named is None else ranks_of(self.configs[named], module, self.labels[named])
-
-    def _config(self, role: str) -> str | None:
-        return next((name for name in (role, "") if name in self.configs), None)
+        names = _names_for(component, self.configs)[:1]
+        return [said for name in names for said in ranks_of(self.configs[name], module, self.labels[name])]
 
 
 def documents(source: Checkpoint) -> dict[str, dict[str, Any]] | None:
@@ -172,14 +168,10 @@ def _configs(source: Checkpoint) -> tuple[dict[str, PeftConfig], dict[str, str]]
     problems: list[Problem] = []
     for component, document in (documents(source) or {}).items():
         where = f"{source.path}: {METADATA_KEY}{f' of {component}' if component else ''}"
-        role = _role(component)
         try:
-            if role in configs:
-                what = f"{METADATA_KEY} has two configs for one part of a pipeline, the second is {component}"
-                raise InvalidFile(Problem("E-CONFIG", what, where, "take the file that the trainer wrote"))
             refuse_unsupported(document, where, base_inside=False, kinds=("LORA",))
-            configs[role] = parse(document, where)
-            labels[role] = f"of {METADATA_KEY} {PLACE}"
+            configs[component] = parse(document, where)
+            labels[component] = f"of {METADATA_KEY} {PLACE}"
         except LoratoolError as error:
             problems += error.problems
     if problems:
@@ -187,9 +179,12 @@ def _configs(source: Checkpoint) -> tuple[dict[str, PeftConfig], dict[str, str]]
     return configs, labels
 
 
-def _role(component: str | None) -> str:
-    """The role that a statement is about; "" if it is about all of them."""
-    return role_of(component) if component else ""
+def _names_for(component: str, names: Iterable[str]) -> list[str]:
+    """The names under which something is said of a component: its own, else others for the same, and "" for all."""
+    known = [*names]
+    same = [name for name in known if name and role_of(name) == role_of(component)]
+    own = [component] if component and component in known else same
+    return [*own, *([""] if "" in known else [])]
 
 
 def _is(name: str, kind: str) -> bool:

@@ -22,7 +22,7 @@ from loratool.conventions.peft_base import BaseFacts
 from loratool.conventions.peft_config import MAX_ROW, PeftConfig, chosen_config, parse, refuse_unsupported
 from loratool.conventions.peft_folder import FILE_STEM
 from loratool.conventions.peft_layers import replicate
-from loratool.conventions.peft_names import PART, PREFIX, Module, is_wrapped, sort_keys
+from loratool.conventions.peft_names import PART, PREFIX, Module, is_wrapped, saved_name, sort_keys
 from loratool.conventions.peft_scales import PeftScales
 from loratool.conventions.peft_tokens import patched, reordered, row_numbers
 from loratool.conventions.scales import Scales
@@ -57,7 +57,11 @@ def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | N
     if config is not None:
         refuse_unsupported(config, str(source.path), base_inside=False)
         parsed = parse(config, str(source.path))
-    parts = {name.removeprefix(PREFIX): ref for name, ref in source.tensors.items()}
+    parts: dict[str, TensorRef] = {}
+    for name, ref in source.tensors.items():
+        if (same := parts.setdefault(saved_name(name), ref)) is not ref:
+            what = f"{name} and {same.name} both stand for {saved_name(name)}"
+            raise InvalidFile(Problem("E-DUPLICATE", what, str(source.path), "keep one of them"))
     adapter = PeftReader(parts, parsed, Scales(source, choices), base).adapter()
     return replace(adapter, provenance={"convention": NAME}, notes=(*source.notes, *adapter.notes))
 

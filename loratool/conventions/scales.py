@@ -171,8 +171,8 @@ class Scales:
 
     def _stated_ranks(self) -> Iterator[Problem]:
         everything = {rank for ranks in self._ranks.values() for rank in ranks}
-        for role, stated in self.header.ranks.items() if not self.header.uneven else ():
-            ranks = self._ranks.get(role, set()) if role else everything
+        for component, stated in self.header.ranks.items() if not self.header.uneven else ():
+            ranks = self._ranks.get(role_of(component), set()) if component else everything
             for said in stated:
                 if ranks and said.rank not in ranks:
                     named = ", ".join(map(str, sorted(ranks)[:3]))
