@@ -108,6 +108,7 @@ class Binding:
         files: Mapping[str, str] = {}
         if isinstance(adapter, Adapter):
             # Read earlier, perhaps against another base than this one.
+            choices.refuse_others((), "adapter in memory", "")
             given, name = of_base.bound(adapter), adapter.provenance.get("convention", "adapter in memory")
         else:
             loaded = load_part(open_checkpoint(adapter), choices, self.view)

@@ -102,8 +102,18 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "A config contradicts the tensors, or itself, or has a key that is not known.",
         "Use the config that belongs to this adapter.",
     ),
-    "E-RANK": ("The rank that is written down is not that of the factors.", "Use the config of this adapter."),
-    "E-SCALE": ("Alpha, scaling rule and scale contradict each other, or are not finite.", "Write the right alpha."),
+    "E-RANK": (
+        "The rank that is written down (in a config, or in the header) is not that of the factors: it is another"
+        " adapter's, and so may alpha be.",
+        "Use the config of this adapter.",
+    ),
+    "E-SCALE": (
+        "Alpha, scaling rule and scale contradict each other, or are not finite. An adapter can say how strong it is in"
+        " several places (.alpha tensors, adapter_config.json, the header's lora_alpha and its like); they have to"
+        " agree.",
+        "The message names both values and where each stands: --alpha with one of them settles it. Otherwise write the"
+        " right alpha into the file.",
+    ),
     "E-SHAPE": (
         "Shapes do not fit: of the factors to each other, or of the update to the base's tensor.",
         "Check that this is the adapter's base; --allow-new permits resized tensors.",

@@ -10,8 +10,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from loratool.errors import ChoiceNeeded, Problem
 
-# Whole-prefix renames between versions of one library (transformers moved the language model of its VLMs).
-RENAMED_PREFIXES = (("language_model.model.", "model.language_model."), ("language_model.lm_head.", "lm_head."))
+# Whole-prefix renames: transformers moved the language model of its VLMs, and adapters are trained on that alone.
+RENAMED_PREFIXES = (
+    ("language_model.model.", "model.language_model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("model.", "model.language_model."),
+)
 
 
 COMPARED = 200  # names, letter by letter, in a search for near ones

@@ -134,7 +134,7 @@ def inspect_path(path: Path, base_path: Path | None = None, choices: Choices | N
         config = " (or --config)" if chosen is conventions.peft_wrapped else ""
         rules = {item.update.scaling.rule for item in adapter.unknown_scales() if item.update.scaling}
         rule = " with --scaling" if "none" in rules else ""
-        notes.append(f"alpha is not stored in it: extract needs --alpha{rule}{config}")
+        notes.append(f"alpha is not stored in it: give --alpha{rule}{config}")
     return Summary(
         path=str(path),
         what=what,

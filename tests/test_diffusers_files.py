@@ -168,12 +168,14 @@ def test_alpha_of_the_user(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.safetensors", state)
     shown = loratool.inspect(path)
     assert shown.layers[0].scale == 1
-    assert "diffusers takes alpha = rank" in str(shown.notes)
+    assert "a scale of 1, as their loaders take it" in str(shown.notes)
     (item,) = loratool.load(path, alpha=6, scaling="alpha/rank").updates
     assert item.update.scaling is not None
     assert item.update.scaling.scale == 2
     stored = saved(tmp_path / "b.safetensors", state | {"unet.blocks.0.q.alpha": torch.tensor(2.0)})
-    assert "the file stores every alpha" in problems(lambda: loratool.load(stored, alpha=6, scaling="alpha/rank"))
+    assert "the file says alpha itself: 2 (unet.blocks.0.q.alpha)" in problems(
+        lambda: loratool.load(stored, alpha=6, scaling="alpha/rank")
+    )
 
 
 def test_inspect_needs_no_torch(tmp_path: Path) -> None:
@@ -258,7 +260,7 @@ REFUSED: dict[str, tuple[State, Any, str]] = {
     "alpha dtype": (pair(Q) | {f"{Q}.alpha": torch.tensor(4)}, None, "not one floating-point number"),
     "alpha NaN": (pair(Q) | {f"{Q}.alpha": torch.tensor(float("nan"))}, None, "is not finite"),
     "alpha twice": (pair(Q) | {f"{Q}.alpha": torch.tensor(1.0)}, {"unet.r": 3}, "alpha is stored twice"),
-    "config rank": (pair(Q), {"unet.r": 5}, "has rank 3, lora_adapter_metadata says 5"),
+    "config rank": (pair(Q), {"unet.r": 5}, "the rank is 5 (r of lora_adapter_metadata in the header), and 3"),
     "config type": (pair(Q), {"unet.r": "3"}, "r is '3', not a whole number"),
     "pissa": (pair(Q), {"unet.r": 3, "unet.init_lora_weights": "pissa"}, "it changed the base before training"),
     "lokr": (pair(Q), {"unet.r": 3, "unet.peft_type": "LOKR"}, "peft_type LOKR is not supported"),

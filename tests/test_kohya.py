@@ -370,12 +370,19 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"alpha": 2.0}, {"scaling": "alpha"}, {"adapter": "x"}, {"layout": {"*": "in_out"}}]
+    ("options", "match"),
+    [
+        ({"alpha": 2.0}, "the file says alpha itself"),
+        ({"scaling": "alpha/rank"}, "no alpha is open"),
+        ({"adapter": "x"}, "means nothing"),
+        ({"layout": {"*": "in_out"}}, "means nothing"),
+    ],
 )
-def test_options_for_other_conventions_are_mistakes(options: dict[str, object], tmp_path: Path) -> None:
+def test_options_that_it_has_no_use_for_are_mistakes(options: dict[str, object], match: str, tmp_path: Path) -> None:
     file = saved(GOOD, tmp_path / "lora.safetensors")
-    with pytest.raises(loratool.LoratoolError, match="means nothing for this convention"):
+    with pytest.raises(loratool.LoratoolError, match=match) as caught:
         loratool.load(file, **options)  # type: ignore[arg-type]
+    assert caught.value.code == "E-OPTION"
 
 
 def test_without_its_base_it_can_be_seen_but_not_saved(tmp_path: Path) -> None:

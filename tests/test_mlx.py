@@ -95,7 +95,6 @@ SCALES = {
     "scale of an integer": ({"rank": RANK, "scale": 20}, 20.0),
     # From 2024-01 to 2024-06: the trainer multiplied by alpha / rank as well.
     "scale and alpha": ({"rank": RANK, "alpha": 16, "scale": 10.0}, 10.0 * 16 / RANK),
-    "a rank that is not the tensors'": ({"rank": 64, "alpha": 16, "scale": 10.0}, 10.0 * 16 / RANK),
 }
 
 
@@ -107,6 +106,14 @@ def test_both_eras_of_the_scale(case: str, tmp_path: Path) -> None:
     check(tmp_path / "out", truth(scale))
     summary = loratool.inspect(adapter)
     assert {(layer.rank, layer.scale) for layer in summary.layers} == {(RANK, scale)}
+
+
+def test_a_rank_that_is_not_the_tensors_is_refused(tmp_path: Path) -> None:
+    """It is another adapter's config, and so may its scale be."""
+    base, adapter = save(tmp_path, config={**CONFIG, "lora_parameters": {"rank": 64, "scale": SCALE}})
+    with pytest.raises(loratool.Mismatch, match=f"the rank is 64 .*, and {RANK} in the factors") as caught:
+        loratool.merge(base, adapter, tmp_path / "out")
+    assert caught.value.code == "E-RANK"
 
 
 def test_experts_of_the_first_version(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Every layout in which adapters are found on disk: one module each, with the same verbs.
 
 NAME, TITLE         what `--from` calls it, and a few words for people
+ASKS                the fields of `choices.Choices` that it has use for; any other answer is refused
 KINDS, TESTED       the kinds of update it can hold, and what the tests compare it with
 detect(source)      whether a checkpoint looks like it; names and side files only
 read(source, ...)   the adapter in it, orientation and scale resolved
@@ -51,6 +52,9 @@ class Convention(Protocol):
 
     @property
     def KINDS(self) -> Sequence[str]: ...
+
+    @property
+    def ASKS(self) -> Sequence[str]: ...
 
     def detect(self, source: Checkpoint) -> bool: ...
 
@@ -118,19 +122,26 @@ def writers() -> dict[str, Writer]:
 
 
 def matching(source: Checkpoint) -> list[Convention]:
-    return [convention for convention in CONVENTIONS if convention.detect(source)]
+    """The conventions a source looks like; PEFT's bare factors look like much else, so they come last."""
+    found = [convention for convention in CONVENTIONS if convention.detect(source)]
+    return found or ([peft] if peft.is_bare(source) else [])
 
 
 def find(source: Checkpoint, name: str | None = None) -> Convention | None:
     """The convention a source is in: the named one, or the only one that matches; None if none does.
 
-    Raises ChoiceNeeded if several do.
+    Raises ChoiceNeeded if several do, or if one is named and only others do.
     """
     if name is not None:
         found = [convention for convention in CONVENTIONS if name == convention.NAME]
         if not found:
             known = ", ".join(convention.NAME for convention in CONVENTIONS)
             raise ChoiceNeeded(Problem("E-OPTION", f"there is no convention {name!r}", hint=f"known are {known}"))
+        others = matching(source)
+        if others and found[0] not in others:
+            # Read as another convention's, its config or its alphas would not be looked at.
+            what = f"--from {name} is given, and it is a {' or a '.join(other.TITLE for other in others)}"
+            raise ChoiceNeeded(Problem("E-OPTION", what, str(source.path), "leave --from out"))
         return found[0]
     found = matching(source)
     if len(found) > 1:

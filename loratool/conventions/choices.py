@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -15,6 +15,12 @@ from loratool.maps import Family
 from loratool.updates import RULES, Scaling
 
 T = TypeVar("T")
+
+# The fields of `Choices` that answer a question, and the options that set them.
+_ANSWERS = {
+    "alpha": "alpha", "scaling": "scaling", "config": "config", "adapter": "adapter", "layout": "layout",
+    "components": "component", "convention": "from", "enable_lora": "enable-lora", "already_merged": "already-merged",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,18 +71,32 @@ class Choices:
             return Scaling("none", rank, None, None)
         return Scaling.by(rule or self.scaling or "", alpha, rank)
 
+    def alphas_of(self, module: str) -> list[tuple[str, float]]:
+        """The patterns of `alpha` that match a module, with their alphas; the first one holds."""
+        return [(pattern, alpha) for pattern, alpha in self.alpha.items() if fnmatch.fnmatchcase(module, pattern)]
+
     def layout_of(self, module: str) -> str | None:
         return _first(self.layout, module)
 
     def enabled_of(self, module: str) -> str | None:
         return _first(self.enable_lora, module)
 
-    def refuse(self, *names: str, where: str) -> None:
-        """An answer to a question that the convention does not have is a mistake, not a no-op."""
-        if given := [name for name in names if getattr(self, name)]:
-            raise ChoiceNeeded(
-                Problem("E-OPTION", f"--{given[0].replace('_', '-')} means nothing for this convention", where)
-            )
+    def refuse_others(self, asked: Collection[str], kind: str, where: str) -> None:
+        """An answer to a question that a convention does not have is a mistake, not a no-op. `asked` are those it has.
+
+        Raises ChoiceNeeded with all of them.
+        """
+        given = [name for name in _ANSWERS if name not in asked and getattr(self, name)]
+        if given:
+            raise ChoiceNeeded([self._superfluous(name, kind, where) for name in given])
+
+    @staticmethod
+    def _superfluous(name: str, kind: str, where: str) -> Problem:
+        option = f"--{_ANSWERS[name]}"
+        alone = name in ("adapter", "components")
+        why = " holds a single one, without a name" if alone else " leaves nothing of that open"
+        what = f"{option} means nothing here: a {kind}{why}"
+        return Problem("E-OPTION", what, where, f"leave {option} out")
 
     def unknown_scale_hint(self, rule: str = "none") -> str:
         """What to add so that the scale is known; `rule` is what the convention says of it, "none" if nothing."""

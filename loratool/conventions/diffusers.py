@@ -8,7 +8,8 @@ Down is A [rank, in], up is B [out, rank], a convolution's [rank, in, k, k] and 
 and `.lora_magnitude_vector` as PEFT has them, and an embedding's `.lora_embedding_A` [rank, tokens] and
 `.lora_embedding_B` [dim, rank]. The first segment names a component of the pipeline; a file of one model
 alone has none. The scale is PEFT's with the LoraConfig in the header (`lora_adapter_metadata`), or alpha/rank with
-``.alpha`` tensors; with neither of them diffusers takes alpha = rank. Never both: its loader refuses that, too.
+``.alpha`` tensors (never both: diffusers refuses that, too) or with an alpha in the header (`headers`); with none of
+them it is 1.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from typing import Any
 
 from loratool.adapter import Adapter, Target, Targeted
 from loratool.checkpoint import Checkpoint
-from loratool.container import strict_json
 from loratool.conventions import diffusers_write, flux_names
 from loratool.conventions.choices import Choices
 from loratool.conventions.diffusers_names import (
@@ -36,8 +36,9 @@ from loratool.conventions.diffusers_names import (
     key_of,
     path_of,
 )
-from loratool.conventions.peft_config import PeftConfig, parse, refuse_unsupported
+from loratool.conventions.headers import Said, documents
 from loratool.conventions.scalars import scalar
+from loratool.conventions.scales import Scales
 from loratool.errors import ChoiceNeeded, InvalidFile, LoratoolError, Mismatch, Problem, Unsupported
 from loratool.format import is_native
 from loratool.names import natural, prefix_rule
@@ -49,6 +50,7 @@ TITLE = "diffusers adapter"
 KINDS = ("lora", "dora", "replace", "add")
 TESTED = "diffusers 0.42.1"
 OPTIONS = ("component",)
+ASKS = ("alpha", "scaling", "components")
 misfits, write = diffusers_write.misfits, diffusers_write.write
 
 
@@ -74,8 +76,7 @@ def _is_telling(name: str) -> bool:
 
 def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | None) -> Adapter:
     where = str(source.path)
-    choices.refuse("config", "adapter", "layout", where=where)
-    reader = Reader(source.tensors, _configs(source), choices, base, where)
+    reader = Reader(source.tensors, documents(source), Scales(source, choices), base, where)
     updates = reader.updates()
     notes = (*source.notes, *reader.notes)
     return Adapter(tuple(updates), provenance={"convention": NAME}, notes=notes, doubts=tuple(reader.doubts))
@@ -85,30 +86,13 @@ def unwrap(source: Checkpoint, choices: Choices) -> Mapping[str, TensorRef]:
     return {}
 
 
-def _configs(source: Checkpoint) -> dict[str, dict[str, Any]] | None:
-    """The LoraConfigs of the header by component; None if it has no such entry at all."""
-    text = source.metadata.get(METADATA_KEY)
-    if not text:
-        return None
-    where = str(source.path)
-    document = strict_json(text, where, "E-CONFIG", "")
-    if not isinstance(document, dict):
-        raise InvalidFile(Problem("E-CONFIG", f"{METADATA_KEY} is not a JSON object", where))
-    found: dict[str, dict[str, Any]] = defaultdict(dict)
-    for name, value in document.items():
-        first, dot, rest = name.partition(".")
-        component, entry = (first, rest) if dot and first in COMPONENTS else ("", name)
-        found[component][entry] = value
-    return dict(found)
-
-
 @dataclass
 class Reader:
     """Turns the tensors of a file into updates; problems and notes grow on the way."""
 
     tensors: Mapping[str, TensorRef]
     documents: Mapping[str, Mapping[str, Any]] | None
-    choices: Choices
+    scales: Scales
     base: Mapping[str, TensorRef] | None
     where: str
     notes: list[str] = field(default_factory=list)
@@ -116,22 +100,20 @@ class Reader:
     problems: list[Problem] = field(default_factory=list)
     modules: dict[tuple[str, str], dict[str, TensorRef]] = field(default_factory=lambda: defaultdict(dict))
     norms: dict[tuple[str, str], TensorRef] = field(default_factory=dict)  # by component and tensor name
-    configs: dict[str, PeftConfig] = field(default_factory=dict)
-    alphas: dict[str, dict[str, float]] = field(default_factory=dict)  # the stored ones, by component and module
-    open_scales: int = 0  # updates whose alpha the file leaves to its reader
-    implied: int = 0  # those of them that nothing but diffusers' rule gives one
+    alphas: dict[str, dict[str, Said]] = field(default_factory=dict)  # the stored ones, by component and module
+    implied: int = 0  # updates that nothing but their loaders' rule gives an alpha
 
     def updates(self) -> list[Targeted]:
         self._sort()
+        self._choose()
         self._split_flux()
         self._read_alphas()
-        self._read_configs()
         self._check_dora()
         if self.problems:
             raise Unsupported(self.problems)
         if not self.modules and not self.norms:
             raise InvalidFile(Problem("E-EMPTY", "no adapter tensor in it", self.where))
-        self.choices.check_used([path_of(*key) for key in self.modules], self.where)
+        self.scales.choices.check_used([path_of(*key) for key in self.modules], self.where)
         rename = self._match()
         found: list[Targeted] = []
         for (component, module), parts in self.modules.items():
@@ -143,8 +125,10 @@ class Reader:
             Targeted(Target(rename(component, name), ref.shape), Replace(ref))
             for (component, name), ref in self.norms.items()
         ]
+        self.problems += self.scales.contradictions()
         if self.problems:
             raise Mismatch(self.problems)
+        self.scales.check()
         self._say_scales()
         return sorted(found, key=lambda item: natural(item.target.name))
 
@@ -308,22 +292,6 @@ class Reader:
 
     # -- scale --------------------------------------------------------------------------------------------------------
 
-    def _read_configs(self) -> None:
-        """The header's configs, checked; and what contradicts them."""
-        if self.documents is None:
-            return
-        for component, document in self.documents.items():
-            try:
-                label = f"{self.where}: {METADATA_KEY}{f' of {component}' if component else ''}"
-                refuse_unsupported(document, label, base_inside=False, kinds=("LORA",))
-                self.configs[component] = parse(document, label)
-            except LoratoolError as error:
-                self.problems += error.problems
-        if self.alphas:
-            what = f"alpha is stored twice: {METADATA_KEY} in the header, and .alpha tensors"
-            hint = "diffusers refuses it too: remove one of them"
-            self.problems.append(Problem("E-UNSUPPORTED", what, self.where, hint))
-
     def _check_dora(self) -> None:
         """diffusers makes all modules of a component DoRA or none: without a magnitude one gets the base's norm."""
         for component in {component for component, _ in self.modules}:
@@ -339,49 +307,53 @@ class Reader:
                 self.problems.append(Problem("E-COMPONENTS", what, self.where, "take the file that the trainer wrote"))
 
     def _scaling(self, component: str, module: str, rank: int) -> Scaling:
-        """What diffusers' loader makes of it; unknown where that would be chance."""
-        path = path_of(component, module)
-        if self.documents is not None:
-            return self._configured(component, module, rank)
-        alphas = self.alphas.get(component, {})
-        if module in alphas:
-            return Scaling.by("alpha/rank", alphas[module], rank)
-        self.open_scales += 1
-        if self.choices.alpha:
-            return self.choices.scaling_of(path, rank)
-        if not alphas:
+        """What the consumers of the file make of it; unknown where that would be chance.
+
+        diffusers gives a module without alpha the one alpha of its component. Files that name no component (ComfyUI's
+        ``diffusion_model.`` and bare ones) it converts first, and there no alpha is a scale of 1, as it is in ComfyUI.
+        """
+        path, alphas = path_of(component, module), self.alphas.get(component, {})
+        own = [alphas[module]] if module in alphas else []
+        scaling = self.scales.of(module, rank, *own, component=component, label=path)
+        answered = scaling.scale is not None or self.scales.choices.alpha
+        if answered or self.documents is not None or self.scales.unsettled:
+            return scaling
+        values = {said.alpha for said in alphas.values()}
+        if not alphas or not component:
             self.implied += 1
             return Scaling.by("alpha/rank", rank, rank)
-        # Its loader takes the first alpha of the component, in the file's order.
-        values = set(alphas.values())
         return Scaling.by("alpha/rank", values.pop() if len(values) == 1 else None, rank)
-
-    def _configured(self, component: str, module: str, rank: int) -> Scaling:
-        path, config = path_of(component, module), self.configs.get(component)
-        if config is None:
-            # diffusers then makes a LoraConfig of nothing, and fails on it.
-            self.open_scales += 1
-            return self.choices.scaling_of(path, rank)
-        alphas = config.alphas(module)
-        if len(set(alphas)) > 1:
-            self.notes.append(f"{path}: several alpha_pattern entries match; the file's first is used, as PEFT does")
-        if config.rank_of(module) != rank:
-            what = f"{path} has rank {rank}, {METADATA_KEY} says {config.rank_of(module)}: diffusers can not load it"
-            raise Mismatch(Problem("E-CONFIG", what, self.where, "take the file that the trainer wrote"))
-        return Scaling.by(config.rule, alphas[0] if alphas else config.alpha, rank)
 
     def _read_alphas(self) -> None:
         for (component, module), parts in self.modules.items():
             if (ref := parts.get("alpha")) is not None:
                 try:
-                    self.alphas.setdefault(component, {})[module] = scalar(ref, self.where)
+                    said = Said(scalar(ref, self.where), ref.name)
+                    self.alphas.setdefault(component, {})[module] = said
                 except LoratoolError as error:
                     self.problems += error.problems
+        if self.alphas and self.documents is not None:
+            said = next(said for alphas in self.alphas.values() for said in alphas.values())
+            what = f"alpha is stored twice: {METADATA_KEY} in the header, and {said.where} = {said.alpha:g}"
+            self.problems.append(
+                Problem("E-UNSUPPORTED", what, self.where, "diffusers refuses it too: remove one of them")
+            )
 
     def _say_scales(self) -> None:
-        if self.choices.alpha and not self.open_scales:
-            what = "--alpha is given, and the file stores every alpha"
-            raise ChoiceNeeded(Problem("E-OPTION", what, self.where, "leave it out"))
+        self.notes += self.scales.notes()
         if self.implied:
-            what = f"no alpha is stored for {self.implied} updates: diffusers takes alpha = rank, scale 1"
-            self.notes.append(f"{what}; if the trainer had another, load it with alpha and scaling")
+            what = f"no alpha is stored for {self.implied} updates: a scale of 1, as their loaders take it"
+            self.notes.append(f"{what}; if the trainer had another, give --alpha with --scaling")
+
+    def _choose(self) -> None:
+        """The components that are wanted; all, if nothing was said."""
+        wanted = self.scales.choices.components
+        known = {component for component, _ in (*self.modules, *self.norms)}
+        if unknown := [name for name in wanted if name not in known]:
+            names = ", ".join(sorted(known - {""})) or "none by name"
+            raise ChoiceNeeded(Problem("E-OPTION", f"it has no component {unknown[0]!r}, but {names}", self.where))
+        if not wanted:
+            return
+        self.notes.append(f"left out, as asked for: {', '.join(sorted(known - {*wanted}))}")
+        self.modules = defaultdict(dict, {key: parts for key, parts in self.modules.items() if key[0] in wanted})
+        self.norms = {key: ref for key, ref in self.norms.items() if key[0] in wanted}

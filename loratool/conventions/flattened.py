@@ -9,20 +9,21 @@ its modules share. ComfyUI's files keep the dots: ``diffusion_model.double_block
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import struct
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from loratool.adapter import Adapter, BaseIdentity, Target, Targeted, is_name
 from loratool.checkpoint import Checkpoint
 from loratool.conventions import flux_names
 from loratool.conventions.choices import Choices
 from loratool.conventions.flat_names import Component, Index, Site, Stored, component_of, indexed, places, sites
+from loratool.conventions.headers import Said
+from loratool.conventions.scales import Scales
 from loratool.errors import ChoiceNeeded, InvalidFile, LoratoolError, Mismatch, Problem, Unsupported
 from loratool.format import is_native
 from loratool.names import listed, natural, nearest
@@ -40,15 +41,6 @@ def parts_pattern(parts: Iterable[str]) -> re.Pattern[str]:
 def may_be_flattened(source: Checkpoint) -> bool:
     """Whether a file may be of these conventions at all: not a native one, not PEFT's."""
     return not is_native(source.metadata) and not any(name.startswith("base_model.") for name in source.tensors)
-
-
-def training_args(source: Checkpoint) -> Mapping[str, Any]:
-    """The trainer's network arguments out of the metadata: information, never more than the tensors say."""
-    try:
-        found = json.loads(source.metadata.get("ss_network_args", "{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 _NUMBERS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}
@@ -74,6 +66,7 @@ class Module:
 
     key: str  # as in the file
     component: Component
+    scales: Scales
     parts: dict[str, TensorRef] = field(default_factory=dict)
     stored: Stored | None = None  # its weight in the base, where that is known
     notes: set[str] = field(default_factory=set)
@@ -89,15 +82,18 @@ class Module:
 
     def scaling(self, rank: int) -> Scaling:
         """alpha / rank. Without alpha the scale is 1: every loader of these files agrees on that."""
-        ref = self.parts.get("alpha")
+        ref, one = self.parts.get("alpha"), Scaling.by("alpha/rank", float(rank), rank)
         if ref is None:
-            self.notes.add("no alpha in the file, which means a scale of 1 here")
-            return Scaling.by("alpha/rank", float(rank), rank)
+            scaling = self.scales.of(self.path, rank, component=self.component.name, label=self.key, absent=one)
+            if scaling is one:
+                self.notes.add("no alpha in the file, which means a scale of 1 here")
+            return scaling
         alpha = number(ref)
         if alpha == 0:
             what = f"{self.key}: alpha is 0, which sd-scripts reads as the rank and others as a scale of 0"
             raise InvalidFile(Problem("E-SCALE", what, hint="write the alpha that was meant into the file"))
-        return Scaling.by("alpha/rank", alpha, rank)
+        said = Said(alpha, ref.name)
+        return self.scales.of(self.path, rank, said, component=self.component.name, label=self.key)
 
     def fit(self, made: Shape, region: Shape | None, *, flat: bool = False) -> Shape:
         """The region that factors making `made` update; 1x1 kernels and, if `flat`, larger ones may be flattened."""
@@ -165,15 +161,18 @@ class FlatReader:
         return str(self.source.path)
 
     def adapter(self, convention: str) -> Adapter:
-        self.choices.refuse("alpha", "scaling", "config", "adapter", "layout", where=self.where)
+        self.scales = Scales(self.source, self.choices, "alpha/rank")
         modules = [part for module in self._chosen(self._sort()) for part in self._in_diffusers(module)]
         sites = {} if self.base is None else self._sites(modules)
         updates = [item for module in modules for item in self._updates(module, sites)]
+        self.problems += self.scales.contradictions()
         if self.problems:
             raise Mismatch(self.problems)
+        self.scales.check()
         counts = Counter(module.component.name for module in modules)
         self.notes += [f"{name}: {count} modules" for name, count in counts.items()]
         self.notes += _counted(note for module in modules for note in module.notes)
+        self.notes += self.scales.notes()
         updates.sort(key=lambda item: natural(item.target.name))
         doubts = (
             [] if self.base is not None else ["names in it are flattened: which '_' is a '.', only the base can tell"]
@@ -204,7 +203,7 @@ class FlatReader:
             if match is None:
                 strange.append(key)
                 continue
-            module = found.setdefault(match["module"], Module(match["module"], component_of(key)))
+            module = found.setdefault(match["module"], Module(match["module"], component_of(key), self.scales))
             part = self.parts[match["part"]]
             if part in module.parts:
                 what = f"{key} and {module.parts[part].name} are the same part of one module"
@@ -222,7 +221,7 @@ class FlatReader:
             self.problems += error.problems
             return []
         prefix, component = module.component.prefix, module.component
-        return [Module(f"{prefix}{name}", component, own) for name, own in parts] or [module]
+        return [Module(f"{prefix}{name}", component, self.scales, own) for name, own in parts] or [module]
 
     def _refusals(self, refused: Mapping[Foreign, list[str]]) -> Iterator[Problem]:
         for foreign, modules in sorted(refused.items()):

@@ -43,6 +43,7 @@ TITLE = "llama.cpp adapter (GGUF)"
 KINDS = ("lora",)
 TESTED = "gguf 0.19.0; llama.cpp in xllamacpp 2026.10.11549"
 OPTIONS: tuple[str, ...] = ()
+ASKS = ()
 misfits, write = gguf_write.misfits, gguf_write.write
 
 _PART = re.compile(r"^(?P<tensor>.+)\.(?P<part>lora_[ab])$")
@@ -54,7 +55,6 @@ def detect(source: Checkpoint) -> bool:
 
 def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | None) -> Adapter:
     where = str(source.path)
-    choices.refuse("config", "adapter", "alpha", "scaling", where=where)
     metadata = source.metadata
     name = metadata.get("general.architecture", "")
     _refuse_unsupported(metadata, name, where)

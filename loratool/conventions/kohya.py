@@ -24,8 +24,8 @@ from loratool.conventions.flattened import (
     Piece,
     may_be_flattened,
     parts_pattern,
-    training_args,
 )
+from loratool.conventions.headers import training_args
 from loratool.errors import InvalidFile, Problem
 from loratool.tensors import Shape, TensorRef
 from loratool.updates import Lora
@@ -35,6 +35,7 @@ TITLE = "kohya sd-scripts LoRA"
 KINDS = ("lora",)
 TESTED = "diffusers 0.42.1 as consumer"
 OPTIONS = ("component", "uniform")
+ASKS = ("alpha", "scaling", "components")
 misfits, write = kohya_write.misfits, kohya_write.write
 
 FACTORS = {"lora_down.weight": "down", "lora_up.weight": "up", "lora_A.weight": "down", "lora_B.weight": "up"}

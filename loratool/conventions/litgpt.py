@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from loratool.adapter import Adapter, Target, Targeted
 from loratool.checkpoint import Checkpoint
 from loratool.conventions import litgpt_write
 from loratool.conventions.choices import Choices
 from loratool.conventions.flat_yaml import FlatYaml, read_flat_yaml
+from loratool.conventions.headers import Said
 from loratool.conventions.litgpt_names import (
     HYPERPARAMETERS,
     LAYER,
@@ -31,8 +32,9 @@ from loratool.conventions.litgpt_names import (
     homes,
     qkv_rows,
 )
-from loratool.conventions.packed import Pair, factor_modules, key, owner, pairs, scaling_of
-from loratool.errors import ChoiceNeeded, InvalidFile, LoratoolError, Mismatch, Problem, Unsupported
+from loratool.conventions.packed import RULE, Pair, factor_modules, key, owner, pairs
+from loratool.conventions.scales import Scales
+from loratool.errors import InvalidFile, LoratoolError, Mismatch, Problem, Unsupported
 from loratool.names import prefix_rule
 from loratool.tensors import TensorRef
 from loratool.updates import Lora
@@ -42,6 +44,7 @@ TITLE = "litgpt LoRA checkpoint"
 KINDS = ("lora",)
 TESTED = "litgpt 0.5.13"
 OPTIONS = ()
+ASKS = ("alpha", "scaling", "enable_lora")
 misfits, write = litgpt_write.misfits, litgpt_write.write
 
 
@@ -56,7 +59,6 @@ def detect(source: Checkpoint) -> bool:
 
 def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | None) -> Adapter:
     where = str(source.path)
-    choices.refuse("config", "adapter", "layout", "already_merged", where=where)
     found = pairs(source)
     choices.check_used([pair.module for pair in found], where)
     _refuse_old([pair.module for pair in found], where)
@@ -78,6 +80,8 @@ def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | N
             errors.append(error)
     if errors:
         raise type(errors[0])([problem for error in errors for problem in error.problems])
+    facts.scales.check()
+    notes = [*notes, *facts.scales.notes()]
     if {item.target.name for item in updates} - {*map(rename, names)}:
         notes = [*notes, "litgpt's names mapped to those of transformers: attn.qkv to q_proj, k_proj and v_proj, ..."]
     return Adapter(tuple(updates), provenance={"convention": NAME}, notes=(*source.notes, *notes), doubts=tuple(doubts))
@@ -131,7 +135,8 @@ def _refuse_old_base(name: str, base: Mapping[str, TensorRef], where: str) -> No
 class _Facts:
     """What the side files, the user and the base say; None where nobody does."""
 
-    choices: Choices
+    scales: Scales
+    alpha: Said | None  # what hyperparameters.yaml says
     where: str
     sizes: tuple[int, int, int] | None  # rows of query, key, value
     trained: str | None  # "101": which of them
@@ -143,13 +148,13 @@ class _Facts:
         """Raises InvalidFile for side files that are broken or belong to another adapter."""
         hyper = read_flat_yaml(source.folder / HYPERPARAMETERS)
         model = read_flat_yaml(source.folder / MODEL_CONFIG)
-        sizes = trained = None
+        sizes = trained = alpha = None
         if model is not None:
             sizes = qkv_rows(model)
         if hyper is not None and hyper.has("lora_r"):
-            choices = _with_alpha(choices, hyper, found, str(source.path))
+            alpha = _alpha(hyper, found, str(source.path))
             trained = "".join(str(int(hyper.flag(f"lora_{part}"))) for part in PARTS)
-        return cls(choices, str(source.path), sizes, trained, base, homes(base))
+        return cls(Scales(source, choices, RULE), alpha, str(source.path), sizes, trained, base, homes(base))
 
     def sizes_of(self, module: str) -> tuple[int, ...] | None:
         """The rows of a layer's query, key and value: those of the base's three matrices, if no file says it."""
@@ -157,23 +162,20 @@ class _Facts:
         return self.sizes or (None if None in names else tuple(self.base[name].shape[0] for name in names if name))
 
 
-def _with_alpha(choices: Choices, hyper: FlatYaml, found: list[Pair], where: str) -> Choices:
-    """The choices with the file's alpha; one of the user's may repeat it, not contradict it."""
-    rank, alpha = hyper.whole("lora_r"), hyper.number("lora_alpha")
+def _alpha(hyper: FlatYaml, found: list[Pair], where: str) -> Said:
+    """The file's alpha. Raises InvalidFile where its rank is not that of the factors."""
+    rank, name = hyper.whole("lora_r"), hyper.path.name
     if other := sorted({pair.rank for pair in found} - {rank}):
-        what = f"{hyper.path.name} says lora_r is {rank}, the factors have rank {other[0]}: it is another adapter's"
-        raise InvalidFile(Problem("E-RANK", what, where, f"move {hyper.path.name} away and give --alpha"))
-    if given := [value for value in choices.alpha.values() if value != alpha]:
-        what = f"--alpha {given[0]:g} contradicts {hyper.path.name}, which says lora_alpha is {alpha:g}"
-        raise ChoiceNeeded(Problem("E-OPTION", what, where, "leave out --alpha, or correct the file"))
-    return replace(choices, alpha={"*": alpha})
+        what = f"{name} says lora_r is {rank}, the factors have rank {other[0]}: it is another adapter's"
+        raise InvalidFile(Problem("E-RANK", what, where, f"move {name} away and give --alpha"))
+    return Said(hyper.number("lora_alpha"), f"lora_alpha of {name}")
 
 
 # -- factors to updates ---------------------------------------------------------------------------------------------
 
 
 def _updates(pair: Pair, name: str, weight: TensorRef | None, facts: _Facts, doubts: list[str]) -> Iterator[Targeted]:
-    scaling = scaling_of(facts.choices, pair.module, pair.rank)
+    scaling = facts.scales.of(pair.module, pair.rank, *([facts.alpha] if facts.alpha else []))
     rows, columns = pair.B.shape[0], pair.A.shape[1]
     if not pair.module.endswith(QKV):
         if pair.blocks != 1:
@@ -211,7 +213,7 @@ def _trained(pair: Pair, sizes: tuple[int, ...], facts: _Facts, doubts: list[str
         for parts in itertools.combinations(range(3), min(pair.blocks, 3))
         if len(parts) == pair.blocks and sum(sizes[part] for part in parts) == pair.B.shape[0]
     ]
-    given = facts.choices.enabled_of(pair.module)
+    given = facts.scales.choices.enabled_of(pair.module)
     for said, who in ((facts.trained, HYPERPARAMETERS), (given, "--enable-lora")):
         if said is None:
             continue

@@ -58,6 +58,7 @@ def look(source: Checkpoint, choices: Choices, view: View | None = None) -> Load
 def load_part(source: Checkpoint, choices: Choices, view: View | None = None) -> Loaded:
     """The same for one of several: a pattern that matches nothing in this one may match in another."""
     convention = conventions.choose(source, choices.convention)
+    choices.refuse_others((*convention.ASKS, "convention"), convention.TITLE, str(source.path))
     used: set[str] = set()
     if choices.selection and convention is not native:  # its keys are counted by its manifest
         source, used = choices.selection.keys(source)

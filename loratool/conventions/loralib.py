@@ -25,7 +25,8 @@ from loratool.conventions import litgpt
 from loratool.conventions.already_merged import compare_with_base, trained_biases, without
 from loratool.conventions.choices import Choices
 from loratool.conventions.orientation import shown_layouts, square_layout
-from loratool.conventions.packed import Pair, factor_modules, key, owner, pairs, scaling_of
+from loratool.conventions.packed import RULE, Pair, factor_modules, key, owner, pairs
+from loratool.conventions.scales import Scales
 from loratool.errors import ChoiceNeeded, InvalidFile, LoratoolError, Mismatch, Problem, Unsupported
 from loratool.names import prefix_rule
 from loratool.tensors import FLOATS, Computed, Shape, TensorRef, torch_dtype
@@ -38,6 +39,7 @@ NAME = "loralib"
 TITLE = "loralib state dict"
 KINDS = ("lora", "replace", "add")
 TESTED = "loralib 0.1.2"
+ASKS = ("alpha", "scaling", "layout", "enable_lora", "already_merged")
 
 # Tables by their usual names: the delta is the same as that of a matrix stored [in, out], it is only called otherwise.
 _TABLE = re.compile(r"(^|[._])(emb|embed|embedding|embeddings|wte|wpe)([._]|$)", re.IGNORECASE)
@@ -55,17 +57,19 @@ def detect(source: Checkpoint) -> bool:
 
 def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | None) -> Adapter:
     where = str(source.path)
-    choices.refuse("config", "adapter", where=where)
     found, inside = pairs(source), _inside(source)
     choices.check_used([pair.module for pair in found], where)
     if choices.already_merged and not inside:
         raise ChoiceNeeded(Problem("E-OPTION", "--already-merged: there are no weights in it", where))
-    reader = _Reader(choices, inside if base is None else base, where)
+    scales = Scales(source, choices, RULE)
+    reader = _Reader(scales, inside if base is None else base, where)
     names = [_weight_name(pair.module, reader.weights) for pair in found]
     rename, notes = prefix_rule(names, reader.weights or names, where)
     for pair, name in zip(found, names, strict=True):
         reader.add(pair, rename(name))
     updates = reader.result()
+    scales.check()
+    notes += scales.notes()
     biases = _loose_biases(source) if not inside else {}
     if inside and base is not None and reader.scales_known:  # only now are numbers read
         notes += compare_with_base(inside, base, rename, updates, choices.already_merged, where)
@@ -150,12 +154,16 @@ def _without_conv(name: str, modules: set[str]) -> str:
 class _Reader:
     """Turns pairs into updates of the weights they belong to, layer by layer; problems and doubts are collected."""
 
-    choices: Choices
+    scales: Scales
     weights: Mapping[str, TensorRef]  # of the base, or of the file itself; {} if neither is there
     where: str
     updates: list[Targeted] = field(default_factory=list)
     errors: list[LoratoolError] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
+
+    @property
+    def choices(self) -> Choices:
+        return self.scales.choices
 
     @cached_property
     def shown(self) -> Mapping[str, set[str]]:
@@ -169,7 +177,7 @@ class _Reader:
         stored = self.weights.get(name)
         try:
             if stored is not None and len(stored.shape) > 2:
-                self.updates.append(_convolution(pair, name, stored.shape, self.choices))
+                self.updates.append(_convolution(pair, name, stored.shape, self.scales))
             else:
                 self.updates += self._matrix(pair, name, None if stored is None else stored.shape)
         except LoratoolError as error:
@@ -193,7 +201,7 @@ class _Reader:
         out, columns = len(enabled) * block, pair.A.shape[1]
         layout = "" if not transposed else "embedding" if self._is_table(pair.module, name) else "in_out"
         target = Target(name, (columns, out) if transposed else (out, columns), layout=layout)
-        scaling = scaling_of(self.choices, pair.module, pair.rank)
+        scaling = self.scales.of(pair.module, pair.rank)
         trained = [number for number, digit in enumerate(enabled) if digit == "1"]
         for number, (A, B) in zip(trained, pair.split([block] * pair.blocks), strict=True):
             start = number * block
@@ -274,7 +282,7 @@ def _columns(B: TensorRef, start: int, out: int) -> TensorRef:
     return TensorRef(B.name, B.dtype, (rank, out), Computed(make), (rank, out))
 
 
-def _convolution(pair: Pair, name: str, shape: Shape, choices: Choices) -> Targeted:
+def _convolution(pair: Pair, name: str, shape: Shape, scales: Scales) -> Targeted:
     """Conv2d: ``(B @ A).view(weight.shape)``, a matrix whose rows are not those of the flattened weight.
 
     The product is [out / groups * k, in * k], the weight [out, in / groups, k, k]. With q = k / groups, each row of
@@ -294,7 +302,7 @@ def _convolution(pair: Pair, name: str, shape: Shape, choices: Choices) -> Targe
         raise Unsupported(
             Problem("E-UNSUPPORTED", what, name, "there is no formula for them: only Conv2d works in loralib")
         )
-    scaling = scaling_of(choices, pair.module, pair.rank // kernel)
+    scaling = scales.of(pair.module, pair.rank // kernel)
     if kernel % groups:
         dense = replace(scaling, rule="none", rank=None, alpha=None) if scaling.scale is not None else scaling
         return Targeted(Target(name, shape), Add(_product(A, B, shape), dense))

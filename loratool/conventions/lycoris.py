@@ -33,8 +33,8 @@ from loratool.conventions.flattened import (
     bare,
     may_be_flattened,
     number,
-    training_args,
 )
+from loratool.conventions.headers import training_args
 from loratool.errors import InvalidFile, Mismatch, Problem, Unsupported
 from loratool.tensors import Shape, TensorRef
 from loratool.updates import RULES, Add, Dora, Loha, Lokr, Lora, Scaling
@@ -44,6 +44,7 @@ TITLE = "LyCORIS adapter"
 KINDS = ("lora", "dora", "loha", "lokr", "add")
 TESTED = "lycoris-lora 4.1.3"
 OPTIONS = ("component", "uniform")
+ASKS = ("alpha", "scaling", "components")
 misfits, write = lycoris_write.misfits, lycoris_write.write
 
 _HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")

@@ -23,6 +23,7 @@ from loratool.adapter import Adapter, Target, Targeted
 from loratool.checkpoint import Checkpoint
 from loratool.conventions.choices import Choices
 from loratool.conventions.model_config import heads_of, model_config
+from loratool.conventions.scales import Scales
 from loratool.errors import InvalidFile, LoratoolError, Mismatch, Problem, Unsupported
 from loratool.names import natural
 from loratool.tensors import TensorRef
@@ -32,6 +33,7 @@ NAME = "megatron"
 TITLE = "Megatron-Bridge / NeMo adapter"
 KINDS = ("lora",)
 TESTED = "code reading only: no producer was run"
+ASKS = ("alpha", "scaling")
 
 _PART = re.compile(r"^(?P<module>.+?)\.adapter(?:\.adapter_(?P<key>q|k|v|gate|up))?\.linear_(?P<part>in|out)\.weight$")
 _LAYER = re.compile(r"^(?:.*\.)?decoder\.layers\.(?P<layer>\d+)\.(?P<module>.+)$")
@@ -66,10 +68,10 @@ def detect(source: Checkpoint) -> bool:
 
 def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | None) -> Adapter:
     where = str(source.path)
-    choices.refuse("config", "adapter", where=where)
     pairs = _pairs(source.tensors, where)
     choices.check_used([pair.module for pair in pairs], where)
-    reader = _Reader(choices, base if base is not None else unwrap(source, choices), where)
+    scales = Scales(source, choices)
+    reader = _Reader(scales, base if base is not None else unwrap(source, choices), where)
     updates: list[Targeted] = []
     problems: list[Problem] = []
     for pair in pairs:
@@ -79,7 +81,9 @@ def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | N
             problems += error.problems
     if problems:
         raise Mismatch(problems)
-    return Adapter(tuple(updates), provenance={"convention": NAME}, notes=source.notes, doubts=tuple(reader.doubts))
+    scales.check()
+    notes = (*source.notes, *scales.notes())
+    return Adapter(tuple(updates), provenance={"convention": NAME}, notes=notes, doubts=tuple(reader.doubts))
 
 
 def unwrap(source: Checkpoint, choices: Choices) -> Mapping[str, TensorRef]:
@@ -130,7 +134,7 @@ def _pairs(tensors: Mapping[str, TensorRef], where: str) -> list[Pair]:
 class _Reader:
     """Finds the tensors of a base, Megatron's or Hugging Face's, that a pair changes, and its rows for each."""
 
-    choices: Choices
+    scales: Scales
     base: Mapping[str, TensorRef]  # empty if there is none
     where: str
     doubts: list[str] = field(default_factory=list)
@@ -217,7 +221,7 @@ class _Reader:
     def _update(self, pair: Pair, name: str, B: TensorRef, stored: TensorRef | None = None, start: int = 0) -> Targeted:
         """Rows start.. of `stored`, or all of the tensor `name`."""
         shape = (B.shape[0], pair.A.shape[1])
-        lora = Lora(pair.A, B, self.choices.scaling_of(pair.module, pair.rank))
+        lora = Lora(pair.A, B, self.scales.of(pair.module, pair.rank))
         if stored is not None:
             return Targeted(Target(name, stored.shape, rows=(start, start + shape[0])), lora)
         known = self.base.get(name)

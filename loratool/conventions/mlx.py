@@ -21,7 +21,10 @@ from loratool.adapter import Adapter, BaseIdentity, Target, Targeted
 from loratool.checkpoint import Checkpoint
 from loratool.conventions import mlx_write
 from loratool.conventions.choices import Choices
+from loratool.conventions.headers import Said, SaidRank
 from loratool.conventions.mlx_names import is_embedding, may_be_shifted
+from loratool.conventions.peft_config import chosen_config
+from loratool.conventions.scales import Scales
 from loratool.errors import InvalidFile, LoratoolError, Mismatch, Problem, Unsupported
 from loratool.names import natural, prefix_rule
 from loratool.tensors import Shape, TensorRef, is_int
@@ -32,6 +35,7 @@ TITLE = "mlx-lm adapter"
 KINDS = ("lora", "dora", "replace")
 TESTED = "mlx-lm 0.32.2"
 OPTIONS: tuple[str, ...] = ()
+ASKS = ("alpha", "scaling", "config")
 misfits, write = mlx_write.misfits, mlx_write.write
 
 _PART = re.compile(r"^(?P<module>.+)\.(?P<part>lora_a|lora_b|m)$")
@@ -51,14 +55,15 @@ def detect(source: Checkpoint) -> bool:
 
 def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | None) -> Adapter:
     where = str(source.path)
-    choices.refuse("adapter", where=where)
-    config = _Config.of(choices.config or _side_config(source) or {}, where)
+    config = _Config.of(chosen_config(choices.config, _side_config(source), where) or {}, where)
     modules = _pairs(source.tensors)
     whole = {} if modules else dict(source.tensors)
     choices.check_used([*modules], where)
-    reader = _Reader(modules, whole, config, choices, base, where)
+    reader = _Reader(modules, whole, config, Scales(source, choices), base, where)
     reader.refuse_strays(source.tensors, wrapped=bool(unwrap(source, choices)))
     updates = reader.updates()
+    reader.scales.check()
+    reader.notes += reader.scales.notes()
     identity = BaseIdentity(config.model)
     return Adapter(updates, identity, {"convention": NAME}, (*source.notes, *reader.notes))
 
@@ -104,6 +109,7 @@ class _Config:
     """What an adapter_config.json of mlx-lm says; `scale` is None where it does not."""
 
     scale: float | None = None
+    rank: float | None = None
     alpha: float | None = None
     model: str = ""
     dora: bool = False
@@ -115,14 +121,20 @@ class _Config:
             raise InvalidFile(Problem("E-CONFIG", what, where, "give the adapter_config.json that mlx-lm wrote"))
         parameters = config.get("lora_parameters") or {}
         numbers = parameters if isinstance(parameters, dict) else {"scale": parameters}
-        for name in ("scale", "alpha"):
+        for name in ("scale", "rank", "alpha"):
             value = numbers.get(name, 0)
             if not (is_int(value) or isinstance(value, float)) or not math.isfinite(value):
                 what = f"lora_parameters.{name} of its config is {value!r:.80}, not a number"
                 raise InvalidFile(Problem("E-CONFIG", what, where))
         model = config.get("model")
         dora = config.get("fine_tune_type") == "dora" or config.get("use_dora") is True
-        return cls(numbers.get("scale"), numbers.get("alpha"), model if isinstance(model, str) else "", dora)
+        return cls(
+            numbers.get("scale"),
+            numbers.get("rank"),
+            numbers.get("alpha"),
+            model if isinstance(model, str) else "",
+            dora,
+        )
 
 
 @dataclass
@@ -132,7 +144,7 @@ class _Reader:
     modules: Mapping[str, Mapping[str, TensorRef]]
     whole: Mapping[str, TensorRef]
     config: _Config
-    choices: Choices
+    scales: Scales
     base: Mapping[str, TensorRef] | None
     where: str
     notes: list[str] = field(default_factory=list)
@@ -222,12 +234,14 @@ class _Reader:
 
     def _scaling(self, module: str, rank: int) -> Scaling:
         """The config's rule; alpha that a user gives is for a file without its config."""
-        scale, alpha = self.config.scale, self.config.alpha
+        scale, alpha, stated = self.config.scale, self.config.alpha, self.config.rank
+        if stated is not None:
+            self.scales.check_rank(module, rank, SaidRank(stated, "rank of adapter_config.json"))
         if scale is None:
-            return self.choices.scaling_of(module, rank)
+            return self.scales.of(module, rank)
         if alpha is None:
-            return Scaling.by("alpha", scale, rank)
-        return Scaling.by("alpha/rank", scale * alpha, rank)
+            return self.scales.of(module, rank, Said(scale, "scale of adapter_config.json", "alpha"))
+        return self.scales.of(module, rank, Said(scale * alpha, "scale and alpha of adapter_config.json"))
 
     # -- what the base says -------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from loratool.checkpoint import read_json
 from loratool.errors import ChoiceNeeded, Problem
-from loratool.tensors import TensorRef, is_int
+from loratool.tensors import TensorRef, is_int, whole
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,9 @@ def model_config(base: Mapping[str, TensorRef]) -> dict[str, Any]:
 
 def heads_of(config: Mapping[str, Any], where: str) -> Heads:
     """Raises ChoiceNeeded where the config does not say what is needed."""
-    query = config.get("num_attention_heads")
-    numbers = {"num_attention_heads": query, "num_key_value_heads": config.get("num_key_value_heads", query)}
+    query = whole(config.get("num_attention_heads"))
+    key = whole(config.get("num_key_value_heads", query))
+    numbers = {"num_attention_heads": query, "num_key_value_heads": key}
     for name, value in numbers.items():
         if not is_int(value) or value < 1 or query % value:
             what = f"the order of the query and key rows needs {name}, and the base's config.json says {value!r:.40}"

@@ -12,11 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from loratool.checkpoint import Checkpoint
-from loratool.conventions.choices import Choices
 from loratool.errors import InvalidFile, Problem
 from loratool.names import natural
 from loratool.tensors import TensorRef
-from loratool.updates import Scaling
 
 RULE = "alpha/rank"
 FACTORS = ("lora_A", "lora_B")
@@ -81,7 +79,3 @@ def pairs(source: Checkpoint) -> list[Pair]:
     if problems:
         raise InvalidFile(problems)
     return found
-
-
-def scaling_of(choices: Choices, module: str, rank: int) -> Scaling:
-    return choices.scaling_of(module, rank, rule=RULE)

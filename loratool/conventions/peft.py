@@ -16,14 +16,16 @@ from typing import Any
 from loratool.adapter import Adapter, BaseIdentity, Target, Targeted
 from loratool.checkpoint import Checkpoint
 from loratool.conventions import peft_ia3, peft_kinds, peft_write, torchtune
-from loratool.conventions.architecture import architecture_of
+from loratool.conventions.architecture import model_type_of
 from loratool.conventions.choices import Choices
 from loratool.conventions.peft_base import BaseFacts
-from loratool.conventions.peft_config import MAX_ROW, PeftConfig, parse, refuse_unsupported
+from loratool.conventions.peft_config import MAX_ROW, PeftConfig, chosen_config, parse, refuse_unsupported
 from loratool.conventions.peft_folder import FILE_STEM
 from loratool.conventions.peft_layers import replicate
-from loratool.conventions.peft_names import PART, PREFIX, Module, is_wrapped, sort_keys
+from loratool.conventions.peft_names import PART, PREFIX, Module, is_wrapped, saved_name, sort_keys
+from loratool.conventions.peft_scales import PeftScales
 from loratool.conventions.peft_tokens import patched, reordered, row_numbers
+from loratool.conventions.scales import Scales
 from loratool.errors import ChoiceNeeded, InvalidFile, LoratoolError, Mismatch, Problem, Unsupported
 from loratool.format import is_native
 from loratool.names import modules, natural, parent, prefix_rule
@@ -35,6 +37,7 @@ TITLE = "PEFT adapter"
 KINDS = ("lora", "dora", "loha", "lokr", "replace", "add", "replace_rows")
 TESTED = "peft 0.21.2"
 OPTIONS = ("uniform",)
+ASKS = ("alpha", "scaling", "config", "layout")
 misfits, write = peft_write.misfits, peft_write.write
 
 
@@ -49,18 +52,28 @@ def detect(source: Checkpoint) -> bool:
 
 
 def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | None) -> Adapter:
-    config = choices.config or _side_config(source)
+    config = chosen_config(choices.config, _side_config(source), str(source.path))
     parsed = None
     if config is not None:
         refuse_unsupported(config, str(source.path), base_inside=False)
         parsed = parse(config, str(source.path))
-    parts = {name.removeprefix(PREFIX): ref for name, ref in source.tensors.items()}
-    adapter = PeftReader(parts, parsed, choices, base, str(source.path)).adapter()
+    parts: dict[str, TensorRef] = {}
+    for name, ref in source.tensors.items():
+        if (same := parts.setdefault(saved_name(name), ref)) is not ref:
+            what = f"{name} and {same.name} both stand for {saved_name(name)}"
+            raise InvalidFile(Problem("E-DUPLICATE", what, str(source.path), "keep one of them"))
+    adapter = PeftReader(parts, parsed, Scales(source, choices), base).adapter()
     return replace(adapter, provenance={"convention": NAME}, notes=(*source.notes, *adapter.notes))
 
 
 def unwrap(source: Checkpoint, choices: Choices) -> Mapping[str, TensorRef]:
     return {}
+
+
+def is_bare(source: Checkpoint) -> bool:
+    """Whether a file holds factors under PEFT's names and nothing else, without its prefix: dumped by hand."""
+    names = [*source.tensors]
+    return any(name.endswith(".lora_A.weight") for name in names) and all(map(PART.match, names))
 
 
 def _side_config(source: Checkpoint) -> dict[str, Any] | None:
@@ -75,15 +88,16 @@ class PeftReader:
 
     parts: Mapping[str, TensorRef]
     config: PeftConfig | None
-    choices: Choices
+    sources: Scales
     base: Mapping[str, TensorRef] | None
-    where: str
     notes: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     rename: Callable[[str], str] = str  # the base's name for one of the adapter's modules; known once keys are sorted
 
     def __post_init__(self) -> None:
+        self.choices, self.where = self.sources.choices, self.sources.where
         self.facts = BaseFacts(self.base, self.config, self.choices, self.where)
+        self.scales = PeftScales(self.sources, self.config, self.notes)
 
     def adapter(self) -> Adapter:
         keys = sort_keys(self.parts, self.where)
@@ -101,8 +115,11 @@ class PeftReader:
         updates += [item for module in self._split_tokens(wrapped, whole) for item in self._guarded(module)]
         updates = [item for item in updates if not self._replaced_anyway(item, whole)]
         updates += [self._replacement(name, ref) for name, ref in whole.items()]
+        self.problems += self.sources.contradictions()
         if self.problems:
             raise Mismatch(self.problems)
+        self.sources.check()
+        self.notes += self.sources.notes()
         # Replacements come before the deltas on top of them (an embedding that was resized, then trained).
         updates.sort(key=lambda item: (natural(item.target.name), item.update.role != "replace"))
         name = BaseIdentity(self.config.base_name if self.config else "")
@@ -194,18 +211,18 @@ class PeftReader:
         name = self._tensor(module)
         saved = peft_kinds.Saved(module.name, parts, self.facts.stored(name), self.where)
         if kind == "ADALORA":
-            lora = peft_kinds.adalora(saved, lambda rank: self._adalora_scaling(module, rank))
+            lora = peft_kinds.adalora(saved, lambda rank: self.scales.adalora(module, rank))
             if lora is None:
                 self.notes.append(f"{module.name}: training left no rank of it, nothing changes")
                 return
             yield self._oriented(module.name, name, lora)
         elif kind == "LOHA":
-            loha, shape = peft_kinds.loha(saved, lambda rank: self._scaling(module.name, rank))
+            loha, shape = peft_kinds.loha(saved, lambda rank: self.scales.of(module.name, rank))
             yield Targeted(Target(name, shape), loha)
         elif kind == "IA3":
             yield from peft_ia3.updates(saved, name, self.facts, self.notes)
         else:
-            lokrs, shape = peft_kinds.lokr(saved, lambda rank: self._lokr_scaling(module.name, rank))
+            lokrs, shape = peft_kinds.lokr(saved, lambda rank: self.scales.lokr(module.name, rank))
             yield from (Targeted(Target(name, shape), lokr) for lokr in lokrs)
 
     def _oriented(self, module: str, name: str, lora: Lora) -> Targeted:
@@ -221,7 +238,7 @@ class PeftReader:
         if len(A.shape) != 2 or len(B.shape) != 2 or not A.numel or not B.numel:
             what = f"{module.name}: lora_embedding_A is {list(A.shape)}, lora_embedding_B {list(B.shape)}"
             raise InvalidFile(Problem("E-SHAPE", what, self.where))
-        scaling = self._scaling(module.name, B.shape[1])
+        scaling = self.scales.of(module.name, B.shape[1])
         target = Target(self._tensor(module), (A.shape[1], B.shape[0]), layout="embedding")
         update: Lora | Dora = Lora(B.T, A.T, scaling)
         if magnitude is not None:
@@ -249,7 +266,7 @@ class PeftReader:
         self._refuse_torchtunes_rows(module.name, magnitude)
         out, rank, *_ = B.shape
         B = B.reshape(out, rank)
-        scaling = self._scaling(module.name if parameter == "weight" else f"{module.name}.{parameter}", rank)
+        scaling = self.scales.of(module.name if parameter == "weight" else f"{module.name}.{parameter}", rank)
         if module.nested:
             # nn.MultiheadAttention's out_proj: PEFT 0.21 adds its delta twice, in forward and merge alike, so this is
             # what was trained (peft/tuners/lora/layer.py, MultiheadAttention.merge).
@@ -292,7 +309,7 @@ class PeftReader:
         delta[e] = B.view(b, rank, experts)[:, :, e] @ A.view(experts, rank, a)[e], laid out [b, a] or transposed.
         """
         rank = A.shape[0] // experts
-        scaling = self._scaling(f"{module.name}.{parameter}", rank)
+        scaling = self.scales.of(f"{module.name}.{parameter}", rank)
         a, b = A.shape[1], B.shape[0]
         A3 = A.reshape(experts, rank, a)
         B3 = B.reshape(b, rank, experts).permute(2, 0, 1)  # [experts, b, rank]
@@ -323,44 +340,6 @@ class PeftReader:
 
     # -- what the config says -----------------------------------------------------------------------------------------
 
-    def _scaling(self, module: str, rank: int) -> Scaling:
-        """alpha/r or alpha/sqrt(r). The rank is the tensors': PEFT sorts patterns on saving, so hits change."""
-        if self.config is None:
-            return self.choices.scaling_of(module, rank)
-        alphas = self.config.alphas(module)
-        if len(set(alphas)) > 1:
-            self.notes.append(f"{module}: several alpha_pattern entries match; the file's first is used, as PEFT does")
-        return Scaling.by(self.config.rule, alphas[0] if alphas else self.config.alpha, rank)
-
-    def _lokr_scaling(self, module: str, rank: int | None) -> Scaling:
-        """alpha/r. Where both factors of LoKr are whole, only the config has r; without it the scale is not known.
-
-        The scale is then a bare one: in the file, a rank is one that the tensors show.
-        """
-        if rank is None and self.config is not None:
-            if len({*self.config.ranks(module)}) > 1:
-                self.notes.append(
-                    f"{module}: several rank_pattern entries match; the file's first is used, as PEFT does"
-                )
-            return Scaling("none", None, None, self._scaling(module, self.config.rank_of(module)).scale)
-        if rank is None:
-            known = self.choices.scaling == "alpha"
-            return Scaling("none", None, None, self.choices.scaling_of(module, 1).scale if known else None)
-        return self._scaling(module, rank)
-
-    def _adalora_scaling(self, module: Module, rank: int) -> Scaling:
-        """lora_alpha / (ranks it started with + 1e-5). A wrapped checkpoint has their number, a saved one's config."""
-        given = self.choices.scaling_of(module.name, rank) if self.config is None else self.config
-        stored = module.parts.get("ranknum")
-        if given.alpha is None or given.rule != "alpha/rank" or (stored is None and self.config is None):
-            return Scaling("none", rank, None, None)
-        if stored is not None and stored.numel != 1:
-            raise InvalidFile(Problem("E-SHAPE", f"{module.name}: ranknum is {list(stored.shape)}", self.where))
-        start = float(stored.read()) if stored is not None else float(self.config.rank if self.config else rank)
-        alpha = given.alpha
-        alpha = alpha if alpha > 0 else start
-        return Scaling("none", rank, None, alpha / (start + peft_kinds.RANKNUM))
-
     def _token_indices(self, module: str, rows: TensorRef, tokens: int | None) -> list[int]:
         """Which rows of a table [tokens, dim] were trained: only the config says so, in any order."""
         indices = self.config.tokens_of(module) if self.config else ()
@@ -385,16 +364,15 @@ class PeftReader:
         """
         if self.config is None or not self.config.from_torchtune or not module.endswith(("q_proj", "k_proj")):
             return
-        model = architecture_of(self.base) if self.base is not None else None
+        model = model_type_of(self.base) if self.base is not None else ""
         if magnitude is not None:
             what = f"{module}: torchtune exports lora_B with its rows in another order than lora_magnitude_vector"
-        elif model is not None and model.model_type in torchtune.PLAIN:
-            what = (
-                f"{module}: torchtune exports lora_B in Llama's order of rows, which {model.model_type} does not have"
-            )
+        elif model in torchtune.PLAIN:
+            what = f"{module}: torchtune exports lora_B in Llama's order of rows, which {model} does not have"
         else:
             return
         hint = (
-            "merge the adapter_model.pt beside it; if PEFT wrote this one, take PEFT's own, longer adapter_config.json"
+            "merge the adapter_model.pt beside it; if torchtune did not write it, say so with any other field of PEFT's"
+            ' in adapter_config.json, like "bias": "none"'
         )
         raise Unsupported(Problem("E-UNSUPPORTED", what, self.where, hint))

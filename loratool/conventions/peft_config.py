@@ -8,10 +8,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from loratool.conventions.peft_fields import unknown
 from loratool.conventions.peft_layers import parse_ranges
 from loratool.conventions.peft_methods import why_not
-from loratool.errors import InvalidFile, LoratoolError, Problem, Unsupported
-from loratool.tensors import is_int
+from loratool.errors import ChoiceNeeded, InvalidFile, LoratoolError, Problem, Unsupported
+from loratool.tensors import is_int, whole
 
 # Initialisations that rewrite the base before training: the adapter is relative to a base that is not on any disk.
 MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -40,6 +41,9 @@ class PeftConfig:
     kind: str = "LORA"
     rank: int = 8  # AdaLoRA's is the one it starts from, `init_r`
     alpha: float = 8.0
+    rank_said: bool = False  # whether rank and alpha stand in the file
+    alpha_said: bool = False
+    alpha_name: str = "lora_alpha"  # what the file calls it
     rule: str = "alpha/rank"
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -83,6 +87,16 @@ class PeftConfig:
         return ()
 
 
+def chosen_config(
+    given: Mapping[str, Any] | None, own: Mapping[str, Any] | None, where: str
+) -> Mapping[str, Any] | None:
+    """The adapter's own config, or the user's for one that has none. Raises ChoiceNeeded where there are two."""
+    if given is not None and own is not None:
+        what = "--config is given, and the adapter has an adapter_config.json of its own"
+        raise ChoiceNeeded(Problem("E-OPTION", what, where, "leave --config out, or correct the adapter's own"))
+    return own if own is not None else given
+
+
 def parse(document: Mapping[str, Any], where: str) -> PeftConfig:
     """Check the fields that are used, all of them. Raises InvalidFile with every one that is wrong."""
     problems: list[Problem] = []
@@ -101,6 +115,10 @@ def parse(document: Mapping[str, Any], where: str) -> PeftConfig:
     kind = document.get("peft_type", "LORA")
     rank_name = "init_r" if kind == "ADALORA" else "r"
     alpha_name = "alpha" if kind in ("LOHA", "LOKR") else "lora_alpha"
+    document = {
+        **document,
+        **{name: _wholes(document[name]) for name in (rank_name, "rank_pattern") if name in document},
+    }
     if rank_name in document:
         need(_is_rank(document[rank_name]), rank_name, "a whole number above 0")
     if alpha_name in document:
@@ -138,6 +156,9 @@ def parse(document: Mapping[str, Any], where: str) -> PeftConfig:
         kind=kind,
         rank=document.get(rank_name, 12 if kind == "ADALORA" else 8),
         alpha=float(document.get(alpha_name, 8)),
+        rank_said=rank_name in document,
+        alpha_said=alpha_name in document,
+        alpha_name=alpha_name,
         rule="alpha/sqrt(rank)" if get("use_rslora", False) and kind == "LORA" else "alpha/rank",
         rank_pattern=ranks,
         alpha_pattern={pattern: float(alpha) for pattern, alpha in alphas.items()},
@@ -178,6 +199,11 @@ def refuse_unsupported(
         for key, why in VARIANTS.items()
         if document.get(key)
     ]
+    hint = "if it is about training only, take it out of the config; otherwise let the PEFT that wrote it merge it"
+    problems += [
+        Problem("E-UNSUPPORTED", f"{key} is {document[key]!r:.80}: no field of PEFT that is known", where, hint)
+        for key in unknown(document)
+    ]
     if problems:
         raise Unsupported(problems)
 
@@ -188,6 +214,11 @@ def _version(text: object) -> tuple[int, int, int] | None:
         return (0, 17, 0)
     match = re.match(r"(\d{1,6})\.(\d{1,6})\.(\d{1,6})(?!\.?dev)", str(text))
     return None if match is None else (int(match[1]), int(match[2]), int(match[3]))
+
+
+def _wholes(value: Any) -> Any:
+    """Ranks that some program wrote as 4.0 as whole numbers; what is none stays as it is."""
+    return {key: whole(item) for key, item in value.items()} if isinstance(value, dict) else whole(value)
 
 
 def _is_rank(value: object) -> bool:

@@ -51,6 +51,12 @@ class Keys:
     notes: list[str]
 
 
+def saved_name(name: str) -> str:
+    """A key without PEFT's prefix, which lies behind the name of a part where that part alone was wrapped."""
+    outer, prefix, rest = name.partition(PREFIX)
+    return outer + rest if prefix and (not outer or outer.endswith(".")) else name
+
+
 def is_wrapped(names: Iterable[str]) -> bool:
     """Whether adapter names are in the keys. `modules_to_save.NAME` alone is no sign: PEFT saves it in folders too."""
     matches = (WRAPPED_PART.match(name) for name in names)

@@ -16,8 +16,9 @@ from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint
 from loratool.conventions.choices import Choices
 from loratool.conventions.peft import PeftReader
-from loratool.conventions.peft_config import parse, refuse_unsupported
+from loratool.conventions.peft_config import chosen_config, parse, refuse_unsupported
 from loratool.conventions.peft_names import PREFIX, WRAPPED_PART, foreign_problems, foreign_wrapped, is_wrapped
+from loratool.conventions.scales import Scales
 from loratool.errors import ChoiceNeeded, InvalidFile, Problem, Unsupported
 from loratool.tensors import TensorRef
 
@@ -25,6 +26,7 @@ NAME = "peft-wrapped"
 TITLE = "PEFT-wrapped checkpoint"
 KINDS = ("lora", "dora", "loha", "lokr", "replace", "add", "replace_rows")
 TESTED = "peft 0.21.2"
+ASKS = ("alpha", "scaling", "config", "adapter", "layout")
 
 
 def detect(source: Checkpoint) -> bool:
@@ -32,8 +34,8 @@ def detect(source: Checkpoint) -> bool:
 
 
 def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | None) -> Adapter:
-    choices.refuse("enable_lora", "already_merged", where=str(source.path))
-    config = choices.config or (source.side_json("adapter_config.json") if source.path.is_dir() else None)
+    own = source.side_json("adapter_config.json") if source.path.is_dir() else None
+    config = chosen_config(choices.config, own, str(source.path))
     parsed = None
     if config is not None:
         refuse_unsupported(config, str(source.path), base_inside=True)
@@ -41,7 +43,7 @@ def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | N
     parts, inside = _split(source, choices)
     bias = parsed.bias if parsed else "none"
     trained = {name: ref for name, ref in inside.items() if name.endswith(".bias") and _trained(name, bias, source)}
-    reader = PeftReader({**trained, **parts}, parsed, choices, base or inside or None, str(source.path))
+    reader = PeftReader({**trained, **parts}, parsed, Scales(source, choices), base or inside or None)
     adapter = reader.adapter()
     notes = [*source.notes, *adapter.notes]
     if trained:

@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping
 from loratool.adapter import Adapter, Target, Targeted
 from loratool.checkpoint import Checkpoint
 from loratool.conventions.choices import Choices
+from loratool.conventions.scales import Scales
 from loratool.errors import InvalidFile, Problem
 from loratool.names import natural, prefix_rule
 from loratool.tensors import TensorRef
@@ -22,6 +23,7 @@ NAME = "plain"
 TITLE = "plain LinearWithLoRA wrapper"
 KINDS = ("lora",)
 TESTED = "the book's class, written again"
+ASKS = ("alpha", "scaling")
 
 
 def detect(source: Checkpoint) -> bool:
@@ -31,9 +33,9 @@ def detect(source: Checkpoint) -> bool:
 def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | None) -> Adapter:
     wrapped = _wrapped(source)
     names = {module: f"{_unwrapped(module, wrapped)}.weight" for module in wrapped}
-    choices.refuse("config", "adapter", "enable_lora", "already_merged", where=str(source.path))
     choices.check_used([*wrapped], str(source.path))
     rename, notes = prefix_rule(names.values(), names.values() if base is None else base, str(source.path))
+    scales = Scales(source, choices, asks_rule=True)
     updates, problems = [], []
     for module in sorted(wrapped, key=natural):
         A, B = source.tensors[f"{module}.lora.A"], source.tensors[f"{module}.lora.B"]
@@ -48,10 +50,12 @@ def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | N
             continue
         rank = B.shape[0]
         target = Target(rename(names[module]), (B.shape[1], A.shape[0]))
-        updates.append(Targeted(target, Lora(A.T, B.T, choices.scaling_of(module, rank))))
+        updates.append(Targeted(target, Lora(A.T, B.T, scales.of(module, rank))))
     if problems:
         raise InvalidFile(problems)
-    return Adapter(tuple(updates), provenance={"convention": NAME}, notes=(*source.notes, *notes))
+    scales.check()
+    notes = [*source.notes, *notes, *scales.notes()]
+    return Adapter(tuple(updates), provenance={"convention": NAME}, notes=tuple(notes))
 
 
 def unwrap(source: Checkpoint, choices: Choices) -> Mapping[str, TensorRef]:

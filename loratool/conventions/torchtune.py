@@ -20,7 +20,9 @@ from loratool.adapter import Adapter, BaseIdentity, Target, Targeted
 from loratool.checkpoint import Checkpoint
 from loratool.conventions import torchtune_names, torchtune_write
 from loratool.conventions.choices import Choices
-from loratool.conventions.peft_config import parse
+from loratool.conventions.headers import Said
+from loratool.conventions.peft_config import chosen_config, parse
+from loratool.conventions.scales import Scales
 from loratool.conventions.torchtune_names import Naming
 from loratool.errors import InvalidFile, LoratoolError, Mismatch, Problem
 from loratool.names import natural
@@ -32,6 +34,7 @@ TITLE = "torchtune checkpoint"
 KINDS = ("lora", "dora")
 TESTED = "torchtune 0.6.1"
 OPTIONS = ()
+ASKS = ("alpha", "scaling", "config")
 PLAIN = torchtune_names.PLAIN
 FILE_STEM = torchtune_write.FILE_STEM
 misfits, write = torchtune_write.misfits, torchtune_write.write
@@ -51,10 +54,9 @@ def has_factors(names: Mapping[str, TensorRef]) -> bool:
 
 def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | None) -> Adapter:
     where = str(source.path)
-    choices.refuse("adapter", "layout", where=where)
     modules, experts = _sort(source)
-    config = choices.config or _side_config(source)
-    reader = _Reader(choices, config, where)
+    config = chosen_config(choices.config, _side_config(source), where)
+    reader = _Reader(Scales(source, choices), config, where)
     stacks = [f"{module}.{matrix}_proj" for module, matrix in experts]
     choices.check_used([*modules, *stacks], where)
     naming = torchtune_names.naming(base, modules, stacks, where)
@@ -66,9 +68,10 @@ def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | N
             reader.updates.append(reader.experts(module, matrix, parts, naming))
     if reader.problems:
         raise Mismatch(reader.problems)
+    reader.scales.check()
     updates = sorted(reader.updates, key=lambda item: (natural(item.target.name), item.target.rows or (0, 0)))
     name = BaseIdentity(str(config.get("base_model_name_or_path") or "")) if config else BaseIdentity()
-    notes = (*source.notes, *naming.notes)
+    notes = (*source.notes, *naming.notes, *reader.scales.notes())
     return Adapter(tuple(updates), name, provenance={"convention": NAME}, notes=notes)
 
 
@@ -109,7 +112,7 @@ def _sort(source: Checkpoint) -> tuple[dict[str, _Parts], dict[tuple[str, str], 
 class _Reader:
     """Turns factors into updates; problems of all modules are collected."""
 
-    choices: Choices
+    scales: Scales
     config: Mapping[str, Any] | None
     where: str
     updates: list[Targeted] = field(default_factory=list)
@@ -167,8 +170,8 @@ class _Reader:
     def _scaling(self, module: str, rank: int) -> Scaling:
         """alpha/rank with the tensors' rank; a config of another rank belongs to another adapter."""
         if self.alpha is None:
-            return self.choices.scaling_of(module, rank)
+            return self.scales.of(module, rank)
         if self.rank is not None and self.rank != rank:
             what = f"{module} has rank {rank}, the adapter_config says r = {self.rank}"
             raise Mismatch(Problem("E-RANK", what, self.where, "is it this adapter's own config?"))
-        return Scaling.by("alpha/rank", self.alpha, rank)
+        return self.scales.of(module, rank, Said(self.alpha, "lora_alpha of adapter_config.json"))
