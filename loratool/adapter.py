@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from loratool.errors import Problem
 from loratool.tensors import Shape
@@ -132,6 +133,10 @@ class BaseIdentity:
 class Adapter:
     """Updates in order, the base they belong to, provenance (free text pairs), and notes from reading it.
 
+    `info` is what people and other programs want to know of it (JSON: title, description, triggers, license, authors,
+    source, weight, training, config; spec, section 9), `metadata` the members of a safetensors header that other tools
+    look for under their own names (``modelspec.title``, ``ss_network_dim``). No merge looks at either.
+
     `doubts` are what only the base could have settled, where it was not at hand: such an adapter can be inspected, not
     saved or merged.
     """
@@ -141,6 +146,8 @@ class Adapter:
     provenance: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
+    info: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     def targets(self) -> dict[str, list[Targeted]]:
         """The updates by the tensor they change, in order."""

@@ -90,6 +90,8 @@ class Summary:
     fit: BaseFit | None
     receipt: Receipt | None
     notes: tuple[str, ...]
+    info: Mapping[str, Any]  # what the adapter says of itself
+    metadata: Mapping[str, str]  # and for other tools, under their names
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -151,6 +153,8 @@ def inspect_path(path: Path, base_path: Path | None = None, choices: Choices | N
         fit=_fit(fitting, base) if fitting and base else None,
         receipt=found,
         notes=tuple(notes),
+        info=adapter.info if adapter else {},
+        metadata=adapter.metadata if adapter else {},
     )
 
 

@@ -1,69 +1,41 @@
-"""The native adapter file, ``spec/FORMAT.md`` 1.0: the only place that knows its key names and versions.
-
-One safetensors file; its `__metadata__` holds the key `loratool` with a canonical JSON manifest; every component of
-the n-th update of a target is a tensor named ``TARGET.N.COMPONENT``.
-"""
+"""A native file as an Adapter: every rule of a reader, and every broken one told."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
-
-import rfc8785
+from typing import Any, NamedTuple
 
 from loratool.adapter import LAYOUTS, Adapter, BaseIdentity, Target, Targeted, TensorIdentity, is_name
-from loratool.container import Header, canonical_order, encode_header, read_header, strict_json
-from loratool.errors import ChoiceNeeded, InvalidFile, LoratoolError, Problem, Unsupported
-from loratool.staging import staged
-from loratool.tensors import DTYPE_BITS, FLOATS, TensorRef, all_finite, is_int
+from loratool.container import Header, read_header, strict_json
+from loratool.errors import InvalidFile, Problem, Unsupported
+from loratool.format import info
+from loratool.format.keys import (
+    COMPONENTS,
+    DIRECTIONS,
+    DORA_KEYS,
+    FEATURES,
+    FORMAT_NAME,
+    MAJOR,
+    MANIFEST_KEYS,
+    MAX_FREE_VALUES,
+    MAX_MANIFEST,
+    MAX_RANK,
+    MAX_UPDATES,
+    METADATA_KEY,
+    PARTS,
+    SCALE_KEYS,
+    UPDATE_KEYS,
+)
+from loratool.tensors import DTYPE_BITS, TensorRef, is_int
 from loratool.updates import KINDS, RULES, Add, Dora, Replace, ReplaceRows, Scaling, Update
 
-METADATA_KEY = "loratool"
-FORMAT_NAME = "loratool"
-VERSION = "1.0"
-MAJOR = 1
 
-MAX_UPDATES = 1_000_000
-MAX_RANK = 65_536
-MAX_MANIFEST = 50_000_000  # bytes
-
-FEATURES = {"dora", "loha", "lokr", "replace", "add", "replace_rows", "mid", "rows", "expert", "experts"}
-CORES = {"mid", "mid1", "mid2"}
-DIRECTIONS = ("lora", "loha", "lokr")
-
-_UPDATE_KEYS = {"target", "kind", "shape", "rows", "expert", "experts", "layout"}
-_SCALE_KEYS = {"rank", "alpha", "scaling", "scale"}
-_DORA_KEYS = {"direction", "axis"}
-
-# The sets of components a kind can have; the file's own tensors decide which one it is.
-_LORA = ({"A", "B"}, {"A", "B", "mid"})
-_LOHA = ({"A1", "B1", "A2", "B2"}, {"A1", "B1", "A2", "B2", "mid1", "mid2"})
-_LOKR = tuple(left | right for left in ({"w1"}, {"A1", "B1"}) for right in ({"w2"}, {"A2", "B2"}, {"A2", "B2", "mid2"}))
-COMPONENTS: dict[str, tuple[set[str], ...]] = {
-    "lora": _LORA,
-    "loha": _LOHA,
-    "lokr": _LOKR,
-    "replace": ({"value"},),
-    "add": ({"value"},),
-    "replace_rows": ({"index", "value"},),
-}
-_PARTS = {kind: frozenset().union(*choices) for kind, choices in COMPONENTS.items()}  # every one it can have
-
-
-def is_native(metadata: Mapping[str, str]) -> bool:
-    """Whether a safetensors file with this metadata says that it is an adapter of this format."""
-    return METADATA_KEY in metadata
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
-class _Parsed(NamedTuple):
+class Parsed(NamedTuple):
     adapter: Adapter
     manifest: dict[str, Any]
 
@@ -78,10 +50,10 @@ def read(path: Path) -> Adapter:
 
 def adapter_of(header: Header) -> Adapter:
     """The adapter that a header describes; raises like `read`."""
-    return _parse(header).adapter
+    return parse(header).adapter
 
 
-def _parse(header: Header) -> _Parsed:
+def parse(header: Header) -> Parsed:
     where = str(header.path)
     text = header.metadata.get(METADATA_KEY)
     if text is None:
@@ -101,7 +73,7 @@ def _parse(header: Header) -> _Parsed:
     problems = reader.problems or adapter.check()
     if problems:
         raise (Unsupported if {p.code for p in problems} <= {"E-FEATURE", "E-KIND"} else InvalidFile)(problems)
-    return _Parsed(adapter, manifest)
+    return Parsed(replace(adapter, metadata=info.kept(header.metadata)), manifest)
 
 
 def _all_finite(value: Any) -> bool:
@@ -157,7 +129,7 @@ class _Reader:
                 self.complain("E-UNKNOWN-KEY", "R-014", f"{what} has the unknown key {key!r}")
 
     def adapter(self, manifest: dict[str, Any]) -> Adapter:
-        self.known_keys("manifest", manifest, {"format", "version", "features", "updates", "base", "provenance"})
+        self.known_keys("manifest", manifest, MANIFEST_KEYS)
         features = self.typed("features", manifest.get("features"), list)
         if not all(isinstance(feature, str) for feature in features):
             self.complain("E-MANIFEST", "R-013", "features must be strings")
@@ -178,7 +150,11 @@ class _Reader:
         provenance = self.typed("provenance", manifest.get("provenance"), dict)
         if not all(isinstance(value, str) for value in provenance.values()):
             self.complain("E-MANIFEST", "R-042", "provenance values must be strings")
-        return Adapter(tuple(updates), base, provenance)
+        about = self.typed("info", manifest.get("info", {}), dict, "R-044")
+        if info.too_many(manifest):
+            what = f"info, provenance and vendor keys hold over {MAX_FREE_VALUES:,} JSON values"
+            self.complain("E-LIMIT", "R-016", what)
+        return Adapter(tuple(updates), base, provenance, info=about)
 
     def targeted(self, n: int, raw: object, seen: Counter[str]) -> Targeted | None:
         before = len(self.problems)
@@ -196,7 +172,7 @@ class _Reader:
             self.complain("E-KIND", "R-021", f"{what} ({name}) is of the unknown kind {kind!r}")
             return None
         is_dora = kind == Dora.kind
-        self.known_keys(what, entry, _UPDATE_KEYS | _SCALE_KEYS | (_DORA_KEYS if is_dora else set()))
+        self.known_keys(what, entry, UPDATE_KEYS | SCALE_KEYS | (DORA_KEYS if is_dora else set()))
         target = self.target(what, name, entry)
         direction = entry.get("direction") if is_dora else kind
         if is_dora and (direction not in DIRECTIONS or not is_int(entry.get("axis")) or entry["axis"] not in (0, 1)):
@@ -235,7 +211,7 @@ class _Reader:
     def components(self, what: str, prefix: str, kind: str, is_dora: bool) -> dict[str, TensorRef]:
         """The tensors of one update; exactly one of the kind's component sets must be there."""
         extra = {"magnitude"} if is_dora else set()
-        parts = {part: self.tensors[prefix + part] for part in _PARTS[kind] | extra if prefix + part in self.tensors}
+        parts = {part: self.tensors[prefix + part] for part in PARTS[kind] | extra if prefix + part in self.tensors}
         self.used.update(prefix + part for part in parts)
         if parts.keys() - extra not in COMPONENTS[kind] or not extra <= parts.keys():
             choices = " or ".join(", ".join(sorted(choice | extra)) for choice in COMPONENTS[kind])
@@ -251,8 +227,8 @@ class _Reader:
         """Rank, alpha, rule and scale of an update, and that they agree (R-024 to R-026)."""
         rank, alpha, rule, scale = (entry.get(key) for key in ("rank", "alpha", "scaling", "scale"))
         if kind in (Replace.kind, ReplaceRows.kind):
-            if _SCALE_KEYS & entry.keys():
-                self.complain("E-SCALE", "R-024", f"{what}: a {kind} has no {sorted(_SCALE_KEYS & entry.keys())}")
+            if SCALE_KEYS & entry.keys():
+                self.complain("E-SCALE", "R-024", f"{what}: a {kind} has no {sorted(SCALE_KEYS & entry.keys())}")
             return Scaling()
         if "scaling" in entry and not isinstance(rule, str):
             self.complain("E-MANIFEST", "R-020", f"{what}.scaling must be a string")
@@ -322,221 +298,3 @@ def _agrees(scale: float, rule: str, alpha: float | None, rank: int | None) -> b
         return True
     expected = RULES[rule](alpha, rank or 1)
     return abs(scale - expected) <= abs(expected) * 2**-40
-
-
-# --- writing ---------------------------------------------------------------------------------------------------------
-
-
-def write(adapter: Adapter, path: Path) -> None:
-    """Write an adapter as one native file, whole or not at all. The same adapter gives the same bytes.
-
-    Raises ChoiceNeeded where a scale is unknown, InvalidFile where the adapter contradicts itself, OutputRefused
-    where `path` exists.
-    """
-    with writing(adapter, path):
-        pass
-
-
-@contextmanager
-def writing(adapter: Adapter, path: Path) -> Iterator[None]:
-    """Write an adapter that appears at `path` when the block ends well, and not at all if it does not."""
-    with staged(path) as place:
-        with place.open("wb") as file:
-            _write_to(adapter, file)
-        read(place)  # nothing leaves that a reader would refuse
-        yield
-
-
-def _write_to(adapter: Adapter, file: BinaryIO) -> None:
-    tensors, metadata = stored(adapter)
-    order = canonical_order((name, tensor.dtype) for name, tensor in tensors.items())
-    file.write(encode_header(((n, tensors[n].dtype, tensors[n].shape) for n in order), metadata))
-    for name in order:
-        for chunk in tensors[name].chunks():
-            file.write(chunk)
-
-
-def stored(adapter: Adapter) -> tuple[dict[str, TensorRef], dict[str, str]]:
-    """The tensors and the metadata of an adapter's native file. Raises what `write` raises for the adapter."""
-    if unknown := adapter.unknown_scales():
-        raise ChoiceNeeded(unknown_alpha(unknown))
-    if adapter.doubts:
-        raise ChoiceNeeded(
-            [Problem("E-LAYOUT", d, hint="load it with its base: load(path, base=...)") for d in adapter.doubts]
-        )
-    if problems := adapter.check():
-        raise InvalidFile(problems)
-    return _named_components(adapter), {METADATA_KEY: _canonical_json(manifest_of(adapter))}
-
-
-def unknown_alpha(items: list[Targeted]) -> Problem:
-    """The refusal of updates whose alpha nobody has said, naming them."""
-    names = [item.target.name for item in items]
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return Problem(
-        "E-ALPHA",
-        f"alpha is not stored in the checkpoint, so the scale of {len(names)} updates is unknown: {shown}",
-        hint="load it with alpha and scaling",
-    )
-
-
-def manifest_of(adapter: Adapter) -> dict[str, Any]:
-    """The manifest as a JSON document."""
-    base: dict[str, Any] = {}
-    if adapter.base.name:
-        base["name"] = adapter.base.name
-    if tensors := {
-        name: {"digest": known.digest, "dtype": known.dtype, "shape": list(known.shape)}
-        for name, known in adapter.base.tensors.items()
-    }:
-        base["tensors"] = tensors
-    return {
-        "format": FORMAT_NAME,
-        "version": VERSION,
-        "features": sorted(features_of(adapter)),
-        "updates": [_entry(item) for item in adapter.updates],
-        "base": base,
-        "provenance": dict(adapter.provenance),
-    }
-
-
-def features_of(adapter: Adapter) -> set[str]:
-    """The features a reader must know to read this adapter."""
-    found = set()
-    for item in adapter.updates:
-        update = item.update
-        found |= {update.kind, update.direction.kind if isinstance(update, Dora) else update.kind} - {"lora"}
-        found |= {key for key in ("rows", "expert", "experts") if getattr(item.target, key) is not None}
-        found |= {"mid"} if CORES & update.components().keys() else set()
-    return found
-
-
-def _canonical_json(document: Any) -> str:
-    """RFC 8785. Whole numbers beyond 2^53 are doubles like any other number, which the library leaves to its caller."""
-
-    def doubles(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: doubles(child) for key, child in value.items()}
-        if isinstance(value, list):
-            return [doubles(child) for child in value]
-        return float(value) if is_int(value) and abs(value) >= 2**53 else value
-
-    try:
-        return rfc8785.dumps(doubles(document)).decode("utf-8")
-    except (ValueError, UnicodeEncodeError) as error:  # infinities, lone surrogates
-        raise InvalidFile(Problem("E-MANIFEST", f"can not be written as JSON: {error}", rule="R-050")) from None
-
-
-def _entry(item: Targeted) -> dict[str, Any]:
-    target, update = item.target, item.update
-    entry: dict[str, Any] = {"target": target.name, "kind": update.kind, "shape": list(target.shape)}
-    optional: dict[str, Any] = {
-        "rows": list(target.rows) if target.rows else None,
-        "expert": target.expert,
-        "experts": target.experts,
-        "layout": target.layout or None,
-    }
-    if update.scaling is not None:
-        scaling = update.scaling
-        optional |= {"rank": scaling.rank, "alpha": scaling.alpha, "scaling": scaling.rule, "scale": scaling.scale}
-    if isinstance(update, Dora):
-        optional |= {"direction": update.direction.kind, "axis": update.axis}
-    return entry | {key: value for key, value in optional.items() if value is not None}
-
-
-def _named_components(adapter: Adapter) -> dict[str, TensorRef]:
-    named = {}
-    seen: Counter[str] = Counter()
-    for item in adapter.updates:
-        ordinal, seen[item.target.name] = seen[item.target.name], seen[item.target.name] + 1
-        for part, tensor in item.update.components().items():
-            named[f"{item.target.name}.{ordinal}.{part}"] = tensor
-    return named
-
-
-def content_digest(adapter: Adapter) -> str:
-    """BLAKE3 over what an adapter does: its entries and the bytes of their components, in a canonical order.
-
-    Base identity and provenance are left out, so an adapter keeps its digest from one convention to another.
-    """
-    from blake3 import blake3
-
-    hasher = blake3()
-    entries = [(_canonical_json(_entry(item)).encode(), item.update) for item in adapter.updates]
-    for entry, update in sorted(entries, key=lambda pair: pair[0]):
-        hasher.update(entry)
-        for part, tensor in sorted(update.components().items()):
-            hasher.update(f"\n{part} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            for chunk in tensor.chunks():
-                hasher.update(chunk)
-    return f"blake3:{hasher.hexdigest()}"
-
-
-# --- validating ------------------------------------------------------------------------------------------------------
-
-
-def validate(path: Path) -> list[Problem]:
-    """Every rule of the spec that a file breaks, the writer's duties and the values included; [] for a valid file."""
-    try:
-        header = read_header(path)
-    except LoratoolError as error:
-        if error.code == "E-READ":
-            raise  # no finding about the file: there is none
-        return list(error.problems)
-    try:
-        parsed = _parse(header)
-    except LoratoolError as error:
-        return [*error.problems, *_canonical(header, None)]
-    return [*_canonical(header, parsed), *_values(parsed.adapter, str(path))]
-
-
-def _canonical(header: Header, parsed: _Parsed | None) -> Iterator[Problem]:
-    where = str(header.path)
-    if parsed:
-        wanted = sorted(features_of(parsed.adapter))
-        if parsed.manifest["features"] != wanted:
-            yield Problem(
-                "E-FEATURE",
-                f"features are {parsed.manifest['features']}, the updates use {wanted}",
-                where,
-                rule="R-017",
-            )
-        if _canonical_json(parsed.manifest) != header.metadata[METADATA_KEY]:
-            yield Problem("E-CANONICAL", "the manifest is not in canonical JSON (RFC 8785)", where, rule="R-050")
-    entries = [(name, tensor.dtype, tensor.shape) for name, tensor in header.tensors.items()]
-    if list(header.tensors) != canonical_order((name, dtype) for name, dtype, _ in entries):
-        yield Problem("E-CANONICAL", "tensors are not in canonical order", where, rule="R-052")
-    if header.metadata.keys() == {METADATA_KEY}:
-        text = header.text.encode("utf-8")
-        if encode_header(entries, header.metadata)[8:] != text:
-            yield Problem("E-CANONICAL", "the header is not in canonical form", where, rule="R-051")
-    elif header.metadata:
-        yield Problem("E-CANONICAL", f"metadata has more keys than {METADATA_KEY!r}", where, rule="R-051")
-
-
-def _values(adapter: Adapter, where: str) -> Iterator[Problem]:
-    for item in adapter.updates:
-        for part, tensor in item.update.components().items():
-            if tensor.dtype in FLOATS:
-                if not all_finite(tensor.read()):
-                    yield Problem(
-                        "E-NONFINITE",
-                        f"component {part} of {item.target.name} has NaN or infinity",
-                        where,
-                        rule="R-033",
-                    )
-            elif part in item.update.index_components and (problem := check_index(item, tensor)) is not None:
-                yield Problem(problem.code, problem.message, where, rule=problem.rule)
-
-
-def check_index(item: Targeted, index: TensorRef) -> Problem | None:
-    """Rule R-034: the rows to replace are increasing and inside the tensor."""
-    rows = index.read().tolist()
-    if rows == sorted(set(rows)) and rows and rows[0] >= 0 and rows[-1] < item.target.shape[0]:
-        return None
-    return Problem(
-        "E-RANGE",
-        f"the row index is not increasing within 0..{item.target.shape[0] - 1}",
-        item.target.name,
-        rule="R-034",
-    )
