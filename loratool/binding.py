@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from loratool import maps
-from loratool.adapter import Adapter, Targeted, overlaps
+from loratool.adapter import Adapter, Targeted, is_part, overlaps
 from loratool.checkpoint import Checkpoint, open_checkpoint
 from loratool.conventions import of_base
 from loratool.conventions.choices import Choices
 from loratool.conventions.load import load_part
 from loratool.errors import LoratoolError, Problem
 from loratool.format import check_index, unknown_alpha
+from loratool.identity import difference
 from loratool.layout import Weighted
 from loratool.maps import View, shipped
 from loratool.names import missing
-from loratool.quantised import Foreign, stored_part
+from loratool.quantised import Foreign
 from loratool.strangers import HEADS, UNTIE, not_in_the_base
 from loratool.tensors import FLOATS, MERGEABLE, TensorRef, extremes
 from loratool.updates import Replace, ReplaceRows
@@ -49,6 +50,7 @@ class Binding:
     allow_new: bool = False
     parts: list[Part] = field(default_factory=list)
     wanted: dict[str, list[Weighted]] = field(default_factory=dict)  # by the base's clean names
+    claims: dict[str, list[Targeted]] = field(default_factory=dict)  # the same with those of weight 0
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     paired: set[str] = field(default_factory=set)  # tensors whose tied copy the adapter holds as well
@@ -88,6 +90,7 @@ class Binding:
                     lost.append(target)
                 else:
                     self.problems += self._unfit(target, items, part)
+                self.claims.setdefault(target, []).extend(items)
                 # A weight of 0 is the identity: not even a zero changes its sign.
                 weighted = [Weighted(item, part.weight) for item in items if part.weight != 0]
                 self.wanted.setdefault(target, []).extend(weighted)
@@ -113,6 +116,12 @@ class Binding:
 
     def _incomplete(self, part: Part, choices: Choices) -> Iterator[Problem]:
         """What an adapter leaves open, or contradicts itself in."""
+        if part.adapter.when:
+            what = f"it acts {part.adapter.condition()}: merged, it would always act"
+            hint = (
+                "load it beside the base in a program that knows such adapters; convert and inspect keep the condition"
+            )
+            yield Problem("E-CONDITIONAL", what, part.name, hint, "R-047")
         if unknown := part.adapter.unknown_scales():
             hint = choices.unknown_scale_hint(min(item.update.scaling.rule for item in unknown if item.update.scaling))
             yield replace(unknown_alpha(unknown), where=part.name, hint=hint)
@@ -158,18 +167,17 @@ class Binding:
 
     def _other_base(self, part: Part) -> Iterator[Problem]:
         """Tensors that are not those the adapter was trained on (R-041)."""
+        targets = part.adapter.targets() if part.adapter.base.tensors else {}
         for name, known in part.adapter.base.tensors.items():
             stored = self.base.tensors.get(self.base.ties.get(name, name))
             if stored is None and name in self.view.places:
                 stored = self.view.tensors.get(name)  # what a map puts together has the bytes that were digested
-            if stored is None:
+            if stored is not None and isinstance(stored.data, Foreign):
+                continue  # refused as such
+            if stored is None and not (self.allow_new and _whole(targets.get(name, []))):
                 continue  # a missing target is reported as such
-            stored = stored_part(stored)
-            if (stored.dtype, stored.shape) != (known.dtype, known.shape):
-                found = f"{stored.dtype} {list(stored.shape)}, not {known.dtype} {list(known.shape)}"
-            elif stored.digest() != known.digest:
-                found = "of other bytes"
-            else:
+            found = "not in it" if stored is None else difference(stored, known)
+            if not found:
                 continue
             what = f"this is not the base that the adapter was trained on: {name} is {found}"
             yield Problem("E-BASE-MISMATCH", what, part.name, "merge into the base it was trained on", "R-041")
@@ -256,8 +264,7 @@ class Binding:
     def _conflicts(self) -> Iterator[Problem]:
         """Updates of different adapters whose sum is not defined; within one adapter, its own check has found them."""
         own = [part.adapter.targets() for part in self.parts]
-        for name, weighted in self.wanted.items():
-            items = [item for item, _ in weighted]
+        for name, items in self.claims.items():
             if not any(list(overlaps(targets.get(name, []))) for targets in own):
                 rows = [item for item in items if item.update.kind == ReplaceRows.kind]
                 exclusive = [item for item in items if item not in rows[1:]] if _disjoint(rows) else items
@@ -274,7 +281,16 @@ def led(adapter: Adapter, base: Checkpoint, view: View, where: str) -> Adapter:
     """The adapter with the base's targets, where maps know them under the adapter's names."""
     if adapter.check():
         return adapter  # its contradictions are reported as they are
-    return maps.led(adapter, view, where, base.ties)
+    found = maps.led(adapter, view, where, base.ties)
+    if not base.components:
+        return found
+    return replace(found, updates=tuple(_in_part(item, base) for item in found.updates))
+
+
+def _in_part(item: Targeted, base: Checkpoint) -> Targeted:
+    """An update of a pipeline's tensor, with the component that it lies in."""
+    part = item.target.name.partition(".")[0]
+    return replace(item, target=replace(item.target, part=part)) if part in base.components and is_part(part) else item
 
 
 def _whole(items: Sequence[Targeted]) -> bool:

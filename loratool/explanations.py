@@ -129,6 +129,11 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "Is it the adapter's base, whole, in the layout that it was trained on? `loratool inspect ADAPTER --base BASE`"
         " compares; --map FILE leads names to others; --allow-new adds whole tensors; --skip leaves some out.",
     ),
+    "E-CONDITIONAL": (
+        "The adapter acts on some inputs only (an activated LoRA, a prompt, a router): merged, it would always act.",
+        "Load it beside the base in a program that knows such adapters; `loratool convert` keeps the condition where"
+        " the layout has a place for it.",
+    ),
     "E-BASE-MISMATCH": (
         "The adapter knows the digests of the base it was trained on, and this is another one.",
         "Merge into the base it was trained on.",

@@ -68,7 +68,10 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
         pairs.append(("adapter", f"{updates}, {sizes}"))
         known = f"pinned by the digests of {output.count(summary.base_digests, 'tensor')}"
         known = known if summary.base_digests else "not pinned: no digests in the file"
-        pairs.append(("base", ", ".join(filter(None, (summary.base_name, known)))))
+        revision = f"revision {summary.base_revision}" if summary.base_revision else ""
+        named = (summary.base_name, revision, summary.base_architecture, known)
+        pairs.append(("base", ", ".join(filter(None, named))))
+        pairs.append(("acts", f"{summary.condition}: it can not be merged" if summary.condition else ""))
         pairs += _info(summary)
     if summary.fit:
         fit = summary.fit
@@ -85,7 +88,8 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
 def _info(summary: Summary) -> list[tuple[str, str]]:
     """What the adapter says of itself, short: --json has it whole."""
     info = dict(summary.info)
-    shown = [(name, info.pop(name)) for name in ("title", "description", "license", "source", "weight") if name in info]
+    texts = ("title", "description", "license", "source", "weight")
+    shown: list[tuple[str, Any]] = [(name, info.pop(name)) for name in texts if name in info]
     shown += [(name, ", ".join(info.pop(name))) for name in ("triggers", "authors") if _are_texts(info.get(name))]
     pairs = [(name, f"{value!s:.200}".replace("\n", " ")) for name, value in shown]
     more = [*info, *summary.metadata]

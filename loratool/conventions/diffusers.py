@@ -49,6 +49,7 @@ TITLE = "diffusers adapter"
 KINDS = ("lora", "dora", "replace", "add")
 TESTED = "diffusers 0.42.1"
 OPTIONS = ("component",)
+CONDITIONS: tuple[str, ...] = ()
 misfits, write = diffusers_write.misfits, diffusers_write.write
 
 
@@ -316,7 +317,10 @@ class Reader:
             try:
                 label = f"{self.where}: {METADATA_KEY}{f' of {component}' if component else ''}"
                 refuse_unsupported(document, label, base_inside=False, kinds=("LORA",))
-                self.configs[component] = parse(document, label)
+                self.configs[component] = config = parse(document, label)
+                if config.invocation:
+                    what = "alora_invocation_tokens is set: diffusers knows no adapter that acts after tokens only"
+                    self.problems.append(Problem("E-CONDITIONAL", what, label))
             except LoratoolError as error:
                 self.problems += error.problems
         if self.alphas:

@@ -35,6 +35,7 @@ TITLE = "kohya sd-scripts LoRA"
 KINDS = ("lora",)
 TESTED = "diffusers 0.42.1 as consumer"
 OPTIONS = ("component", "uniform")
+CONDITIONS: tuple[str, ...] = ()
 misfits, write = kohya_write.misfits, kohya_write.write
 
 FACTORS = {"lora_down.weight": "down", "lora_up.weight": "up", "lora_A.weight": "down", "lora_B.weight": "up"}

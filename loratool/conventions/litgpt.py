@@ -42,6 +42,7 @@ TITLE = "litgpt LoRA checkpoint"
 KINDS = ("lora",)
 TESTED = "litgpt 0.5.13"
 OPTIONS = ()
+CONDITIONS: tuple[str, ...] = ()
 misfits, write = litgpt_write.misfits, litgpt_write.write
 
 

@@ -32,6 +32,7 @@ TITLE = "torchtune checkpoint"
 KINDS = ("lora", "dora")
 TESTED = "torchtune 0.6.1"
 OPTIONS = ()
+CONDITIONS: tuple[str, ...] = ()
 PLAIN = torchtune_names.PLAIN
 FILE_STEM = torchtune_write.FILE_STEM
 misfits, write = torchtune_write.misfits, torchtune_write.write

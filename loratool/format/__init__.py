@@ -5,6 +5,7 @@ the n-th update of a target is a tensor named ``TARGET.N.COMPONENT``. `keys` has
 of a reader, `writing` the canonical form, `validating` what only a validator looks for, `info` what no merge looks at.
 """
 
+from loratool.format.conditions import CONDITIONS
 from loratool.format.info import is_kept
 from loratool.format.keys import COMPONENTS, FORMAT_NAME, METADATA_KEY, VERSION, is_native
 from loratool.format.reading import adapter_of, read
@@ -13,6 +14,7 @@ from loratool.format.writing import content_digest, features_of, manifest_of, st
 
 __all__ = [
     "COMPONENTS",
+    "CONDITIONS",
     "FORMAT_NAME",
     "METADATA_KEY",
     "VERSION",

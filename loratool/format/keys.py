@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 METADATA_KEY = "loratool"
@@ -14,12 +15,15 @@ MAX_RANK = 65_536
 MAX_MANIFEST = 50_000_000  # bytes
 MAX_FREE_VALUES = 100_000  # JSON values in `info`, provenance and vendor keys together
 
-FEATURES = {"dora", "loha", "lokr", "replace", "add", "replace_rows", "mid", "rows", "expert", "experts"}
+FEATURES = {"dora", "loha", "lokr", "replace", "add", "replace_rows", "mid", "rows", "expert", "experts", "conditional"}
 CORES = {"mid", "mid1", "mid2"}
 DIRECTIONS = ("lora", "loha", "lokr")
 
-MANIFEST_KEYS = {"format", "version", "features", "updates", "base", "provenance", "info"}
-UPDATE_KEYS = {"target", "kind", "shape", "rows", "expert", "experts", "layout"}
+MANIFEST_KEYS = {"format", "version", "features", "updates", "base", "provenance", "info", "when"}
+BASE_KEYS = {"name", "revision", "architecture", "tokenizer", "added_tokens", "tensors"}
+IDENTITY_KEYS = ("digest", "dtype", "shape")
+DIGEST = re.compile(r"(blake3|sha256):[0-9a-f]{64}")
+UPDATE_KEYS = {"target", "part", "kind", "shape", "rows", "expert", "experts", "layout"}
 SCALE_KEYS = {"rank", "alpha", "scaling", "scale"}
 DORA_KEYS = {"direction", "axis"}
 

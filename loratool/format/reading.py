@@ -5,21 +5,24 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loratool.adapter import LAYOUTS, Adapter, BaseIdentity, Target, Targeted, TensorIdentity, is_name
+from loratool.adapter import LAYOUTS, Adapter, BaseIdentity, Target, Targeted, TensorIdentity, is_name, is_part
 from loratool.container import Header, read_header, strict_json
 from loratool.errors import InvalidFile, Problem, Unsupported
-from loratool.format import info
+from loratool.format import conditions, info
 from loratool.format.keys import (
+    BASE_KEYS,
     COMPONENTS,
+    DIGEST,
     DIRECTIONS,
     DORA_KEYS,
     FEATURES,
     FORMAT_NAME,
+    IDENTITY_KEYS,
     MAJOR,
     MANIFEST_KEYS,
     MAX_FREE_VALUES,
@@ -123,7 +126,7 @@ class _Reader:
         self.complain("E-MANIFEST", rule, f"{what} must be {kind.__name__}, found {value!r:.80}")
         return kind()
 
-    def known_keys(self, what: str, value: Mapping[str, Any], known: set[str]) -> None:
+    def known_keys(self, what: str, value: Mapping[str, Any], known: Collection[str]) -> None:
         for key in value:
             if key not in known and "." not in key:
                 self.complain("E-UNKNOWN-KEY", "R-014", f"{what} has the unknown key {key!r}")
@@ -150,11 +153,27 @@ class _Reader:
         provenance = self.typed("provenance", manifest.get("provenance"), dict)
         if not all(isinstance(value, str) for value in provenance.values()):
             self.complain("E-MANIFEST", "R-042", "provenance values must be strings")
+        when = self.when(manifest, features)
         about = self.typed("info", manifest.get("info", {}), dict, "R-044")
         if info.too_many(manifest):
             what = f"info, provenance and vendor keys hold over {MAX_FREE_VALUES:,} JSON values"
             self.complain("E-LIMIT", "R-016", what)
-        return Adapter(tuple(updates), base, provenance, info=about)
+        return Adapter(tuple(updates), base, provenance, info=about, when=when)
+
+    def when(self, manifest: dict[str, Any], features: list[Any]) -> Mapping[str, Any]:
+        """On which inputs the adapter acts (R-045); empty for all of them."""
+        if ("when" in manifest) != (conditions.FEATURE in features):
+            what = "when and the feature conditional go together: one of them is missing"
+            self.complain("E-FEATURE", "R-045", what)
+        if "when" not in manifest:
+            return {}
+        before = len(self.problems)
+        when: dict[str, Any] = self.typed("when", manifest["when"], dict, "R-045")
+        if len(self.problems) == before:
+            self.known_keys("when", when, {*conditions.CONDITIONS})
+        if len(self.problems) == before:
+            self.problems += conditions.malformed(when, self.where)
+        return {name: value for name, value in when.items() if name in conditions.CONDITIONS}
 
     def targeted(self, n: int, raw: object, seen: Counter[str]) -> Targeted | None:
         before = len(self.problems)
@@ -165,7 +184,13 @@ class _Reader:
         if len(self.problems) > before:
             return None
         ordinal, seen[name] = seen[name], seen[name] + 1
-        if not is_name(name):
+        part, stored = entry.get("part", ""), name
+        if "part" in entry and not is_part(part):
+            message = f"{what}.part must be 1 to 100 letters, digits, _ and -: {part!r:.80}"
+            self.complain("E-MANIFEST", "R-048", message)
+            return None
+        name = f"{part}.{stored}" if part else stored
+        if not stored or not is_name(name):
             self.complain("E-LIMIT", "R-016", f"{what}.target is empty, too long or has control characters")
             return None
         if kind not in KINDS:
@@ -178,7 +203,7 @@ class _Reader:
         if is_dora and (direction not in DIRECTIONS or not is_int(entry.get("axis")) or entry["axis"] not in (0, 1)):
             self.complain("E-MANIFEST", "R-028", f"{what} needs a direction among {DIRECTIONS} and an axis 0 or 1")
             return None
-        parts = self.components(what, f"{name}.{ordinal}.", str(direction), is_dora)
+        parts = self.components(what, f"{stored}.{ordinal}.", str(direction), is_dora)
         scaling = self.scaling(what, str(direction), entry, parts)
         if len(self.problems) > before or target is None:
             return None
@@ -206,7 +231,7 @@ class _Reader:
             self.complain("E-MANIFEST", "R-027", f"{what} ({name}): layout {layout!r} is not in_out or embedding")
             return None
         assert isinstance(shape, list)
-        return Target(name, tuple(shape), tuple(rows) if rows else None, expert, experts, layout)
+        return Target(name, tuple(shape), tuple(rows) if rows else None, expert, experts, layout, entry.get("part", ""))
 
     def components(self, what: str, prefix: str, kind: str, is_dora: bool) -> dict[str, TensorRef]:
         """The tensors of one update; exactly one of the kind's component sets must be there."""
@@ -262,35 +287,50 @@ class _Reader:
         return Scaling(rule, rank, None if alpha is None else float(alpha), float(scale))
 
     def base(self, entry: dict[str, Any], updates: list[Targeted]) -> BaseIdentity:
-        self.known_keys("base", entry, {"name", "tensors"})
-        name, tensors = entry.get("name", ""), entry.get("tensors", {})
-        if not isinstance(name, str) or not isinstance(tensors, dict):
-            self.complain("E-BASE", "R-040", "base.name must be a string, base.tensors an object")
+        self.known_keys("base", entry, BASE_KEYS)
+        texts = {name: entry[name] for name in ("name", "revision", "architecture", "tokenizer") if name in entry}
+        tensors, tokens = entry.get("tensors", {}), entry.get("added_tokens", {})
+        if not all(isinstance(text, str) for text in texts.values()) or not isinstance(tensors, dict):
+            self.complain("E-BASE", "R-040", f"base: {', '.join(texts) or 'names'} must be strings, tensors an object")
             return BaseIdentity()
+        if "tokenizer" in texts and not DIGEST.fullmatch(texts["tokenizer"]):
+            self.complain("E-BASE", "R-040", f"base.tokenizer is {texts['tokenizer']!r:.80}, not a digest")
+        if not isinstance(tokens, dict) or not all(is_int(token) and 0 <= token <= 2**53 for token in tokens.values()):
+            self.complain("E-BASE", "R-040", "base.added_tokens must give token numbers from 0")
+            tokens = {}
         shapes = {item.target.name: item.target.shape for item in updates}
         resized = {u.target.name for u in updates if u.update.kind == Replace.kind and u.target.covers_all}
         found = {}
         for target, value in tensors.items():
-            known = isinstance(value, dict)
-            if known:
-                self.known_keys(f"base.tensors[{target!r}]", value, {"digest", "dtype", "shape"})
-            if not (
-                known
-                and re.fullmatch(r"blake3:[0-9a-f]{64}", str(value.get("digest")))
-                and isinstance(value.get("dtype"), str)
-                and value["dtype"] in DTYPE_BITS
-                and isinstance(value.get("shape"), list)
-                and all(map(is_int, value["shape"]))
-            ):
-                self.complain("E-BASE", "R-040", f"base.tensors[{target!r}] needs digest, dtype and shape")
+            identity = self.identity(f"base.tensors[{target!r}]", value, {*IDENTITY_KEYS, "parts"})
+            if identity is None:
                 continue
-            identity = TensorIdentity(value["digest"], value["dtype"], tuple(value["shape"]))
             if target not in shapes and not self.problems:
                 self.complain("E-BASE", "R-040", f"base.tensors names {target!r}, which no update changes")
-            elif target in shapes and shapes[target] != identity.shape and target not in resized:
+            elif target in shapes and shapes[target] != identity.shape and not (target in resized or identity.parts):
                 self.complain("E-BASE", "R-040", f"base.tensors and the updates give {target!r} different shapes")
             found[target] = identity
-        return BaseIdentity(name, found)
+        return BaseIdentity(tensors=found, added_tokens=tokens, **texts)
+
+    def identity(self, what: str, value: object, keys: Collection[str]) -> TensorIdentity | None:
+        """What a stored tensor of the base is; None, and a complaint, where that is not said."""
+        if not isinstance(value, dict):
+            self.complain("E-BASE", "R-040", f"{what} needs digest, dtype and shape")
+            return None
+        self.known_keys(what, value, keys)
+        digest, dtype, shape, others = (value.get(key) for key in (*IDENTITY_KEYS, "parts"))
+        good = isinstance(digest, str) and DIGEST.fullmatch(digest) and isinstance(dtype, str) and dtype in DTYPE_BITS
+        if not good or not isinstance(shape, list) or not all(is_int(dim) and 0 <= dim <= 2**53 for dim in shape):
+            self.complain("E-BASE", "R-040", f"{what} needs digest, dtype and shape")
+            return None
+        if "parts" not in value or "parts" not in keys:
+            return TensorIdentity(str(digest), str(dtype), tuple(shape))
+        if not isinstance(others, dict) or not others:
+            self.complain("E-BASE", "R-040", f"{what}.parts must name the tensors beside it")
+            return None
+        parts = {name: self.identity(f"{what}.parts[{name!r}]", part, IDENTITY_KEYS) for name, part in others.items()}
+        known = {name: part for name, part in parts.items() if part is not None}
+        return TensorIdentity(str(digest), str(dtype), tuple(shape), known)
 
 
 def _agrees(scale: float, rule: str, alpha: float | None, rank: int | None) -> bool:

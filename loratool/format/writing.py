@@ -10,10 +10,10 @@ from typing import Any, BinaryIO
 
 import rfc8785
 
-from loratool.adapter import Adapter, Targeted
+from loratool.adapter import Adapter, BaseIdentity, Targeted, TensorIdentity
 from loratool.container import MAX_DEPTH, canonical_order, encode_header
 from loratool.errors import ChoiceNeeded, InvalidFile, Problem
-from loratool.format import info
+from loratool.format import conditions, info
 from loratool.format.keys import CORES, FORMAT_NAME, MAX_FREE_VALUES, MAX_MANIFEST, METADATA_KEY, VERSION
 from loratool.format.reading import read
 from loratool.staging import staged
@@ -61,12 +61,17 @@ def stored(adapter: Adapter) -> tuple[dict[str, TensorRef], dict[str, str]]:
     if problems := adapter.check():
         raise InvalidFile(problems)
     manifest = manifest_of(adapter)
-    if problems := [*_not_json(manifest), *info.untyped(adapter.info, "")]:
+    if problems := [*_not_json(manifest), *info.untyped(adapter.info, ""), *_condition(adapter)]:
         raise InvalidFile(problems)
     text = canonical_json(manifest)
     if len(text.encode("utf-8")) > MAX_MANIFEST:
         raise InvalidFile(Problem("E-LIMIT", f"the manifest is over {MAX_MANIFEST:,} bytes", rule="R-016"))
     return _named_components(adapter), {METADATA_KEY: text, **_kept(adapter.metadata)}
+
+
+def _condition(adapter: Adapter) -> Iterator[Problem]:
+    if adapter.when:
+        yield from conditions.malformed(adapter.when, "")
 
 
 def _kept(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -106,22 +111,29 @@ def unknown_alpha(items: list[Targeted]) -> Problem:
 
 def manifest_of(adapter: Adapter) -> dict[str, Any]:
     """The manifest as a JSON document."""
-    base: dict[str, Any] = {}
-    if adapter.base.name:
-        base["name"] = adapter.base.name
-    if tensors := {
-        name: {"digest": known.digest, "dtype": known.dtype, "shape": list(known.shape)}
-        for name, known in adapter.base.tensors.items()
-    }:
-        base["tensors"] = tensors
-    return {
+    manifest = {
         "format": FORMAT_NAME,
         "version": VERSION,
         "features": sorted(features_of(adapter)),
-        "updates": [_entry(item) for item in adapter.updates],
-        "base": base,
+        "updates": [_in_part(item) for item in adapter.updates],
+        "base": _base(adapter.base),
         "provenance": dict(adapter.provenance),
-    } | ({"info": _plain(adapter.info)} if adapter.info else {})
+    }
+    optional = {"info": _plain(adapter.info), "when": _plain(adapter.when)}
+    return manifest | {name: value for name, value in optional.items() if value}
+
+
+def _base(base: BaseIdentity) -> dict[str, Any]:
+    texts = {name: getattr(base, name) for name in ("name", "revision", "architecture", "tokenizer")}
+    tensors = {name: _identity(known) for name, known in base.tensors.items()}
+    found = {**texts, "added_tokens": dict(base.added_tokens), "tensors": tensors}
+    return {name: value for name, value in found.items() if value}
+
+
+def _identity(known: TensorIdentity) -> dict[str, Any]:
+    own = {"digest": known.digest, "dtype": known.dtype, "shape": list(known.shape)}
+    parts = {name: _identity(part) for name, part in known.parts.items()}
+    return own | ({"parts": parts} if parts else {})
 
 
 def _plain(value: Any, level: int = 2) -> Any:
@@ -135,7 +147,7 @@ def _plain(value: Any, level: int = 2) -> Any:
 
 def features_of(adapter: Adapter) -> set[str]:
     """The features a reader must know to read this adapter."""
-    found = set()
+    found = {conditions.FEATURE} if adapter.when else set()
     for item in adapter.updates:
         update = item.update
         found |= {update.kind, update.direction.kind if isinstance(update, Dora) else update.kind} - {"lora"}
@@ -177,24 +189,33 @@ def _entry(item: Targeted) -> dict[str, Any]:
     return entry | {key: value for key, value in optional.items() if value is not None}
 
 
+def _in_part(item: Targeted) -> dict[str, Any]:
+    """The entry of the manifest: a pipeline's tensor by its component and its name in there."""
+    part = {"part": item.target.part} if item.target.part else {}
+    return _entry(item) | {"target": item.target.stored} | part
+
+
 def _named_components(adapter: Adapter) -> dict[str, TensorRef]:
     named = {}
     seen: Counter[str] = Counter()
     for item in adapter.updates:
-        ordinal, seen[item.target.name] = seen[item.target.name], seen[item.target.name] + 1
+        stored = item.target.stored
+        ordinal, seen[stored] = seen[stored], seen[stored] + 1
         for part, tensor in item.update.components().items():
-            named[f"{item.target.name}.{ordinal}.{part}"] = tensor
+            named[f"{stored}.{ordinal}.{part}"] = tensor
     return named
 
 
 def content_digest(adapter: Adapter) -> str:
-    """BLAKE3 over what an adapter does: its entries and the bytes of their components, in a canonical order.
+    """BLAKE3 over what an adapter does, in canonical order: its condition, entries, and the bytes of components.
 
     Base identity and provenance are left out, so an adapter keeps its digest from one convention to another.
     """
     from blake3 import blake3
 
     hasher = blake3()
+    if adapter.when:
+        hasher.update(canonical_json({"when": _plain(adapter.when)}).encode())
     entries = [(canonical_json(_entry(item)).encode(), item.update) for item in adapter.updates]
     for entry, update in sorted(entries, key=lambda pair: pair[0]):
         hasher.update(entry)
