@@ -50,8 +50,11 @@ def _is(value: object, what: str) -> bool:
 
 
 def too_many(manifest: Mapping[str, Any]) -> bool:
-    """Whether what a merge never looks at has more JSON values than R-016 allows: `info`, provenance, vendor keys."""
-    level: list[Any] = [manifest[name] for name in ("info", "provenance") if name in manifest] + [*_vendors(manifest)]
+    """Whether what may hold anything (`info`, provenance, vendor keys ...) has more JSON values than R-016 allows."""
+    level: list[Any] = [manifest[name] for name in ("info", "provenance", "when") if name in manifest]
+    base = manifest.get("base")
+    level += [base["added_tokens"]] if isinstance(base, dict) and "added_tokens" in base else []
+    level += _vendors(manifest)
     seen = len(level)
     while level and seen <= MAX_FREE_VALUES:
         level = [child for value in level if isinstance(value, list | dict) for child in _children(value)]
@@ -63,8 +66,10 @@ def _vendors(manifest: Mapping[str, Any]) -> Iterator[Any]:
     """The values of all vendor keys, wherever the format lets them stand."""
     base, updates = manifest.get("base"), manifest.get("updates")
     tensors = base.get("tensors") if isinstance(base, dict) else None
-    places = [manifest, base, *(updates if isinstance(updates, list) else ())]
-    places += tensors.values() if isinstance(tensors, dict) else ()
+    known = [*tensors.values()] if isinstance(tensors, dict) else []
+    parts = [one.get("parts") for one in known if isinstance(one, dict)]
+    places = [manifest, manifest.get("when"), base, *(updates if isinstance(updates, list) else ()), *known]
+    places += [part for beside in parts if isinstance(beside, dict) for part in beside.values()]
     for place in places:
         if isinstance(place, dict):
             yield from (value for name, value in place.items() if "." in name)

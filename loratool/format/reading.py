@@ -132,15 +132,17 @@ class _Reader:
                 self.complain("E-UNKNOWN-KEY", "R-014", f"{what} has the unknown key {key!r}")
 
     def adapter(self, manifest: dict[str, Any]) -> Adapter:
-        self.known_keys("manifest", manifest, MANIFEST_KEYS)
         features = self.typed("features", manifest.get("features"), list)
         if not all(isinstance(feature, str) for feature in features):
             self.complain("E-MANIFEST", "R-013", "features must be strings")
         else:
-            for feature in [f for f in features if f not in FEATURES]:
-                self.complain("E-FEATURE", "R-013", f"feature {feature!r} is not known to this reader")
+            if unknown := [feature for feature in features if feature not in FEATURES]:
+                for feature in unknown:
+                    self.complain("E-FEATURE", "R-013", f"feature {feature!r} is not known to this reader")
+                return Adapter(())  # a later format: what else would be wrong with it can not be told
             if len(set(features)) < len(features):
                 self.complain("E-FEATURE", "R-013", "a feature is listed twice")
+        self.known_keys("manifest", manifest, MANIFEST_KEYS)
         entries = self.typed("updates", manifest.get("updates"), list)
         if not 1 <= len(entries) <= MAX_UPDATES and isinstance(manifest.get("updates"), list):
             self.complain("E-LIMIT", "R-016", f"{len(entries)} updates; 1 to {MAX_UPDATES:,} are allowed")
@@ -295,7 +297,7 @@ class _Reader:
             return BaseIdentity()
         if "tokenizer" in texts and not DIGEST.fullmatch(texts["tokenizer"]):
             self.complain("E-BASE", "R-040", f"base.tokenizer is {texts['tokenizer']!r:.80}, not a digest")
-        if not isinstance(tokens, dict) or not all(is_int(token) and 0 <= token <= 2**53 for token in tokens.values()):
+        if not isinstance(tokens, dict) or not all(map(_is_size, tokens.values())):
             self.complain("E-BASE", "R-040", "base.added_tokens must give token numbers from 0")
             tokens = {}
         shapes = {item.target.name: item.target.shape for item in updates}
@@ -320,7 +322,7 @@ class _Reader:
         self.known_keys(what, value, keys)
         digest, dtype, shape, others = (value.get(key) for key in (*IDENTITY_KEYS, "parts"))
         good = isinstance(digest, str) and DIGEST.fullmatch(digest) and isinstance(dtype, str) and dtype in DTYPE_BITS
-        if not good or not isinstance(shape, list) or not all(is_int(dim) and 0 <= dim <= 2**53 for dim in shape):
+        if not good or not isinstance(shape, list) or len(shape) > 8 or not all(map(_is_size, shape)):
             self.complain("E-BASE", "R-040", f"{what} needs digest, dtype and shape")
             return None
         if "parts" not in value or "parts" not in keys:
@@ -331,6 +333,10 @@ class _Reader:
         parts = {name: self.identity(f"{what}.parts[{name!r}]", part, IDENTITY_KEYS) for name, part in others.items()}
         known = {name: part for name, part in parts.items() if part is not None}
         return TensorIdentity(str(digest), str(dtype), tuple(shape), known)
+
+
+def _is_size(value: object) -> bool:
+    return is_int(value) and 0 <= value <= 2**53  # type: ignore[operator]  # is_int has looked
 
 
 def _agrees(scale: float, rule: str, alpha: float | None, rank: int | None) -> bool:
