@@ -50,7 +50,6 @@ class Binding:
     allow_new: bool = False
     parts: list[Part] = field(default_factory=list)
     wanted: dict[str, list[Weighted]] = field(default_factory=dict)  # by the base's clean names
-    claims: dict[str, list[Targeted]] = field(default_factory=dict)  # the same with those of weight 0
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     paired: set[str] = field(default_factory=set)  # tensors whose tied copy the adapter holds as well
@@ -90,7 +89,6 @@ class Binding:
                     lost.append(target)
                 else:
                     self.problems += self._unfit(target, items, part)
-                self.claims.setdefault(target, []).extend(items)
                 # A weight of 0 is the identity: not even a zero changes its sign.
                 weighted = [Weighted(item, part.weight) for item in items if part.weight != 0]
                 self.wanted.setdefault(target, []).extend(weighted)
@@ -264,7 +262,8 @@ class Binding:
     def _conflicts(self) -> Iterator[Problem]:
         """Updates of different adapters whose sum is not defined; within one adapter, its own check has found them."""
         own = [part.adapter.targets() for part in self.parts]
-        for name, items in self.claims.items():
+        for name, weighted in self.wanted.items():
+            items = [item for item, _ in weighted]
             if not any(list(overlaps(targets.get(name, []))) for targets in own):
                 rows = [item for item in items if item.update.kind == ReplaceRows.kind]
                 exclusive = [item for item in items if item not in rows[1:]] if _disjoint(rows) else items

@@ -154,7 +154,9 @@ def read(path):
 
 def merge(w, dtype, steps):  # R-060, R-061
     """A tensor of that dtype after a merge of [(update, ranges, components, weight)]."""
-    for u, ranges, parts, weight in sorted(steps, key=lambda step: "replace" not in step[0]["kind"]):
+    for u, ranges, parts, weight in sorted(
+        [s for s in steps if s[3]], key=lambda step: "replace" not in step[0]["kind"]
+    ):
         at = parts["index"][1][0].astype(int) if "index" in parts else tuple(slice(*r) for r in ranges)[: w.ndim]
         axes, arrays = zip(*(part for name, part in parts.items() if name not in ("index", "magnitude")), strict=True)
         out = "".join(axis for axis in "enkabcxyCKR" if axis in str(axes))

@@ -509,8 +509,10 @@ merge("refused_lacks_recorded", "the base lacks a recorded tensor, which a repla
       swap={"f.weight": t("BF16", 4, 3)}, consent=True)  # fmt: skip
 merge("refused_new_zero", "a new tensor at weight 0, with consent", ["R-043"],
       [("replace_new", 0)], error="E-TARGET", consent=True)  # fmt: skip
-merge("refused_overlap_zero", "two replacements of one tensor, one of them at weight 0", ["R-062"],
-      [("replace", 1), ("replace", 0)], error="E-OVERLAP")  # fmt: skip
+merge("overlap_zero", "two replacements of one tensor, one of them at weight 0", ["R-062"],
+      [("replace", 1), ("replace", 0)])  # fmt: skip
+merge("zero_norm_zero", "a column of the direction is zero, at weight 0", W,
+      [("dora_zero_column", 0)], swap={"l.weight": t("F32", 2, 2, values=[0, 1, 0, 2])})  # fmt: skip
 merge("refused_shapes", "two adapters give a new tensor different shapes", ["R-062"],
       [("replace_resized", 1), ("replace_rows_other", 1)], error="E-SHAPE", consent=True)  # fmt: skip
 merge("refused_nan_outside", "the base holds NaN in a row that no update changes", ["R-061"],

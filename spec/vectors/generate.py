@@ -356,7 +356,7 @@ def merge(base, adapters, consent=False):
             todo.setdefault(full_name(u), []).append((u, parts, Fraction(weight)))
     for target, work in todo.items():
         shape = work[0][0]["shape"]
-        if any(u["shape"] != shape for u, _, _ in work):
+        if any(u["shape"] != shape for u, _, weight in work if weight):
             raise Refused("E-SHAPE")
         dtype, found, _ = base.get(target, [None, None, None])
         if dtype not in (None, *FLOATS):
@@ -371,7 +371,7 @@ def merge(base, adapters, consent=False):
                 raise Refused("E-TARGET")
             start = whole[0][0]["value"]
             dtype = dtype or stored_as(target, adapters)
-        exact, band = merge_one(start, work)
+        exact, band = merge_one(start, [step for step in work if step[2]])
         values = [rounded(x, dtype) for x in exact.flat]
         merged[target] = [dtype, shape, encode(values, dtype)]
         truth["exact." + target] = ["F64", shape, encode(exact.flat, "F64")]
