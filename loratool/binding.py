@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from loratool import maps
-from loratool.adapter import Adapter, Targeted, overlaps
+from loratool.adapter import Adapter, Targeted, is_part, overlaps
 from loratool.checkpoint import Checkpoint, open_checkpoint
 from loratool.conventions import of_base
 from loratool.conventions.choices import Choices
 from loratool.conventions.load import load_part
 from loratool.errors import LoratoolError, Problem
 from loratool.format import check_index, unknown_alpha
+from loratool.identity import difference
 from loratool.layout import Weighted
 from loratool.maps import View, shipped
 from loratool.names import listed, missing
-from loratool.quantised import Foreign, stored_part
+from loratool.quantised import Foreign
 from loratool.strangers import HEADS, UNTIE, not_in_the_base
 from loratool.tensors import FLOATS, MERGEABLE, TensorRef, extremes
 from loratool.updates import Replace, ReplaceRows
@@ -119,6 +120,12 @@ class Binding:
 
     def _incomplete(self, part: Part, choices: Choices) -> Iterator[Problem]:
         """What an adapter leaves open, or contradicts itself in."""
+        if part.adapter.when:
+            what = f"it acts {part.adapter.condition()}: merged, it would always act"
+            hint = (
+                "load it beside the base in a program that knows such adapters; convert and inspect keep the condition"
+            )
+            yield Problem("E-CONDITIONAL", what, part.name, hint, "R-047")
         if unknown := part.adapter.unknown_scales():
             hint = choices.unknown_scale_hint(min(item.update.scaling.rule for item in unknown if item.update.scaling))
             yield replace(unknown_alpha(unknown), where=part.name, hint=hint)
@@ -167,18 +174,17 @@ class Binding:
 
     def _other_base(self, part: Part) -> Iterator[Problem]:
         """Tensors that are not those the adapter was trained on (R-041)."""
+        targets = part.adapter.targets() if part.adapter.base.tensors else {}
         for name, known in part.adapter.base.tensors.items():
             stored = self.base.tensors.get(self.base.ties.get(name, name))
             if stored is None and name in self.view.places:
                 stored = self.view.tensors.get(name)  # what a map puts together has the bytes that were digested
-            if stored is None:
+            if stored is not None and isinstance(stored.data, Foreign):
+                continue  # refused as such
+            if stored is None and not (self.allow_new and _whole(targets.get(name, []))):
                 continue  # a missing target is reported as such
-            stored = stored_part(stored)
-            if (stored.dtype, stored.shape) != (known.dtype, known.shape):
-                found = f"{stored.dtype} {list(stored.shape)}, not {known.dtype} {list(known.shape)}"
-            elif stored.digest() != known.digest:
-                found = "of other bytes"
-            else:
+            found = "not in it" if stored is None else difference(stored, known)
+            if not found:
                 continue
             what = f"this is not the base that the adapter was trained on: {name} is {found}"
             yield Problem("E-BASE-MISMATCH", what, part.name, "merge into the base it was trained on", "R-041")
@@ -301,7 +307,16 @@ def led(adapter: Adapter, base: Checkpoint, view: View, where: str) -> Adapter:
     """The adapter with the base's targets, where maps know them under the adapter's names."""
     if adapter.check():
         return adapter  # its contradictions are reported as they are
-    return maps.led(adapter, view, where, base.ties)
+    found = maps.led(adapter, view, where, base.ties)
+    if not base.components:
+        return found
+    return replace(found, updates=tuple(_in_part(item, base) for item in found.updates))
+
+
+def _in_part(item: Targeted, base: Checkpoint) -> Targeted:
+    """An update of a pipeline's tensor, with the component that it lies in."""
+    part = item.target.name.partition(".")[0]
+    return replace(item, target=replace(item.target, part=part)) if part in base.components and is_part(part) else item
 
 
 def _whole(items: Sequence[Targeted]) -> bool:

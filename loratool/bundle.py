@@ -58,10 +58,10 @@ class Safetensors:
 
 @dataclass(frozen=True)
 class Gguf:
-    """Named tensors and keys for llama.cpp, in the order given: strings as text, numbers as float32."""
+    """Named tensors and keys for llama.cpp, in the order given: strings, numbers as float32, lists as uint32."""
 
     tensors: Mapping[str, TensorRef]
-    keys: Mapping[str, str | float]
+    keys: Mapping[str, gguf.Key]
     suffixes: tuple[str, ...] = (".gguf",)
 
     @property

@@ -60,11 +60,11 @@ def _no_constant(name: str) -> None:
 
 def _depth(document: Any) -> int:
     """How deep lists and objects are nested; without recursion, since the document is not trusted."""
-    depth, level = 0, [document]
+    deep, level = 0, [document]
     while level := [value for value in level if isinstance(value, (dict, list))]:
-        depth += 1
+        deep += 1
         level = [child for value in level for child in (value.values() if isinstance(value, dict) else value)]
-    return depth
+    return deep
 
 
 def strict_json(text: str, where: str, code: str, rule: str) -> Any:

@@ -94,6 +94,12 @@ def plan_convert(
     adapter, read_as, inputs = _read(source, choices, opened, view)
     adapter = of_base.bound(adapter)
     problems, notes = _unfit(adapter, choices, opened)
+    if not adapter.when.keys() <= {*writer.CONDITIONS}:
+        able = ", ".join(
+            other.NAME for other in conventions.writers().values() if {*adapter.when} <= {*other.CONDITIONS}
+        )
+        what = f"it acts {adapter.condition()}, which {writer.NAME} has no place for: there it would always act"
+        problems.append(Problem("E-CONDITIONAL", what, "", f"--to {able} keep that"))
     if problems:
         raise Mismatch(problems)
     adapter, baked, copies = _fitted(adapter, writer, opened, options, bake)

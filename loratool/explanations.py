@@ -149,6 +149,11 @@ _TEXTS: dict[str, tuple[str, str]] = {
         " merged vocabulary has no rows for.",
         "Say whose to take: --tokenizer-from base, adapter, or a folder.",
     ),
+    "E-CONDITIONAL": (
+        "The adapter acts on some inputs only (an activated LoRA, a prompt, a router): merged, it would always act.",
+        "Load it beside the base in a program that knows such adapters; `loratool convert` keeps the condition where"
+        " the layout has a place for it.",
+    ),
     "E-BASE-MISMATCH": (
         "The adapter knows the digests of the base it was trained on, and this is another one.",
         "Merge into the base it was trained on.",

@@ -17,11 +17,12 @@ from loratool.conventions import Convention, of_base
 from loratool.conventions.choices import Choices
 from loratool.conventions.load import load_source
 from loratool.errors import ChoiceNeeded, Mismatch, OutputRefused, Problem, Unsupported
+from loratool.identity import identity_of
 from loratool.layout import output_files, output_index
 from loratool.maps import View, shipped
 from loratool.merge import run_copy
 from loratool.plan import Plan, settled
-from loratool.quantised import logical
+from loratool.quantised import Foreign, logical
 from loratool.staging import refuse_existing, take_back
 from loratool.tensors import Computed, TensorRef
 from loratool.updates import Replace
@@ -80,7 +81,7 @@ def run_extract(
         rules = {item.update.scaling.rule for item in unknown if item.update.scaling}
         hint = choices.unknown_scale_hint(min(rules)) + config
         raise ChoiceNeeded(replace(native_format.unknown_alpha(unknown), where=str(wrapped), hint=hint))
-    known = _known(adapter, base)
+    known = _known(adapter, logical(replace(source, tensors=base)).tensors if inside else base)
     copy = None if base_out is None else settled(_base_plan(source, base, base_out))
     meter = Meter(sum(ref.nbytes for ref in known.values()) + (copy.nbytes if copy else 0), progress)
     identity = replace(adapter.base, tensors=_identities(known, meter))
@@ -143,7 +144,7 @@ def _known(adapter: Adapter, base: Mapping[str, TensorRef]) -> dict[str, TensorR
     return {
         name: base[name]
         for name in adapter.targets()
-        if name in base and own.get(name) != base[name].data and not isinstance(base[name].data, Computed)
+        if name in base and own.get(name) != base[name].data and not isinstance(base[name].data, Computed | Foreign)
     }
 
 
@@ -151,7 +152,7 @@ def _identities(known: Mapping[str, TensorRef], meter: Meter) -> dict[str, Tenso
     """Their digests: all their bytes are read."""
     found = {}
     for name, ref in known.items():
-        found[name] = TensorIdentity(ref.digest(), ref.dtype, ref.shape)
+        found[name] = identity_of(ref)
         meter.step(ref.nbytes, name)
     return found
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 MAX_HEADER = 1 << 25  # bytes; an adapter's header has no vocabulary in it
 MAX_DIMS = 4  # ggml's own limit
 MAX_NAME = 1024
+INVOCATION = "adapter.alora.invocation_tokens"  # the one array that an adapter's meaning hangs on
 ALIGNMENT = 32  # of tensors that are written: what a reader expects where no key says another
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -156,13 +157,24 @@ def _keys(cursor: _Cursor, count: int) -> dict[str, str]:
     found: dict[str, str] = {}
     for _ in range(count):
         name = cursor.text(MAX_NAME)
-        value = _value(cursor, cursor.number("<I"))
+        kind = cursor.number("<I")
+        value = _integers(cursor, kind) if name == INVOCATION else _value(cursor, kind)
         if name in found:
             raise cursor.fail(f"the key {name!r} occurs twice", "E-DUPLICATE")
         if name == "general.type" and value != "adapter":
             raise _not_an_adapter(cursor.where)  # before the vocabulary of a model is walked through
         found[name] = value
     return found
+
+
+def _integers(cursor: _Cursor, kind: int) -> str:
+    """A list of integers, as JSON writes it."""
+    item, count = (cursor.number("<I"), cursor.number("<Q")) if kind == _ARRAY else (0, 0)
+    code = _SCALARS.get(item, "")
+    if kind != _ARRAY or code[-1:] not in {*"BbHhIiQq"}:
+        raise cursor.fail("a list of token numbers is none")
+    cursor.need(count * struct.calcsize(code))
+    return str([cursor.number(code) for _ in range(count)])
 
 
 def _value(cursor: _Cursor, kind: int) -> str:
@@ -255,8 +267,12 @@ def _not_an_adapter(where: str) -> Unsupported:
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def encode_header(keys: Mapping[str, str | float], tensors: Mapping[str, TensorRef]) -> bytes:
-    """Everything before the data: text keys are strings, numbers float32; each tensor is followed by its `padding`.
+Key = str | float | Sequence[int]
+
+
+def encode_header(keys: Mapping[str, Key], tensors: Mapping[str, TensorRef]) -> bytes:
+    """Everything before the data: text keys are strings, numbers float32, lists arrays of uint32; each tensor is
+    followed by its `padding`.
 
     Version 3, little-endian. Tensors must be of a dtype that ggml has.
     """
@@ -264,7 +280,12 @@ def encode_header(keys: Mapping[str, str | float], tensors: Mapping[str, TensorR
     head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(keys) + 1)
     for key, value in keys.items():
         head += _text(key)
-        head += struct.pack("<I", _STRING) + _text(value) if isinstance(value, str) else struct.pack("<If", _F32, value)
+        if isinstance(value, str):
+            head += struct.pack("<I", _STRING) + _text(value)
+        elif isinstance(value, Sequence):
+            head += struct.pack(f"<IIQ{len(value)}I", _ARRAY, _U32, len(value), *value)
+        else:
+            head += struct.pack("<If", _F32, value)
     head += _text("general.alignment") + struct.pack("<II", _U32, ALIGNMENT)
     offset = 0
     for name, ref in tensors.items():

@@ -91,6 +91,12 @@ class Summary:
     fit: BaseFit | None
     receipt: Receipt | None
     notes: tuple[str, ...]
+    info: Mapping[str, Any]  # what the adapter says of itself
+    metadata: Mapping[str, str]  # and for other tools, under their names
+    when: Mapping[str, Any]  # on which inputs it acts; empty for all
+    condition: str  # the same in words
+    base_revision: str
+    base_architecture: str
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -157,6 +163,12 @@ def inspect_path(path: Path, base_path: Path | None = None, choices: Choices | N
         fit=_fit(fitting, base) if fitting and base else None,
         receipt=found,
         notes=tuple(notes),
+        info=adapter.info if adapter else {},
+        metadata=adapter.metadata if adapter else {},
+        when=adapter.when if adapter else {},
+        condition=adapter.condition() if adapter else "",
+        base_revision=adapter.base.revision if adapter else "",
+        base_architecture=adapter.base.architecture if adapter else "",
     )
 
 

@@ -7,6 +7,7 @@ reading; the views are replayed when `read` fetches the numbers.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import mmap
 import os
@@ -324,11 +325,11 @@ class TensorRef:
         else:
             yield from self.data.chunks(self.dtype, self.stored_shape)
 
-    def digest(self) -> str:
-        """BLAKE3 of the raw bytes, as ``blake3:HEX``. The shape and dtype are not part of it."""
+    def digest(self, function: str = "blake3") -> str:
+        """BLAKE3 (or SHA-256) of the raw bytes, as ``blake3:HEX``. The shape and dtype are not part of it."""
         from blake3 import blake3
 
-        hasher = blake3()
+        hasher = hashlib.sha256() if function == "sha256" else blake3()
         for chunk in self.chunks():
             hasher.update(chunk)
-        return f"blake3:{hasher.hexdigest()}"
+        return f"{function}:{hasher.hexdigest()}"

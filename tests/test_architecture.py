@@ -28,7 +28,7 @@ ROOMS = (
     ("container", "gguf", "npz", "pickles", "staging", "names", "slicing", "recycling"),
     ("updates", "checkpoint", "spans"),
     ("adapter", "quantised"),
-    ("maps",),
+    ("maps", "identity"),
     ("format",),
     ("receipt", "layout"),
     ("undo", "rows"),

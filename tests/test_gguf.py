@@ -336,7 +336,10 @@ REFUSED: dict[str, tuple[Mapping[str, Any], Mapping[str, Any], object, str, str]
     "no type": (PARTS, {"general.architecture": "llama"}, CONFIG, "E-UNSUPPORTED", "a GGUF model"),
     "another method": (PARTS, {**KEYS, "adapter.type": "cvec"}, CONFIG, "E-UNSUPPORTED", "cvec, not lora"),
     "alora": (
-        PARTS, {**KEYS, "adapter.alora.invocation_tokens": [3, 4]}, CONFIG, "E-UNSUPPORTED", "invocation tokens",
+        PARTS, {**KEYS, "adapter.alora.invocation_tokens": [3, 4]}, CONFIG, "E-CONDITIONAL", "after the tokens 3, 4",
+    ),
+    "alora without tokens": (
+        PARTS, {**KEYS, "adapter.alora.invocation_tokens": "3"}, CONFIG, "E-HEADER", "token numbers",
     ),
     "another architecture": (
         PARTS, {**KEYS, "general.architecture": "falcon"}, CONFIG, "E-UNSUPPORTED", "'falcon' are not known",

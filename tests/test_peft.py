@@ -431,7 +431,6 @@ def test_a_pissa_adapter_that_peft_converted_is_merged(tmp_path: Path) -> None:
     [
         ("use_qalora", True),
         ("use_bdlora", {"nblocks": 2}),
-        ("alora_invocation_tokens", [3, 4]),
         ("arrow_config", {"top_k": 2}),
         ("kasa_config", {"beta": 0.1}),
     ],

@@ -35,6 +35,7 @@ from torch import Tensor
 import loratool
 from loratool import Adapter, LoratoolError, Target, Targeted
 from loratool.checkpoint import open_checkpoint
+from loratool.identity import identity_of
 from loratool.quantised import logical
 from loratool.updates import Scaling
 
@@ -622,14 +623,46 @@ def test_scales_that_fit_no_tiling_are_refused(shape: tuple[int, ...], tmp_path:
     assert str(list(shape)) in str(error)
 
 
-def test_an_adapter_of_a_quantised_base_is_pinned_to_its_codes(tmp_path: Path) -> None:
-    state = fp8_base(tmp_path / "base", "deepseek")
-    identity = loratool.TensorIdentity(loratool.TensorRef.of(state[NAME]).digest(), "F8_E4M3", SHAPE)
+@pytest.mark.parametrize("function", ["blake3", "sha256"])
+@pytest.mark.parametrize("style", LAYOUTS)
+def test_an_adapter_of_a_quantised_base_is_pinned_to_codes_and_scales(
+    style: str, function: str, tmp_path: Path
+) -> None:
+    state = fp8_base(tmp_path / "base", style)
+    base = logical(open_checkpoint(tmp_path / "base"))
+    identity = identity_of(base.tensors[NAME], function)
+    (scale,) = identity.parts
+    assert (identity.dtype, identity.shape) == ("F8_E4M3", SHAPE)
+    assert identity.digest == loratool.TensorRef.of(state[NAME]).digest(function)
     pinned = replace(lora(SHAPE), base=loratool.BaseIdentity("", {NAME: identity}))
-    loratool.merge(tmp_path / "base", pinned, tmp_path / "out")
-    wrong = replace(pinned, base=loratool.BaseIdentity("", {NAME: replace(identity, digest="blake3:" + "0" * 64)}))
-    error = refused(lambda: loratool.merge(tmp_path / "base", wrong, tmp_path / "other"))
+    loratool.save(pinned, tmp_path / "a.lora.safetensors")
+    assert loratool.load(tmp_path / "a.lora.safetensors").base == pinned.base
+    loratool.merge(tmp_path / "base", tmp_path / "a.lora.safetensors", tmp_path / "out")
+    zero = f"{function}:" + "0" * 64
+    for other in (
+        replace(identity, digest=zero),
+        replace(identity, dtype="F8_E5M2"),
+        replace(identity, parts={}),
+        replace(identity, parts={scale: replace(identity.parts[scale], digest=zero)}),
+        replace(identity, parts={scale: replace(identity.parts[scale], dtype="F16")}),
+        replace(identity, parts={"other": identity.parts[scale]}),
+    ):
+        wrong = replace(pinned, base=loratool.BaseIdentity("", {NAME: other}))
+        error = refused(lambda adapter=wrong: loratool.merge(tmp_path / "base", adapter, tmp_path / "other"))  # type: ignore[misc]
+        assert error.code == "E-BASE-MISMATCH"
+
+
+@pytest.mark.parametrize("style", LAYOUTS)
+def test_a_base_with_other_scales_is_another_base(style: str, tmp_path: Path) -> None:
+    state = fp8_base(tmp_path / "base", style)
+    known = {NAME: identity_of(logical(open_checkpoint(tmp_path / "base")).tensors[NAME])}
+    pinned = replace(lora(SHAPE), base=loratool.BaseIdentity("", known))
+    scales = {name: value for name, value in state.items() if name.startswith(NAME) and name != NAME}
+    assert len(scales) == 1
+    save_sharded({**state, **{name: value * 2 for name, value in scales.items()}}, tmp_path / "base", 2)
+    error = refused(lambda: loratool.merge(tmp_path / "base", pinned, tmp_path / "out"))
     assert error.code == "E-BASE-MISMATCH"
+    assert "other bytes in its weight_scale" in str(error)
 
 
 def test_what_is_not_quantised_is_left_alone(tmp_path: Path) -> None:

@@ -68,7 +68,11 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
         pairs.append(("adapter", f"{updates}, {sizes}"))
         known = f"pinned by the digests of {output.count(summary.base_digests, 'tensor')}"
         known = known if summary.base_digests else "not pinned: no digests in the file"
-        pairs.append(("base", ", ".join(filter(None, (summary.base_name, known)))))
+        revision = f"revision {summary.base_revision}" if summary.base_revision else ""
+        named = (summary.base_name, revision, summary.base_architecture, known)
+        pairs.append(("base", ", ".join(filter(None, named))))
+        pairs.append(("acts", f"{summary.condition}: it can not be merged" if summary.condition else ""))
+        pairs += _info(summary)
     if summary.fit:
         fit = summary.fit
         pairs.append(("of base", f"{fit.path}: {fit.share:.2%} of its {fit.bytes:,} bytes"))
@@ -79,6 +83,21 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
         merged = ", ".join(f"{a.name}@{a.weight:g} ({a.digest[:15]}...)" for a in summary.receipt.adapters)
         pairs.append(("merged", f"{merged} by {summary.receipt.tool}, {len(summary.receipt.tensors)} tensors changed"))
     return pairs
+
+
+def _info(summary: Summary) -> list[tuple[str, str]]:
+    """What the adapter says of itself, short: --json has it whole."""
+    info = dict(summary.info)
+    texts = ("title", "description", "license", "source", "weight")
+    shown: list[tuple[str, Any]] = [(name, info.pop(name)) for name in texts if name in info]
+    shown += [(name, ", ".join(info.pop(name))) for name in ("triggers", "authors") if _are_texts(info.get(name))]
+    pairs = [(name, f"{value!s:.200}".replace("\n", " ")) for name, value in shown]
+    more = [*info, *summary.metadata]
+    return [*pairs, ("also says", output.some(more))] if more else pairs
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
 
 
 def _print_groups(summary: Summary) -> None:

@@ -51,6 +51,7 @@ KINDS = ("lora", "dora", "replace", "add")
 TESTED = "diffusers 0.42.1"
 OPTIONS = ("component",)
 ASKS = ("alpha", "scaling", "components")
+CONDITIONS: tuple[str, ...] = ()
 misfits, write = diffusers_write.misfits, diffusers_write.write
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from loratool.adapter import Adapter, Target, Targeted
 from loratool.checkpoint import Checkpoint
@@ -34,6 +35,7 @@ from loratool.conventions.gguf_names import (
 )
 from loratool.conventions.model_config import model_config
 from loratool.errors import InvalidFile, LoratoolError, Mismatch, Problem, Unsupported
+from loratool.gguf import INVOCATION
 from loratool.names import natural
 from loratool.tensors import TensorRef
 from loratool.updates import Lora, Scaling
@@ -44,6 +46,7 @@ KINDS = ("lora",)
 TESTED = "gguf 0.19.0; llama.cpp in xllamacpp 2026.10.11549"
 OPTIONS: tuple[str, ...] = ()
 ASKS = ()
+CONDITIONS = ("tokens",)
 misfits, write = gguf_write.misfits, gguf_write.write
 
 _PART = re.compile(r"^(?P<tensor>.+)\.(?P<part>lora_[ab])$")
@@ -65,7 +68,10 @@ def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | N
     if norms:
         reader.notes.append(f"{len(norms)} norm tensors are not used, as llama.cpp does not: {norms[0]} ...")
     notes = (*source.notes, *reader.notes)
-    return Adapter(updates, provenance={"convention": NAME}, notes=notes, doubts=tuple(reader.doubts))
+    provenance = {"convention": NAME}
+    return Adapter(
+        updates, provenance=provenance, notes=notes, doubts=tuple(reader.doubts), when=_when(metadata, where)
+    )
 
 
 def unwrap(source: Checkpoint, choices: Choices) -> Mapping[str, TensorRef]:
@@ -73,12 +79,9 @@ def unwrap(source: Checkpoint, choices: Choices) -> Mapping[str, TensorRef]:
 
 
 def _refuse_unsupported(metadata: Mapping[str, str], architecture: str, where: str) -> None:
-    """Raises Unsupported for what is no LoRA, acts on some tokens only, or has names that are not known."""
+    """Raises Unsupported for what is no LoRA, or has names that are not known."""
     if metadata.get("adapter.type") != "lora":
         what = f"adapter.type is {metadata.get('adapter.type', 'missing')!s:.40}, not lora"
-        raise Unsupported(Problem("E-UNSUPPORTED", what, where))
-    if "adapter.alora.invocation_tokens" in metadata:
-        what = "an activated LoRA: it changes the model only after its invocation tokens, which no merge can do"
         raise Unsupported(Problem("E-UNSUPPORTED", what, where))
     if architecture not in ARCHITECTURES:
         what = f"llama.cpp's names for the architecture {architecture!r:.40} are not known"
@@ -94,6 +97,16 @@ def _alpha(metadata: Mapping[str, str], where: str) -> float | None:
     except ValueError:
         raise InvalidFile(Problem("E-CONFIG", f"adapter.lora.alpha is {text:.40}, not a number", where)) from None
     return alpha or None
+
+
+def _when(metadata: Mapping[str, str], where: str) -> Mapping[str, Any]:
+    """The invocation tokens of an activated LoRA; empty for an adapter that always acts."""
+    text = metadata.get(INVOCATION)
+    if text is None:
+        return {}
+    if not re.fullmatch(r"\[\d+(, \d+)*\]", text):
+        raise InvalidFile(Problem("E-CONFIG", f"{INVOCATION} is {text:.40}, not a list of token numbers", where))
+    return {"tokens": [int(token) for token in text[1:-1].split(", ")]}
 
 
 def _sort(tensors: Mapping[str, TensorRef], where: str) -> tuple[dict[str, tuple[TensorRef, TensorRef]], list[str]]:

@@ -33,6 +33,7 @@ from loratool.conventions.gguf_names import (
 from loratool.conventions.model_config import model_config, whole_config
 from loratool.conventions.writing import Misfit, Options, grouped
 from loratool.errors import LoratoolError
+from loratool.gguf import INVOCATION, Key
 from loratool.names import natural
 from loratool.tensors import Computed, TensorRef
 from loratool.updates import Lora, Scaling
@@ -65,12 +66,14 @@ def write(adapter: Adapter, base: Checkpoint | None, options: Options) -> Bundle
     for place, lora in loras.items():
         a, b = model.factors(place, _under(alpha, lora))
         tensors |= {f"{joined(*place)}.lora_a": _stored(a), f"{joined(*place)}.lora_b": _stored(b)}
-    keys: dict[str, str | float] = {
+    keys: dict[str, Key] = {
         "general.architecture": model.name,
         "general.type": "adapter",
         "adapter.type": "lora",
         "adapter.lora.alpha": alpha,
     }
+    if adapter.when:
+        keys[INVOCATION] = adapter.when["tokens"]
     return Bundle(Gguf(tensors, keys), (*_notes(parts, loras, alpha),))
 
 

@@ -170,7 +170,10 @@ def _configs(source: Checkpoint) -> tuple[dict[str, PeftConfig], dict[str, str]]
         where = f"{source.path}: {METADATA_KEY}{f' of {component}' if component else ''}"
         try:
             refuse_unsupported(document, where, base_inside=False, kinds=("LORA",))
-            configs[component] = parse(document, where)
+            configs[component] = config = parse(document, where)
+            if config.invocation:
+                what = "alora_invocation_tokens is set: diffusers knows no adapter that acts after tokens only"
+                problems.append(Problem("E-CONDITIONAL", what, where))
             labels[component] = f"of {METADATA_KEY} {PLACE}"
         except LoratoolError as error:
             problems += error.problems

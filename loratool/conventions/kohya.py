@@ -36,6 +36,7 @@ KINDS = ("lora",)
 TESTED = "diffusers 0.42.1 as consumer"
 OPTIONS = ("component", "uniform")
 ASKS = ("alpha", "scaling", "components")
+CONDITIONS: tuple[str, ...] = ()
 misfits, write = kohya_write.misfits, kohya_write.write
 
 FACTORS = {"lora_down.weight": "down", "lora_up.weight": "up", "lora_A.weight": "down", "lora_B.weight": "up"}

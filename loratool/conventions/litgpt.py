@@ -45,6 +45,7 @@ KINDS = ("lora",)
 TESTED = "litgpt 0.5.13"
 OPTIONS = ()
 ASKS = ("alpha", "scaling", "enable_lora")
+CONDITIONS: tuple[str, ...] = ()
 misfits, write = litgpt_write.misfits, litgpt_write.write
 
 

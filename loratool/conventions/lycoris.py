@@ -45,6 +45,7 @@ KINDS = ("lora", "dora", "loha", "lokr", "add")
 TESTED = "lycoris-lora 4.1.3"
 OPTIONS = ("component", "uniform")
 ASKS = ("alpha", "scaling", "components")
+CONDITIONS: tuple[str, ...] = ()
 misfits, write = lycoris_write.misfits, lycoris_write.write
 
 _HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")

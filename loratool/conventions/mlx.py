@@ -36,6 +36,7 @@ KINDS = ("lora", "dora", "replace")
 TESTED = "mlx-lm 0.32.2"
 OPTIONS: tuple[str, ...] = ()
 ASKS = ("alpha", "scaling", "config")
+CONDITIONS: tuple[str, ...] = ()
 misfits, write = mlx_write.misfits, mlx_write.write
 
 _PART = re.compile(r"^(?P<module>.+)\.(?P<part>lora_a|lora_b|m)$")

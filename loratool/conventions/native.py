@@ -20,6 +20,7 @@ KINDS = ("lora", "dora", "loha", "lokr", "replace", "add", "replace_rows")
 TESTED = "its own conformance vectors"
 OPTIONS = ("uniform",)
 ASKS = ()  # it says everything itself
+CONDITIONS = native_format.CONDITIONS
 
 
 def detect(source: Checkpoint) -> bool:
@@ -28,7 +29,26 @@ def detect(source: Checkpoint) -> bool:
 
 def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | None) -> Adapter:
     shard = source.shards[0]
-    return native_format.read(shard.path) if shard.header is None else native_format.adapter_of(shard.header)
+    adapter = native_format.read(shard.path) if shard.header is None else native_format.adapter_of(shard.header)
+    return adapter if base is None else _alone(adapter, base)
+
+
+def _alone(adapter: Adapter, base: Mapping[str, TensorRef]) -> Adapter:
+    """For a base that is one component by itself: the adapter of one part by the names that it has there."""
+    parts = {item.target.part for item in adapter.updates}
+    inside = any(name in base for name in adapter.targets())
+    if inside or len(parts) != 1 or "" in parts or not any(item.target.stored in base for item in adapter.updates):
+        return adapter
+    names = {item.target.name: item.target.stored for item in adapter.updates}
+    updates = (replace(item, target=replace(item.target, name=item.target.stored, part="")) for item in adapter.updates)
+    known = {names.get(name, name): identity for name, identity in adapter.base.tensors.items()}
+    note = f"it is for the {min(parts)} of a pipeline, which this base is taken for"
+    return replace(
+        adapter,
+        updates=tuple(updates),
+        base=replace(adapter.base, tensors=known),
+        notes=(*adapter.notes, note),
+    )
 
 
 def unwrap(source: Checkpoint, choices: Choices) -> Mapping[str, TensorRef]:

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from loratool.adapter import Adapter, TensorIdentity
+from loratool.adapter import Adapter
 from loratool.conventions.flat_names import Stored
 from loratool.errors import ChoiceNeeded, Problem
+from loratool.identity import identity_of
 from loratool.maps.cutting import Derived
-from loratool.quantised import stored_part
 from loratool.rows import Rows
 from loratool.tensors import CHUNK, Shape, TensorRef, empty, torch_dtype
 
@@ -143,6 +143,6 @@ def bound(adapter: Adapter) -> Adapter:
     """The adapter with the digests of the weights that its own numbers come from: it fits no others."""
     known = dict(adapter.base.tensors)
     for name, weight in weights(adapter).items():
-        stored = stored_part(weight)
-        known.setdefault(name, TensorIdentity(stored.digest(), stored.dtype, stored.shape))
+        if name not in known:
+            known[name] = identity_of(weight)
     return replace(adapter, base=replace(adapter.base, tensors=known))

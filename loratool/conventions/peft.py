@@ -38,6 +38,7 @@ KINDS = ("lora", "dora", "loha", "lokr", "replace", "add", "replace_rows")
 TESTED = "peft 0.21.2"
 OPTIONS = ("uniform",)
 ASKS = ("alpha", "scaling", "config", "layout")
+CONDITIONS = ("tokens",)
 misfits, write = peft_write.misfits, peft_write.write
 
 
@@ -122,8 +123,10 @@ class PeftReader:
         self.notes += self.sources.notes()
         # Replacements come before the deltas on top of them (an embedding that was resized, then trained).
         updates.sort(key=lambda item: (natural(item.target.name), item.update.role != "replace"))
-        name = BaseIdentity(self.config.base_name if self.config else "")
-        return Adapter(tuple(updates), name, notes=tuple(self.notes), doubts=tuple(self.facts.doubts))
+        config = self.config or PeftConfig()
+        when = {"tokens": [*config.invocation]} if config.invocation else {}
+        base = BaseIdentity(config.base_name, revision=config.revision)
+        return Adapter(tuple(updates), base, notes=tuple(self.notes), doubts=tuple(self.facts.doubts), when=when)
 
     def _names(self, module: Module) -> list[str]:
         """What a pattern of the user's can match: the module, and its parameters where those are adapted one by one."""

@@ -21,7 +21,6 @@ VARIANTS = {
     "use_bdlora": "one factor is block-diagonal and stored compactly",
     "kasa_config": "the base is truncated and the delta has singular values",
     "arrow_config": "it routes between adapters at run time",
-    "alora_invocation_tokens": "it is active only after an invocation token",
     "monteclora_config": "its factors are sampled",
     "velora_config": "its delta is not plain LoRA",
 }
@@ -50,6 +49,8 @@ class PeftConfig:
     fan_in_fan_out: bool = False
     bias: str = "none"
     base_name: str = ""
+    revision: str = ""  # of the base
+    invocation: tuple[int, ...] = ()  # tokens after which an activated LoRA acts; () for one that always does
     version: tuple[int, int, int] | None = None  # of the PEFT that wrote it; None where a development version did
     from_torchtune: bool = False
     layer_replication: tuple[tuple[int, int], ...] = ()
@@ -140,6 +141,12 @@ def parse(document: Mapping[str, Any], where: str) -> PeftConfig:
     tokens = get(tokens_name, {})
     tokens = tokens if isinstance(tokens, dict) else {"": tokens}
     need(all(_is_rows(rows) for rows in tokens.values()), tokens_name, "different row numbers, from 0")
+    invocation = document.get("alora_invocation_tokens")
+    if invocation is not None:
+        good = (
+            _is_list(invocation, int) and bool(invocation) and all(is_int(token) and token >= 0 for token in invocation)
+        )
+        need(good and kind == "LORA", "alora_invocation_tokens", "token numbers from 0, of a LORA")
     feedforward = document.get("feedforward_modules")
     if isinstance(feedforward, str):
         problems += [p for p in [_bad_pattern(feedforward, "feedforward_modules", where)] if p is not None]
@@ -165,6 +172,8 @@ def parse(document: Mapping[str, Any], where: str) -> PeftConfig:
         fan_in_fan_out=get("fan_in_fan_out", False),
         bias=get("bias", "none"),
         base_name=str(get("base_model_name_or_path", "")),
+        revision=str(get("revision", "")),
+        invocation=tuple(invocation or ()),
         version=_version(document.get("peft_version")),
         from_torchtune={*document} - {"base_model_name_or_path"} == _TORCHTUNE,
         layer_replication=layers,

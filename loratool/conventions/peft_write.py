@@ -38,6 +38,8 @@ PAIRING = "0.19.1"  # since this PEFT, A goes with a parameter's last dimension 
 NO_LAYERS = "dummy-target-modules"  # PEFT's own word for an adapter that wraps nothing (peft/utils/constants.py)
 
 ATTENTION = Misfit((), "PEFT wraps torch's MultiheadAttention only whole, and adds the delta of its out_proj twice")
+ALWAYS = Misfit((), "after invocation tokens PEFT activates LoRAs of linear layers only, and this would always act", "",
+                False)  # fmt: skip
 DIFFERENCE = Misfit(
     (), "a stored difference can only be the bias of a LoRA layer (lora_bias), without DoRA, embeddings or parameters"
 )
@@ -45,10 +47,13 @@ DIFFERENCE = Misfit(
 
 def misfits(adapter: Adapter, base: Checkpoint | None, options: Options) -> list[Misfit]:
     if (kind := products.kind_of(adapter)) is not None:
-        return products.misfits(adapter, kind)
+        conditional = [Misfit(tuple(adapter.targets()), ALWAYS.why, "", False)] if adapter.when else []
+        return [*products.misfits(adapter, kind), *conditional]
     parts = _Parts.of(adapter)
+    own = (name for name in adapter.targets() if adapter.when and not parts.is_activated(name))
     return [
         *grouped((name, parts.misfit(name, items)) for name, items in adapter.targets().items()),
+        *grouped((name, ALWAYS) for name in own),
         *mixed_dora(parts.layers),
     ]
 
@@ -70,6 +75,8 @@ def write(adapter: Adapter, base: Checkpoint | None, options: Options) -> Bundle
     tensors |= homes.tensors
     tensors |= {parts.rows_key(name): update.value for name, update in parts.rows.items()}
     config = _config(parts, layers, homes, base)
+    if adapter.when:
+        config["alora_invocation_tokens"] = [*adapter.when["tokens"]]
     return folder(adapter, base, config, tensors, (*notes, *_notes(parts, layers, config, homes)))
 
 
@@ -118,6 +125,12 @@ class _Parts:
             return True
         beside = f"{parent(parent(name))}.experts."
         return any(other.startswith(beside) and items[0].target.stacked for other, items in self.layers.items())
+
+    def is_activated(self, name: str) -> bool:
+        """Whether PEFT can let what changes a tensor act after invocation tokens only: a plain LoRA of a Linear."""
+        items = self.layers.get(name, [])
+        plain = all(item.update.kind == "lora" and item.target.layout != "embedding" for item in items)
+        return bool(items) and plain and len(items[0].target.shape) == 2 and not self.is_parameter(name)
 
     # -- what does not fit --------------------------------------------------------------------------------------------
 

@@ -35,6 +35,7 @@ KINDS = ("lora", "dora")
 TESTED = "torchtune 0.6.1"
 OPTIONS = ()
 ASKS = ("alpha", "scaling", "config")
+CONDITIONS: tuple[str, ...] = ()
 PLAIN = torchtune_names.PLAIN
 FILE_STEM = torchtune_write.FILE_STEM
 misfits, write = torchtune_write.misfits, torchtune_write.write

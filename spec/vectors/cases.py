@@ -380,6 +380,66 @@ valid("number_forms", "numbers whose canonical form is easy to get wrong",
        up("add", "b", [2], {"value": t("F64", 2)}, **FREE, scale=123456789012345680000.0),
        up("add", "c", [2], {"value": t("F64", 2)}, **FREE, scale=0.000001)])  # fmt: skip
 
+# ---------------------------------------------------------------- valid: fp8, info, when, part, the base
+
+valid("fp8_e4m3", "an 8-bit base: 463.5 becomes 448, the largest number; a subnormal one, ties to even",
+      ["R-060", "R-061", "R-063"],
+      {"w": t("F8_E4M3", 2, 3, values=[448, 2**-9, 1.125, -448, 1.25, -240])},
+      [up("add", "w", [2, 3], {"value": t("F32", 2, 3, values=[15.5, 2**-10, 0.0625, -15.5, 0.0625, 1])},
+          **FREE, scale=1)])  # fmt: skip
+valid("fp8_e5m2", "the other one, up to its largest number",
+      ["R-060", "R-061", "R-063"],
+      {"w": t("F8_E5M2", 2, 2, values=[57344, 2**-16, 1.25, -3])},
+      [up("add", "w", [2, 2], {"value": t("F32", 2, 2, values=[4094, 2**-17, 0.125, 0.25])}, **FREE, scale=1)],
+      )  # fmt: skip
+valid("fp8_lora", "loras in 16 bits on bases in 8",
+      ["R-060", "R-061", "R-063"],
+      {"k.weight": t("F8_E4M3", 4, 3), "l.weight": t("F8_E5M2", 4, 3)},
+      [up("lora", n, [4, 3], {"A": t("BF16", 2, 3), "B": t("BF16", 4, 2)}, rank=2, alpha=1, scaling="alpha/rank")
+       for n in ("k.weight", "l.weight")])  # fmt: skip
+valid("dora_rows_only", "a dora on the first rows; nothing touches the others",
+      ["R-028", "R-060"],
+      {"qk.weight": t("BF16", 5, 3)}, [dora("qk.weight", [5, 3], n=2, rows=[0, 2], axis=1)])  # fmt: skip
+valid("info", "what no merge looks at: all members that have a meaning, and one that has none",
+      ["R-014", "R-044", "R-046"],
+      {"l.weight": t("BF16", 4, 3)}, [lora("l.weight", [4, 3])],
+      info={
+          "title": "Ink", "description": "drawings\nin ink", "triggers": ["inked"], "license": "Apache-2.0",
+          "authors": ["A. Nyone"], "source": "https://example.org/ink", "weight": 0.8,
+          "training": {"steps": 1200, "loss": [0.5, 0.25]},
+          "config": {"adapter_config.json": {"r": 2, "lora_dropout": 0.05, "revision": None}},
+          "of the future": [{"updates": []}],
+      })  # fmt: skip
+valid("metadata_members", "members for other programs beside the manifest, sorted by code point",
+      ["R-010", "R-051"],
+      {"l.weight": t("BF16", 4, 3)}, [lora("l.weight", [4, 3])],
+      metadata={"ss_network_alpha": "99", "modelspec.title": "Ink", "\U0001d11e.x": "", "\ufb00.x": "\t"})  # fmt: skip
+for kind, what, when in (
+    ("tokens", "after tokens", {"tokens": [5, 0, 5]}),
+    ("prompts", "on some prompts", {"prompts": ["in ink", "Tusche"]}),
+    ("routing", "where it is chosen", {"routing": "by the model's own router", "acme.router": 3}),
+):
+    valid(f"conditional_{kind}", f"an adapter that acts {what} only: it is read, and not merged",
+          ["R-017", "R-045", "R-047"],
+          {"l.weight": t("BF16", 4, 3)}, [lora("l.weight", [4, 3])], when=when, merge=False)  # fmt: skip
+valid("part", "two parts of a pipeline with tensors of one name, and a third one without a part",
+      ["R-022", "R-029", "R-030", "R-040", "R-048"],
+      {"te_1.q.weight": t("BF16", 4, 3), "te-2.q.weight": t("F16", 2, 3), "q.weight": t("F32", 3, 3)},
+      [lora("q.weight", [4, 3], part="te_1"), lora("q.weight", [3, 3]),
+       lora("q.weight", [2, 3], part="te-2"), lora("q.weight", [4, 3], part="te_1")],
+      identity={"name": "org/pipeline"})  # fmt: skip
+valid("base_known", "all that can be said of a base, with SHA-256 digests",
+      ["R-040", "R-041"],
+      {"e.weight": t("BF16", 4, 3)}, [lora("e.weight", [4, 3])], function="sha256",
+      identity={"name": "org/model", "revision": "main", "architecture": "LlamaForCausalLM",
+                "tokenizer": "blake3:" + "a1" * 32, "added_tokens": {"<|ink|>": 3}})  # fmt: skip
+valid("base_scales", "a weight with scales: its identity is that of the codes and the scales",
+      ["R-040", "R-041"],
+      {"l.weight": t("F8_E4M3", 4, 3), "l.weight_scale": t("F32", 4, 1)},
+      [lora("l.weight", [4, 3])], identity={}, scales={"l.weight": "weight_scale"}, merge=False)  # fmt: skip
+
+METADATA = {case["name"]: case["metadata"] for case in VALID if "metadata" in case}
+
 # ---------------------------------------------------------------- merges
 
 MERGES = []
@@ -434,6 +494,35 @@ merge("refused_two_replacements", "two adapters replace the same tensor", ["R-06
 merge("refused_dora_and_lora", "a dora is not alone on its region", ["R-062"],
       [("dora_axis0", 1), ("scaling_sqrt_rank", 1)], error="E-OVERLAP")  # fmt: skip
 
+merge("refused_conditional", "an adapter that acts after tokens only", ["R-047"],
+      [("conditional_tokens", 1)], error="E-CONDITIONAL")  # fmt: skip
+merge("refused_conditional_zero", "the same at weight 0, beside another one", ["R-047"],
+      [("lora_linear", 1), ("conditional_prompts", 0)], error="E-CONDITIONAL")  # fmt: skip
+merge("refused_scales", "one bit of the scales differs, none of the codes", ["R-041"],
+      [("base_scales", 1)], error="E-BASE-MISMATCH", flip="l.weight_scale", needs="blake3")  # fmt: skip
+merge("refused_no_scales", "the same codes without scales", ["R-041"],
+      [("base_scales", 1)], error="E-BASE-MISMATCH", lacks=["l.weight_scale"])  # fmt: skip
+merge("refused_sha256", "one bit of the base differs from the SHA-256 digest", ["R-041"],
+      [("base_known", 1)], error="E-BASE-MISMATCH", flip="e.weight")  # fmt: skip
+merge("refused_lacks_recorded", "the base lacks a recorded tensor, which a replacement would bring", ["R-041"],
+      [("replace_resized", 1)], error="E-BASE-MISMATCH", lacks=["e.weight"],
+      swap={"f.weight": t("BF16", 4, 3)}, consent=True)  # fmt: skip
+merge("refused_new_zero", "a new tensor at weight 0, with consent", ["R-043"],
+      [("replace_new", 0)], error="E-TARGET", consent=True)  # fmt: skip
+merge("overlap_zero", "two replacements of one tensor, one of them at weight 0", ["R-062"],
+      [("replace", 1), ("replace", 0)])  # fmt: skip
+merge("zero_norm_zero", "a column of the direction is zero, at weight 0", W,
+      [("dora_zero_column", 0)], swap={"l.weight": t("F32", 2, 2, values=[0, 1, 0, 2])})  # fmt: skip
+merge("refused_shapes", "two adapters give a new tensor different shapes", ["R-062"],
+      [("replace_resized", 1), ("replace_rows_other", 1)], error="E-SHAPE", consent=True)  # fmt: skip
+merge("refused_nan_outside", "the base holds NaN in a row that no update changes", ["R-061"],
+      [("dora_rows_only", 1)], error="E-NONFINITE", nan="qk.weight")  # fmt: skip
+merge("refused_fp8_overflow", "465.4, which F8_E4M3 can not hold: it does not saturate", ["R-061"],
+      [("fp8_e4m3", 1.125)], error="E-NONFINITE")  # fmt: skip
+merge("refused_fp8_infinity", "61443, which F8_E5M2 rounds to infinity", ["R-061"],
+      [("fp8_e5m2", 1.001)], error="E-NONFINITE")  # fmt: skip
+merge("fp8_weight", "an 8-bit base and weight 0.5", W, [("fp8_lora", 0.5)])
+
 # ---------------------------------------------------------------- invalid: the edits
 # An edit is (stage, function). The stages, in the order in which generate.py builds a file:
 #   file      (manifest, tensors), changed in place       tensors are {name: [dtype, shape, bytes]}
@@ -463,7 +552,7 @@ def drop(*path):
     return "file", edit
 
 
-SIZE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1}
+SIZE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 
 
 def tensor(name, dtype, *shape):
@@ -692,7 +781,7 @@ invalid("R-013", "E-MANIFEST", R,
 invalid("R-014", "E-UNKNOWN-KEY", L,
     ("key_in_manifest", "a key without a dot in the manifest", put("comment", to="x")),
     ("key_in_update", "a key without a dot in an update", put(*U0, "dropout", to=0)),
-    ("key_in_base", "a key without a dot in base", put("base", "revision", to="main")),
+    ("key_in_base", "a key without a dot in base", put("base", "commit", to="main")),
     ("key_in_base_tensor", "a key without a dot in a base tensor",
      put("base", "tensors", "l.weight", "file", to="x")),
     ("key_of_other_kind", "a lora with an axis", put(*U0, "axis", to=0)),
@@ -1029,8 +1118,18 @@ invalid("R-040", "E-BASE", L,
     ("base_tensors_array", "the base's tensors are an array", put("base", "tensors", to=[])),
     ("base_tensor_text", "a base tensor is a string", put(*B0, to=ZERO)),
     ("digest_missing", "a digest is missing", drop(*B0, "digest")),
-    ("digest_sha", "a digest of another function",
-     put(*B0, "digest", to="sha256:" + "0" * 64)),
+    ("digest_other", "a digest of another function", put(*B0, "digest", to="md5:" + "0" * 64)),
+    ("revision_number", "the base's revision is a number", put("base", "revision", to=7)),
+    ("architecture_null", "the base's architecture is null", put("base", "architecture", to=None)),
+    ("tokenizer_text", "the tokenizer is no digest", put("base", "tokenizer", to="tokenizer.json")),
+    ("added_tokens_array", "the added tokens are an array", put("base", "added_tokens", to=["<x>"])),
+    ("added_tokens_text", "the number of an added token is a string",
+     put("base", "added_tokens", to={"<x>": "3"})),
+    ("base_shape_axes", "a base shape of nine axes", put(*B0, "shape", to=[1] * 9)),
+    ("parts_empty", "parts without a member", put(*B0, "parts", to={})),
+    ("parts_text", "a part is a digest", put(*B0, "parts", to={"weight_scale": ZERO})),
+    ("parts_no_shape", "a part without a shape",
+     put(*B0, "parts", to={"weight_scale": {"digest": ZERO, "dtype": "F32"}})),
     ("digest_capitals", "a digest in capitals", put(*B0, "digest", to="blake3:" + "A" * 64)),
     ("digest_short", "a digest of 63 digits", put(*B0, "digest", to=ZERO[:-1])),
     ("base_dtype", "a base dtype that safetensors lacks", put(*B0, "dtype", to="bfloat16")),
@@ -1044,6 +1143,51 @@ invalid("R-040", "E-BASE", L,
     ("base_shape_differs", "a base tensor of another shape than the update's",
      put(*B0, "shape", to=[3, 4])),
     schema=False,
+)  # fmt: skip
+invalid("R-014", "E-UNKNOWN-KEY", "base_scales",
+    ("key_in_part", "parts within a part", put("base", "tensors", "l.weight", "parts", "weight_scale", "parts", to={})),
+)  # fmt: skip
+invalid("R-044", "E-MANIFEST", "info",
+    ("info_text", "info is a string", put("info", to="Ink")),
+    ("info_array", "info is an array", put("info", to=[])),
+)  # fmt: skip
+invalid("R-046", "E-MANIFEST", "info",
+    ("info_title_number", "the title is a number", put("info", "title", to=7)),
+    ("info_triggers_text", "the triggers are a string", put("info", "triggers", to="inked")),
+    ("info_authors_number", "an author is a number", put("info", "authors", to=[7])),
+    ("info_weight_text", "the weight is a string", put("info", "weight", to="0.8")),
+    ("info_config_text", "the config is a string", put("info", "config", to="{}")),
+)  # fmt: skip
+invalid("R-045", "E-MANIFEST", "conditional_tokens",
+    ("when_array", "when is an array", put("when", to=[])),
+    ("when_empty", "when has no member", put("when", to={})),
+    ("when_vendor", "when has a vendor key only", put("when", to={"acme.x": 1})),
+    ("when_two", "tokens and prompts", put("when", "prompts", to=["x"])),
+    ("when_no_tokens", "no token", put("when", "tokens", to=[])),
+    ("when_token_negative", "a token is -1", put("when", "tokens", to=[5, -1])),
+    ("when_token_text", "a token is a string", put("when", "tokens", to=["5"])),
+)  # fmt: skip
+invalid("R-045", "E-MANIFEST", "conditional_prompts",
+    ("when_prompt_empty", "a prompt is empty", put("when", "prompts", to=[""])),
+    ("when_prompts_text", "the prompts are a string", put("when", "prompts", to="in ink")),
+)  # fmt: skip
+invalid("R-045", "E-MANIFEST", "conditional_routing",
+    ("when_routing_empty", "the routing is empty", put("when", "routing", to="")),
+)  # fmt: skip
+invalid("R-014", "E-UNKNOWN-KEY", "conditional_tokens",
+    ("when_other", "a condition that is not known", put("when", to={"moon": "full"})),
+)  # fmt: skip
+invalid("R-045", "E-FEATURE", "conditional_tokens",
+    ("when_without_feature", "the feature conditional is missing", put("features", to=[])),
+)  # fmt: skip
+invalid("R-045", "E-FEATURE", L,
+    ("feature_without_when", "the feature conditional, and no when", put("features", to=["conditional"])),
+)  # fmt: skip
+invalid("R-048", "E-MANIFEST", "part",
+    ("part_empty", "a part is empty", put(*U0, "part", to="")),
+    ("part_dot", "a part holds a dot", put(*U0, "part", to="te.1")),
+    ("part_number", "a part is a number", put(*U0, "part", to=1)),
+    ("part_long", "a part of 101 letters", put(*U0, "part", to="x" * 101)),
 )  # fmt: skip
 invalid("R-042", "E-MANIFEST", L,
     ("provenance_number", "a provenance value is a number", put("provenance", "seed", to=7)),
@@ -1109,7 +1253,48 @@ invalid("R-051", "E-CANONICAL", L,
     ("padding_one", "one space too many", pad(1)),
     schema=False,
 )  # fmt: skip
+invalid("R-051", "E-CANONICAL", "metadata_members",
+    ("members_order", "the members of __metadata__ are sorted by UTF-16", ("header", lambda h: {
+        **h, "__metadata__": dict(sorted(h["__metadata__"].items(), key=lambda i: (
+            i[0] != "loratool", i[0].encode("utf-16-be"))))})),
+    ("manifest_not_first", "loratool is the last member of __metadata__", ("header", lambda h: {
+        **h, "__metadata__": dict([*[*h["__metadata__"].items()][1:], next(iter(h["__metadata__"].items()))])})),
+    ("member_plain", "a member without a dot", ("header", lambda h: h["__metadata__"].__setitem__("zss_x", "1"))),
+    schema=False,
+)  # fmt: skip
 invalid("R-052", "E-CANONICAL", "stacked",
     ("data_by_name", "the data is sorted by name alone", ("order", lambda item: item[0])),
     schema=False,
 )  # fmt: skip
+
+# ---------------------------------------------------------------- the other codes that are right
+# By one change a file may break several rules; a program looks at them in what order it likes (section 1).
+ALSO = {
+    name: codes.split()
+    for names, codes in (
+        ("header_deep header_bomb", "E-HEADER"),
+        ("duplicate_tensor offsets_reversed", "E-LAYOUT"),
+        ("entry_shape_large entry_dtype_number", "E-TENSOR"),
+        ("metadata_not_object", "E-MANIFEST"),
+        ("version_zero_major", "E-VERSION"),
+        ("when_other", "E-MANIFEST"),
+        ("no_updates updates_object", "E-COMPONENTS E-BASE E-LIMIT"),
+        ("updates_none", "E-COMPONENTS"),
+        ("shape_nine_axes shape_product", "E-SHAPE"),
+        ("rank_zero rank_over_limit rank_text rank_boolean", "E-RANK"),
+        ("update_not_object no_target no_kind target_number", "E-COMPONENTS"),
+        ("kind_number", "E-COMPONENTS E-KIND"),
+        ("alpha_text scale_boolean scaling_number", "E-SCALE"),
+        ("kind_unknown kind_capitals no_direction direction_unknown", "E-COMPONENTS"),
+        ("rows_empty rows_reversed expert_and_experts expert_of_matrix experts_differ", "E-SHAPE"),
+        ("expert_of_vector rows_of_number axis_two axis_negative", "E-SHAPE"),
+        ("single_rows_with_rows single_rows_with_expert single_rows_alpha", "E-UNKNOWN-KEY"),
+        ("add_rank add_alpha replace_scale replace_scaling replace_rank", "E-UNKNOWN-KEY"),
+        ("rank_differs rank_of_a1", "E-SHAPE"),
+        ("rule_of_whole", "E-SCALE"),
+        ("index_matrix index_long index_float index_short", "E-RANGE"),
+        ("refused_scales", "E-QUANTISED"),
+        ("refused_shapes", "E-OVERLAP"),
+    )
+    for name in names.split()
+}

@@ -10,6 +10,7 @@ bytes do not depend on the machine. Needs numpy and blake3.
 # ruff: noqa: T201 - a script that talks to its user
 
 import copy
+import hashlib
 import json
 import math
 import struct
@@ -34,8 +35,10 @@ FLOATS = {
     "F32": (4, 24, -126, 127, 2**19),
     "F16": (2, 11, -14, 15, 2**10 - 1),
     "BF16": (2, 8, -126, 127, 2**7 - 1),
+    "F8_E4M3": (1, 4, -6, 8, 2**4 - 1),
+    "F8_E5M2": (1, 3, -14, 15, 2**3 - 1),
 }
-UNIT = {"F64": 2.0**-53, "F32": 2.0**-53, "F16": 2.0**-24, "BF16": 2.0**-24}  # of the compute dtype
+UNIT = dict.fromkeys(FLOATS, 2.0**-24) | {"F64": 2.0**-53, "F32": 2.0**-53}  # of the compute dtype
 
 
 # ---------------------------------------------------------------- numbers and bytes
@@ -68,12 +71,14 @@ def rounded(x, dtype):
     e -= size < Fraction(2) ** e
     step = Fraction(2) ** (max(e, low) - digits + 1)
     y = round(x / step) * step  # round() of a fraction is half to even
-    if abs(y) >= Fraction(2) ** (high + 1):
+    if abs(y) >= Fraction(2) ** (high + 1) or (dtype == "F8_E4M3" and abs(y) > 448):
         raise Refused("E-NONFINITE")
     return y
 
 
 def encode(values, dtype):
+    if dtype.startswith("F8"):
+        return bytes(eight_bits(Fraction(v), dtype) for v in values)
     floats = np.array([float(v) for v in values])
     if dtype == "I64":
         return np.array([int(v) for v in values], dtype="<i8").tobytes()
@@ -82,19 +87,39 @@ def encode(values, dtype):
     return floats.astype({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]).tobytes()
 
 
+def eight_bits(x, dtype):
+    """The byte of a number that is exact in that dtype: sign, exponent, fraction."""
+    _, digits, low, high, _ = FLOATS[dtype]
+    e = max([low, *(e for e in range(low, high + 1) if abs(x) >= Fraction(2) ** e)])
+    return 128 * (x < 0) + int(abs(x) / Fraction(2) ** (e - digits + 1)) + (e - low) * 2 ** (digits - 1)
+
+
 def decode(dtype, shape, data):
     """An array of fractions (of ints for I64)."""
-    if dtype == "BF16":
+    if dtype.startswith("F8"):
+        _, digits, low, _, _ = FLOATS[dtype]
+        field, fraction = np.divmod(np.frombuffer(data, "u1").astype(int) & 127, 2 ** (digits - 1))
+        flat = (fraction + 2.0 ** (digits - 1) * (field > 0)) * 2.0 ** (np.maximum(field, 1) + low - digits)
+        flat = np.where(np.frombuffer(data, "u1") > 127, -flat, flat)
+    elif dtype == "BF16":
         flat = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
     else:
         flat = np.frombuffer(data, {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8"}[dtype])
     out = np.empty(len(flat), dtype=object)
+    if dtype != "I64" and not np.isfinite(flat).all():
+        raise Refused("E-NONFINITE")
     out[:] = [int(v) if dtype == "I64" else Fraction(float(v)) for v in flat]
     return out.reshape(shape)
 
 
-def digest(data):
-    return "blake3:" + blake3(data).hexdigest()
+def digest(data, function="blake3"):
+    made = hashlib.sha256(data) if function == "sha256" else blake3(data)
+    return f"{function}:{made.hexdigest()}"
+
+
+def identity_of(stored, function="blake3"):
+    dtype, shape, data = stored
+    return {"digest": digest(data, function), "dtype": dtype, "shape": shape}
 
 
 # ---------------------------------------------------------------- canonical JSON and files
@@ -152,7 +177,7 @@ def by_size(item):
     return -cases.SIZE[dtype], name
 
 
-def build(manifest, tensors, stage=None, edit=None):
+def build(manifest, tensors, stage=None, edit=None, metadata=None):
     """The bytes of a file. `edit` is applied once, at the stage it names (see cases.py)."""
 
     def hook(name, value):
@@ -165,6 +190,7 @@ def build(manifest, tensors, stage=None, edit=None):
     header, data = {}, b""
     if manifest is not None:
         header["__metadata__"] = {"loratool": hook("text", canonical(manifest))}
+        header["__metadata__"].update(sorted((metadata or {}).items()))
     for name, (dtype, shape, raw) in sorted(tensors.items(), key=edit if stage == "order" else by_size):
         offsets = [len(data), len(data) + len(raw)]
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
@@ -308,11 +334,16 @@ def merge(base, adapters, consent=False):
     """
     merged, truth, todo = dict(base), {}, {}
     for manifest, tensors, weight in adapters:
+        if "when" in manifest:
+            raise Refused("E-CONDITIONAL")
         for name, known in manifest["base"].get("tensors", {}).items():
-            dtype, shape, data = base[name]
-            found = {"digest": digest(data), "dtype": dtype, "shape": shape}
-            if any(known[key] != found[key] for key in found):
-                raise Refused("E-BASE-MISMATCH")
+            beside = [(f"{name.rpartition('.')[0]}.{n}", part) for n, part in known.get("parts", {}).items()]
+            for stored, wanted in [(name, known), *beside]:
+                if stored not in base:
+                    raise Refused("E-BASE-MISMATCH")
+                found = identity_of(base[stored], wanted["digest"].partition(":")[0])
+                if any(wanted[key] != found[key] for key in found):
+                    raise Refused("E-BASE-MISMATCH")
         seen = {}
         for u in manifest["updates"]:
             i = seen[u["target"]] = seen.get(u["target"], -1) + 1
@@ -322,9 +353,11 @@ def merge(base, adapters, consent=False):
                 for n, v in tensors.items()
                 if n.startswith(stem) and "." not in n.removeprefix(stem)
             }
-            todo.setdefault(u["target"], []).append((u, parts, Fraction(weight)))
+            todo.setdefault(full_name(u), []).append((u, parts, Fraction(weight)))
     for target, work in todo.items():
         shape = work[0][0]["shape"]
+        if any(u["shape"] != shape for u, _, weight in work if weight):
+            raise Refused("E-SHAPE")
         dtype, found, _ = base.get(target, [None, None, None])
         if dtype not in (None, *FLOATS):
             raise Refused("E-QUANTISED")
@@ -338,12 +371,16 @@ def merge(base, adapters, consent=False):
                 raise Refused("E-TARGET")
             start = whole[0][0]["value"]
             dtype = dtype or stored_as(target, adapters)
-        exact, band = merge_one(start, work)
+        exact, band = merge_one(start, [step for step in work if step[2]])
         values = [rounded(x, dtype) for x in exact.flat]
         merged[target] = [dtype, shape, encode(values, dtype)]
         truth["exact." + target] = ["F64", shape, encode(exact.flat, "F64")]
         truth["band." + target] = ["F64", shape, encode((band * UNIT[dtype]).flat, "F64")]
     return merged, truth
+
+
+def full_name(u):
+    return f"{u['part']}.{u['target']}" if "part" in u else u["target"]
 
 
 def is_whole(u):
@@ -353,7 +390,7 @@ def is_whole(u):
 def stored_as(target, adapters):
     """The dtype of the value that becomes a new tensor."""
     for manifest, tensors, _ in adapters:
-        updates = [u for u in manifest["updates"] if u["target"] == target]
+        updates = [u for u in manifest["updates"] if full_name(u) == target]
         for i, u in enumerate(updates):
             if is_whole(u):
                 return tensors[f"{target}.{i}.value"][0]
@@ -394,31 +431,34 @@ def adapter(case):
         tensors.update(fill({f"{u['target']}.{i}.{k}": v for k, v in p.items()}, counter))
     identity = dict(case.get("identity", {}))
     if "identity" in case and case.get("digests", True):
-        identity["tensors"] = {
-            n: {"digest": digest(base[n][2]), "dtype": base[n][0], "shape": base[n][1]} for n in seen
-        }
+        function = case.get("function", "blake3")
+        identity["tensors"] = {n: identity_of(base[n], function) for n in map(full_name, updates)}
+        for name, beside in case.get("scales", {}).items():
+            stored = base[f"{name.rpartition('.')[0]}.{beside}"]
+            identity["tensors"][name]["parts"] = {beside: identity_of(stored, function)}
     vendor = case.get("vendor", {})
     if vendor:
         identity["tensors"]["l.weight"]["acme.shard"] = 1
     manifest = {
         "format": "loratool",
         "version": case.get("version", "1.0"),
-        "features": features(updates, parts),
+        "features": sorted([*features(updates, parts), *["conditional"] * ("when" in case)]),
         "base": identity,
         "provenance": case.get("provenance", {}),
         "updates": list(updates),
+        **{key: case[key] for key in ("info", "when") if key in case},
         **vendor,
     }
     return manifest, tensors, base
 
 
-def expected(manifest, tensors):
+def expected(manifest, tensors, metadata):
     """The decoded file, for a reader to compare with."""
     shown = {}
     for name, (dtype, shape, data) in sorted(tensors.items()):
         values = [int(v) if dtype == "I64" else float(v) for v in decode(dtype, shape, data).flat]
         shown[name] = {"dtype": dtype, "shape": shape, "values": values}
-    return pretty({"manifest": manifest, "tensors": shown})
+    return pretty({"manifest": manifest, "metadata": dict(sorted(metadata.items())), "tensors": shown})
 
 
 def pretty(value):
@@ -433,16 +473,17 @@ def generate():
     for case in cases.VALID:
         name = case["name"]
         manifest, tensors, base = known[name] = adapter(case)
-        consent = case.get("consent", False)
-        merged, truth = merge(base, [(manifest, tensors, 1)], consent)
+        consent, metadata = case.get("consent", False), case.get("metadata", {})
         stem = f"valid/{name}"
         paths = {
-            "file": (f"{stem}.lora.safetensors", build(manifest, tensors)),
-            "expected": (f"{stem}.expected.json", expected(manifest, tensors)),
+            "file": (f"{stem}.lora.safetensors", build(manifest, tensors, metadata=metadata)),
+            "expected": (f"{stem}.expected.json", expected(manifest, tensors, metadata)),
             "base": (f"{stem}.base.safetensors", build(None, base)),
-            "merged": (f"{stem}.merged.safetensors", build(None, merged)),
-            "truth": (f"{stem}.truth.safetensors", build(None, truth)),
         }
+        if case.get("merge", True):
+            merged, truth = merge(base, [(manifest, tensors, 1)], consent)
+            paths["merged"] = f"{stem}.merged.safetensors", build(None, merged)
+            paths["truth"] = f"{stem}.truth.safetensors", build(None, truth)
         files.update(paths.values())
         entry = {"name": name, "shows": case["shows"], "rules": case["rules"]}
         entry.update({key: path for key, (path, _) in paths.items()})
@@ -450,11 +491,17 @@ def generate():
     for case in cases.MERGES:
         name, of = case["name"], case["base"]
         base, base_path = dict(known[of][2]), f"valid/{of}.base.safetensors"
-        if "swap" in case or "flip" in case:
+        if {"swap", "flip", "lacks", "nan"} & case.keys():
             base.update(fill(case.get("swap", {}), Counter(name)))
             if "flip" in case:
                 dtype, shape, data = base[case["flip"]]
                 base[case["flip"]] = [dtype, shape, bytes([data[0] ^ 1]) + data[1:]]
+            for lacking in case.get("lacks", []):
+                del base[lacking]
+            if "nan" in case:  # the last element
+                dtype, shape, data = base[case["nan"]]
+                size = FLOATS[dtype][0]
+                base[case["nan"]] = [dtype, shape, data[:-size] + b"\xff" * (size - 1) + b"\x7f"]
             base_path = f"merge/{name}.base.safetensors"
             files[base_path] = build(None, base)
         entry = {"name": name, "shows": case["shows"], "rules": case["rules"], "base": base_path}
@@ -472,7 +519,7 @@ def generate():
         if found != case["error"]:
             raise SystemExit(f"merge case {name}: {found} instead of {case['error']}")
         if found:
-            entry["code"] = found
+            entry["codes"] = sorted({found, *cases.ALSO.get(name, [])})
         else:
             entry["merged"] = f"merge/{name}.merged.safetensors"
             entry["truth"] = f"merge/{name}.truth.safetensors"
@@ -482,11 +529,12 @@ def generate():
     for case in cases.INVALID:
         manifest, tensors, _ = known[case["of"]]
         path = f"invalid/{case['name']}.lora.safetensors"
-        data = build(manifest, tensors, case["stage"], case["edit"])
-        if data == build(manifest, tensors) or path in files:
+        metadata = cases.METADATA.get(case["of"])
+        data = build(manifest, tensors, case["stage"], case["edit"], metadata)
+        if data == build(manifest, tensors, metadata=metadata) or path in files:
             raise SystemExit(f"invalid case {case['name']}: nothing changed, or the name is taken")
         files[path] = data
-        opened = case["rule"] in ("R-017", "R-050", "R-051", "R-052")  # by a reader: R-055
+        opened = case["rule"] in ("R-017", "R-046", "R-050", "R-051", "R-052")  # by a reader: R-055
         validator = opened or case["rule"] in ("R-033", "R-034")
         index["invalid"].append(
             {
@@ -495,12 +543,15 @@ def generate():
                 "from": f"valid/{case['of']}.lora.safetensors",
                 "mutation": case["mutation"],
                 "code": case["code"],
+                "codes": sorted({case["code"], *cases.ALSO.get(case["name"], [])}),
                 "rule": case["rule"],
                 "duty": "validator" if validator else "reader",
                 "schema": case["schema"],
                 "also": ["R-055"] if opened else [],
             }
         )
+    if unknown := cases.ALSO.keys() - {entry["name"] for kind in ("merge", "invalid") for entry in index[kind]}:
+        raise SystemExit(f"ALSO names no case: {sorted(unknown)}")
     files["manifest.json"] = pretty(index)
     return files
 
