@@ -23,6 +23,9 @@ EXPLAINED = 0.99  # share of elements that an explanation must give, or be one r
 FEWER = 0.7  # of what one explanation leaves open, to believe a less simple one; and as many elements as this:
 ENOUGH = 4
 ROUNDS = 4  # of fitting
+OTHER = 0.8  # cosine of a change and the one that was asked for, below which it is another one
+EXACT = 1e-3  # relative distance of a fitted weight from one that was asked for
+MOST = 0.5
 OVERLAP = 0.99  # share of the rows that have the whole change or nothing of it
 
 
@@ -138,18 +141,30 @@ def _nearest(factor: float, known: Sequence[tuple[float, str]]) -> float:
 
 def _told(factors: Sequence[float], asked: Sequence[Asked], best: Replay, dtype: str) -> Reason:
     """What other factors than 1 mean."""
-    applied = [factor * each.weight for factor, each in zip(factors, asked, strict=True)]
-    weights = [each.weight for each in asked]
-    if sorted(applied) == sorted(weights):
-        pairs = ", ".join(f"{each.name} has {weight:.4g}" for each, weight in zip(asked, applied, strict=True))
-        return Reason("weights-swapped", f"the adapters' weights were swapped: {pairs}", tuple(factors))
+    if swapped := _swapped(factors, asked):
+        return Reason("weights-swapped", swapped, tuple(factors))
     away = [n for n, factor in enumerate(factors) if factor != 1]
     texts = [_one_told(factors[n], asked[n], best) for n in away]
     missing, rounding = [not factors[n] for n in away], [_is_rounding(factors[n], asked[n], dtype) for n in away]
     if all(rounding):
         return Reason("rounded-scale", "; ".join(texts), tuple(factors), fine=True)
-    word = "missing" if all(missing) else "twice" if all(factors[n] == 2 for n in away) else "scale"
+    twice = all(factors[n] == 2 and (asked[n].weight != 0.5 or best.how == "sequential") for n in away)
+    word = "missing" if all(missing) else "twice" if twice else "scale"
     return Reason(word, "; ".join(texts), tuple(factors))
+
+
+def _swapped(factors: Sequence[float], asked: Sequence[Asked]) -> str:
+    """Whether the weights are those that were asked for, of other adapters."""
+    weights = [each.weight for each in asked]
+    applied = [factor * weight for factor, weight in zip(factors, weights, strict=True)]
+    if len({*weights}) < 2 or not all(map(_alike, sorted(applied), sorted(weights))):
+        return ""
+    pairs = ", ".join(f"{each.name} has {weight:.4g}" for each, weight in zip(asked, applied, strict=True))
+    return f"the adapters' weights were swapped: {pairs}"
+
+
+def _alike(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=EXACT)
 
 
 def _one_told(factor: float, asked: Asked, best: Replay) -> str:
@@ -206,19 +221,32 @@ def damaged(wrong: int) -> Reason:
 
 
 def _part(found: Evidence) -> Reason | None:
-    """Whether some rows have the whole change, and the others nothing of it."""
+    """Whether some rows are right, and the others have nothing of the change, or are other numbers."""
     right = (found.away(rounded(found.right, found.dtype)) <= 1).all(dim=1)
     asked = (rounded(found.right, found.dtype) != found.base).any(dim=1)
     none = (found.merged == rounded(found.base, found.dtype)).all(dim=1) & asked
-    both, count = right & ~none, len(found.rows)
-    if int(none.sum()) < 2 or not both.any() or int((right | none).sum()) < OVERLAP * count:
+    count = len(found.rows)
+    if not (right & ~none).any():
         return None
-    rows = found.rows[none]
-    text = f"some of its rows have the change, others (like {int(rows[0])}) have nothing of it"
-    return Reason("part", text)
+    if int(none.sum()) >= 2 and int((right | none).sum()) >= OVERLAP * count:
+        row = int(found.rows[none][0])
+        return Reason("part", f"some of its rows have the change, others (like {row}) have nothing of it")
+    if MOST * count <= int(right.sum()) < count and _whole_rows(found, right):
+        row = int(found.rows[~right][0])
+        return Reason("part", f"some of its rows are right, others (like {row}) are other numbers")
+    return None
+
+
+def _whole_rows(found: Evidence, right: torch.Tensor) -> bool:
+    """Whether the rows that are not right are others altogether, and not in single elements."""
+    off = (found.away(rounded(found.right, found.dtype)) > 1)[~right].double().mean(dim=1)
+    return bool((off > MOST).all())
 
 
 def rest(found: Evidence) -> Iterator[tuple[str, torch.Tensor]]:
-    """What is left of the change: without what was asked for, and all of it."""
+    """What is left of the change without what was asked for; and all of it, where it is another one."""
     yield "added", found.merged - found.right
-    yield "instead", found.change
+    delta = found.right - found.base
+    size = float(found.change.norm() * delta.norm())
+    if size and abs(float((found.change * delta).sum())) < OTHER * size:
+        yield "instead", found.change

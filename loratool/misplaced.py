@@ -19,6 +19,7 @@ SAME = 0.97  # share of elements that another place's change must give, or be on
 ALIKE = 0.95  # cosine of two rows that are the same one
 WIDE = 512  # columns that are compared with each other
 LOW = 3  # a rank is low where it is less than the numbers of rows and columns divided by this
+EXPLAINED = 0.9  # share of a difference that its largest singular values must hold
 NOISE = 4  # singular values of rounding errors are smaller than so many times what they should be
 
 
@@ -160,10 +161,12 @@ def _low_rank(found: Evidence, left: torch.Tensor) -> int:
     """The rank of a difference, apart from rounding errors; 0 if it is none, or not low."""
     import torch
 
-    part = left[:, : 2 * WIDE]
+    part = left[found.rows < int(found.rows[0]) + found.matrix][:, : 2 * WIDE]  # of one matrix
     rows, columns = part.shape
     if min(rows, columns) < 4 * LOW:
         return 0
     noise = float(found.unit.square().mean().sqrt()) * 0.3 * (rows**0.5 + columns**0.5)
-    rank = int((torch.linalg.svdvals(part) > NOISE * noise).sum())
-    return rank if rank * LOW <= min(rows, columns) else 0
+    values = torch.linalg.svdvals(part)
+    rank = int((values > NOISE * noise).sum())
+    explained = float(values[:rank].square().sum()) > EXPLAINED * float(values.square().sum())
+    return rank if explained and rank * LOW <= min(rows, columns) else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from loratool import grids
@@ -70,8 +71,9 @@ def _without(groups: Groups, names: set[str]) -> Groups:
 
 def _coarse(work: Comparison, others: Sequence[Job]) -> Reason | None:
     """What was done to tensors that no adapter changes, where it is the same for all that were looked at."""
-    found = {_coarse_one(work, job) for job in others[:LOOKED_AT]}
-    return found.pop() if len(found) == 1 else None
+    found = [_coarse_one(work, job) for job in others[:LOOKED_AT]]
+    same = len({reason and reason.word for reason in found}) == 1
+    return Counter(found).most_common(1)[0][0] if same else None
 
 
 def _coarse_one(work: Comparison, job: Job) -> Reason | None:

@@ -1,6 +1,6 @@
 """A corpus of merges for `verify`: right ones and wrong ones, each in three dtypes, and what each is to be called.
 
-    python -m tests.verify_corpus          # the table: every fault, and the word that verify has for it
+python -m tests.verify_corpus          # the table: every fault, and the word that verify has for it
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from loratool import Adapter, Target, Targeted, TensorRef
 from loratool.updates import Lora, Scaling
 
 State = dict[str, Tensor]
+import os
+SIZES=[float(os.environ["SIZE"])] if "SIZE" in os.environ else []
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 RANK, SCALE, EXPERTS = 8, 1.5, 4
 SHAPES = {
@@ -76,11 +78,13 @@ class World:
     """A base and two adapters; what a merge makes of them, in one dtype."""
 
     dtype: torch.dtype
-    one: Adapter = field(default_factory=lambda: adapter_of(1))
-    two: Adapter = field(default_factory=lambda: adapter_of(2))
+    size: float = 0.0025
+    one: Adapter = field(init=False)
+    two: Adapter = field(init=False)
     base: State = field(init=False)
 
     def __post_init__(self) -> None:
+        self.one, self.two = adapter_of(1, size=self.size), adapter_of(2, size=self.size)
         self.base = base_of(self.dtype)
 
     def each(self, rule: Callable[[str, Tensor, Tensor], Tensor], names: Sequence[str] = TARGETS) -> State:
@@ -256,7 +260,10 @@ def other_base(world: World) -> State:
 
 def later_base(world: World) -> State:
     """The same model, trained a little further."""
-    later = {name: value.double() * (1 + 0.01 * numbers(n, *value.shape)) for n, (name, value) in enumerate(world.base.items())}
+    later = {
+        name: value.double() * (1 + 0.01 * numbers(n, *value.shape))
+        for n, (name, value) in enumerate(world.base.items())
+    }
     return {n: (v + delta(world.one, n) if n in TARGETS else v).to(world.dtype) for n, v in later.items()}
 
 
@@ -286,7 +293,7 @@ FAULTS = (
     fault("merged twice, in one pass", "twice", scaled(2), "merged twice"),
     fault("merged twice, in two passes", "twice", passes, "merged twice, in two passes"),
     fault("two adapters twice, in four steps", "twice", passes_of_two, "merged twice, in two passes"),
-    fault("alpha for alpha/rank", "scale", scaled(RANK), "taken as alpha:"),
+    fault("alpha for alpha/rank", "scale", scaled(RANK), "(as if the scale was taken as alpha)"),
     fault("alpha/sqrt(rank)", "scale", scaled(RANK**0.5), "taken as alpha/sqrt(rank)"),
     fault("divided by the rank again", "scale", scaled(1 / RANK), "divided by the rank again"),
     fault("scale left out", "scale", scaled(1 / SCALE), "the scale was left out"),
@@ -308,9 +315,7 @@ FAULTS = (
     fault("rows of the change permuted", "permuted", permuted("change", 0), "rows of the change"),
     fault("rows of the tensor permuted", "permuted", permuted("tensor", 0), "rows of the tensor"),
     fault("columns of the change permuted", "permuted", permuted("change", 1), "columns of the change"),
-    fault(
-        "experts swapped", "experts-swapped", lambda w: w.each(lambda n, W, D: W + D.roll(1, 0), ["experts.weight"])
-    ),
+    fault("experts swapped", "experts-swapped", lambda w: w.each(lambda n, W, D: W + D.roll(1, 0), ["experts.weight"])),
     fault(
         "experts with their weights swapped",
         "experts-swapped",
@@ -329,7 +334,9 @@ FAULTS = (
     fault("a flipped bit beside", "untouched", flipped("head.weight", 6)),
     fault("NaN", "nonfinite", changed(nan), "NaN"),
     fault("one more tensor changed", "untouched", changed(put("norm.weight", lambda v: v + 0.01))),
-    fault("a row of a tensor is zero", "damaged part", changed(put(UP[0], lambda v: v * (torch.arange(96) != 5)[:, None]))),
+    fault(
+        "a row of a tensor is zero", "damaged part", changed(put(UP[0], lambda v: v * (torch.arange(96) != 5)[:, None]))
+    ),
     fault("a tensor of zeros", "other-change", changed(put(UP[0], lambda v: v * 0))),
     fault("another shape", "shape", changed(put(UP[0], lambda v: v[:-1]))),
     fault("a tensor too few", "absent", changed(lambda w, out: out.pop("head.weight"))),
@@ -422,7 +429,9 @@ UNTOLD = tuple((f"too weak to tell, times {factor}", weak(factor)) for factor in
 def ask(world: World, made: State | Made, folder: Path, **options: object) -> loratool.VerifyReport:
     if not isinstance(made, Made):
         made = Made(made)
-    save_file({name: value.contiguous() for name, value in (made.base or world.base).items()}, folder / "base.safetensors")
+    save_file(
+        {name: value.contiguous() for name, value in (made.base or world.base).items()}, folder / "base.safetensors"
+    )
     save_file({name: value.clone().contiguous() for name, value in made.state.items()}, folder / "merged.safetensors")
     names = {id(world.one): "one", id(world.two): "two"}
     given = []
@@ -450,7 +459,7 @@ def main() -> int:
     for each in FAULTS:
         cells = []
         for dtype in DTYPES.values():
-            world = World(dtype)
+            world = World(dtype, *SIZES)
             with tempfile.TemporaryDirectory() as folder:
                 report = ask(world, each.make(world), Path(folder))
             why = judged(each, report)
@@ -465,7 +474,7 @@ def main() -> int:
     for right in (*RIGHT, *untold):
         cells = []
         for name, dtype in DTYPES.items():
-            world = World(dtype)
+            world = World(dtype, *SIZES)
             with tempfile.TemporaryDirectory() as folder:
                 report = ask(world, right.make(world), Path(folder))
             expected = "can-not-tell" if right in untold and name != "fp32" else "yes"
