@@ -8,7 +8,7 @@ from statistics import mean, median
 from typing import Any
 
 from loratool.comparing import Comparison, Job, TensorCheck
-from loratool.diagnosis import fit
+from loratool.diagnosis import FEWER, fit
 from loratool.evidence import Evidence, rounded
 
 SOME = 1 << 14  # numbers of a right tensor that its weight is measured on
@@ -113,4 +113,4 @@ def _factor(found: Evidence, place: int) -> float:
     factors = fit(found)
     given = rounded(found.base + found.sum(factors), found.dtype)
     right = rounded(found.right, found.dtype)
-    return factors[place] if found.away(given).mean() < found.away(right).mean() else 1.0
+    return factors[place] if found.away(given).mean() < FEWER * found.away(right).mean() else 1.0

@@ -200,21 +200,21 @@ class Comparison:
 
     def _compared(self, job: Job) -> TensorCheck:
         """Compare a tensor with the correctly rounded result, block by block; find out why it is another one."""
-        check, bad = self._passed(job, ROUNDED_DELTA if self.rounded_delta else 0.0)
+        check, bad = self._passed(job)
         often = DTYPE_BITS[check.dtype] <= 16 and check.differing > check.elements * OFTEN
         if not job.wanted.updates or not (check.wrong or often or (check.differing and not check.told)):
             return check
         reason = self._why(job, bad, check.wrong)
-        if check.wrong and (reason.fine or (reason.word == "rounded-delta" and self.rounded_delta)):
+        if self.rounded_delta and reason.word == "rounded-delta":
+            reason = reason._replace(fine=True)
+        if check.wrong and reason.fine:
             # Right in the rows that were looked at: then no element may be further off than such a merge leaves it.
             again, _ = self._passed(job, max(ROUNDED_DELTA * self.rounded_delta, 2 * resolution(check.dtype)))
             check = replace(again, ulps=0.0) if not again.wrong else again
             reason = diagnosis.damaged(again.wrong) if again.wrong else reason
-        if not check.wrong and reason.word == "rounded-delta" and self.rounded_delta:
-            reason = reason._replace(fine=True)
         return replace(check, reason=reason)
 
-    def _passed(self, job: Job, slack: float) -> tuple[TensorCheck, list[int]]:
+    def _passed(self, job: Job, slack: float = 0.0) -> tuple[TensorCheck, list[int]]:
         """One pass over a tensor, and the first and last rows of each block that are wrong.
 
         `slack` is how far elements may be off, beside float32's own errors, relative to what was added to them.

@@ -22,6 +22,7 @@ NEAR = 0.03  # relative distance at which a fitted coefficient may be a known on
 EXPLAINED = 0.99  # share of elements that an explanation must give, or be one rounding off
 FEWER = 0.7  # of what one explanation leaves open, to believe a less simple one; and as many elements as this:
 ENOUGH = 4
+THRICE = (3.0, "it was merged three times")  # where nothing else explains it
 ROUNDS = 4  # of fitting
 OTHER = 0.8  # cosine of a change and the one that was asked for, below which it is another one
 EXACT = 1e-3  # relative distance of a fitted weight from one that was asked for
@@ -100,21 +101,20 @@ def _known(asked: Asked) -> list[tuple[float, str]]:
         (1.0, ""),
         (0.0, "it was not merged here"),
         (2.0, "it was merged twice"),
-        (3.0, "it was merged three times"),
         (-1.0, "it was subtracted, or base and merged are swapped"),
     ]
     if asked.weight not in (0, 1):
         known.append((1 / asked.weight, "its weight was left out"))
     scaling = asked.scaling
     if scaling is None or not scaling.scale:
-        return known
+        return [*known, THRICE]
     for dtype in ("BF16", "F16"):
         known.append((_as(scaling.scale, dtype) / scaling.scale, f"its scale was rounded to {dtype}"))
     if scaling.scale != 1:
         known.append((1 / scaling.scale, "the scale was left out"))
         known.append((scaling.scale, "the scale was applied twice"))
     if not scaling.rank:
-        return known
+        return [*known, THRICE]
     root = math.sqrt(scaling.rank)
     rules: list[tuple[float, str]] = {
         "alpha": [(1 / scaling.rank, "alpha/rank"), (1 / root, "alpha/sqrt(rank)")],
@@ -124,7 +124,7 @@ def _known(asked: Asked) -> list[tuple[float, str]]:
         [(scaling.rank, "alpha"), (root, "alpha/sqrt(rank)"), (1 / scaling.rank, "one divided by the rank again")],
     )
     known += [(factor, f"the scale was taken as {rule}") for factor, rule in rules if factor != 1]
-    return known
+    return [*known, THRICE]
 
 
 def _as(number: float, dtype: str) -> float:

@@ -20,6 +20,16 @@ EXIT = {"yes": 0, "no": 1, "can-not-tell": 3}
 WORDS = {"yes": "yes", "no": "no", "can-not-tell": "can not tell"}
 
 
+def _given(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> object:
+    if not values:
+        raise click.UsageError(
+            "which adapters were merged? They are arguments, as in `loratool verify merged/ my.lora.safetensors@0.8"
+            " --base base/`; --adapter only says which one of several in a file",
+            ctx,
+        )
+    return options.weighted(ctx, param, values)
+
+
 @click.command(
     "verify",
     epilog="""\b
@@ -29,7 +39,7 @@ Examples:
   loratool verify merged/ my.lora.safetensors --base base/ --sample""",
 )
 @click.argument("merged", type=click.Path(path_type=Path))
-@options.adapters
+@click.argument("adapters", nargs=-1, callback=_given, metavar="ADAPTER[@WEIGHT]...")
 @click.option("--base", required=True, type=click.Path(path_type=Path), help="The checkpoint that was merged into.")
 @click.option(
     "--sample",
@@ -130,7 +140,7 @@ def _measured(asked: float, applied: Applied) -> str:
         return f"what was merged can not be told ({where})"
     few = applied.lowest != applied.highest
     ends = (applied.lowest or 0.0, applied.highest or 0.0)
-    spread = f" ({apart(ends[0], asked)} to {apart(ends[1], asked)})" if few else ""
+    spread = f" in most ({apart(ends[0], asked)} to {apart(ends[1], asked)})" if few else ""
     return f"merged with {apart(applied.weight, asked)}{spread} ({where})"
 
 
