@@ -8,32 +8,48 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from loratool import diagnosis, maps
+from loratool import diagnosis, grids, misplaced
 from loratool.blocks import each_block
-from loratool.bounds import float32_error
+from loratool.bounds import float32_error, size_of
 from loratool.changes import Fitted
-from loratool.checkpoint import Checkpoint
-from loratool.conventions.choices import Choices
 from loratool.diagnosis import Reason
+from loratool.evidence import (
+    Asked,
+    Evidence,
+    gather,
+    matrix_of,
+    ranges_of,
+    resolution,
+    side_by_side,
+    ulps_between,
+)
 from loratool.layout import NewTensor, Weighted
-from loratool.matrices import Merged, row_count, sample_of
+from loratool.matrices import Merged, inside_of, matrices_of, row_count, sample_of
+from loratool.pairing import MergedTensors, stored_of
 from loratool.requantise import Requantiser
 from loratool.rounding import differing
 from loratool.survival import Survival, survival_of
-from loratool.tensors import DTYPE_BITS, MERGEABLE, FileSpan, FileState, TensorRef, torch_dtype
+from loratool.tensors import DTYPE_BITS, MERGEABLE, FileState, TensorRef, torch_dtype
 
 if TYPE_CHECKING:
     import torch
 
-EVIDENCE = 1 << 17  # numbers that are enough to find a reason
-OFTEN = 0.01  # of 16-bit elements next to the right one: more than float32 arithmetic leaves
+EVIDENCE = 1 << 15  # numbers that are enough to find the weights that were applied
+CLOSELY = 1 << 18  # numbers that are enough to tell what else a change is
+OFTEN = 0.001  # of 16-bit elements next to the right one: more than float32 arithmetic leaves
 ROUNDED_DELTA = 2.0**-8  # how far a delta is off, relatively, that was rounded to bfloat16, and again when scaled
+NEAREST = 32  # tensors of the same shape that a change may be of
 
 
 @dataclass(frozen=True)
 class TensorCheck:
-    """One tensor that the adapters change. `ulps` is the largest distance from the correctly rounded result, in units
-    of the last place; `differing` counts elements that are not it, `wrong` those too far from it to be a rounding."""
+    """One tensor that the adapters change.
+
+    `error` is the largest distance from the correctly rounded result, relative to the largest number of its row.
+    `differing` counts elements that are not that result, `wrong` those too far from it to be a rounding, and `ulps` is
+    how far those are, in units of their last place. `told` is false where the change is less than the dtype can hold:
+    the right result is the base's tensor, bit for bit.
+    """
 
     name: str
     dtype: str
@@ -42,24 +58,37 @@ class TensorCheck:
     differing: int
     wrong: int
     survival: Survival
+    error: float = 0.0
+    told: bool = True
     reason: Reason | None = None
+
+    @property
+    def bad(self) -> bool:
+        return bool(self.wrong) or (self.reason is not None and not self.reason.fine)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "tensor": self.name,
             "dtype": self.dtype,
             "elements": self.elements,
-            "ulps": None if self.ulps == float("inf") else self.ulps,
+            "error": number(self.error),
+            "ulps": number(self.ulps),
             "differing": self.differing,
             "wrong": self.wrong,
+            "told": self.told,
             "reason": None if self.reason is None else self.reason.word,
             "factors": [] if self.reason is None else [round(factor, 6) for factor in self.reason.factors],
         }
 
 
+def number(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else None
+
+
 @dataclass(frozen=True)
 class Finding:
-    """One reason for a no, and the tensors it is about."""
+    """One reason for a no, or for a yes that could be better, and the tensors it is about."""
 
     word: str
     text: str
@@ -67,48 +96,6 @@ class Finding:
 
     def to_json(self) -> dict[str, Any]:
         return {"reason": self.word, "text": self.text, "tensors": list(self.tensors)}
-
-
-# -- the merged checkpoint, by the base's names ------------------------------------------------------------------------
-
-
-class MergedTensors:
-    """Finds the base's tensors in a merged checkpoint, where its names, its packing or its ties may be others."""
-
-    def __init__(self, checkpoint: Checkpoint, choices: Choices) -> None:
-        self.checkpoint = checkpoint
-        self.stored = dict(_stored(checkpoint))
-        self.view = maps.View(checkpoint.tensors, choices.maps or maps.shipped())
-        self.used: set[str] = set()
-        self.led = 0
-
-    def find(self, name: str) -> TensorRef | None:
-        tensors, ties = self.checkpoint.tensors, self.checkpoint.ties
-        for known in (name, ties.get(name, "")):
-            found = self.stored.get(known) or tensors.get(known)
-            if found is not None:
-                self.used.add(known)
-                return found
-        if name in self.view.places:
-            self.led += 1
-            return self.view.tensors.get(name)
-        return None
-
-    def extra(self) -> list[str]:
-        """Tensors that nobody has asked for."""
-        return [] if self.led else sorted(self.stored.keys() - self.used - self.checkpoint.ties.keys())
-
-    @property
-    def notes(self) -> list[str]:
-        return [f"{self.led} tensors of the base are named or packed differently in it"] if self.led else []
-
-
-def _stored(checkpoint: Checkpoint) -> Iterator[tuple[str, TensorRef]]:
-    """Every tensor of the files, by the name that it has in a receipt."""
-    if not checkpoint.components:
-        yield from ((name, ref) for shard in checkpoint.shards for name, ref in shard.tensors.items())
-    for component, part in checkpoint.components.items():
-        yield from ((f"{component}.{name}", ref) for name, ref in _stored(part))
 
 
 # -- one tensor -------------------------------------------------------------------------------------------------------
@@ -160,7 +147,7 @@ class Comparison:
 
     def _wanted(self) -> Iterator[NewTensor]:
         """What the merge makes of every tensor of the base, and those it adds."""
-        for name, stored in _stored(self.fit.base):
+        for name, stored in stored_of(self.fit.base):
             yield self.fit.changes.get(name) or NewTensor(name, stored, stored.dtype, stored.shape)
         yield from self.fit.additions
 
@@ -171,7 +158,7 @@ class Comparison:
         return next((found for other in others if other and (found := self.merged.find(other))), None)
 
     def inputs(self) -> set[FileState]:
-        refs = [*self.merged.stored.values(), *(ref for _, ref in _stored(self.fit.base))]
+        refs = [*self.merged.stored.values(), *(ref for _, ref in stored_of(self.fit.base))]
         return {ref.data.state for ref in refs if ref.data.state is not None}
 
     def look_at(self, job: Job) -> tuple[Job, TensorCheck | bool]:
@@ -195,29 +182,55 @@ class Comparison:
 
     def _requantised(self, job: Job) -> TensorCheck:
         """Compare codes or scales with those that a merge by loratool would write."""
-        rows = _matrix(job.found, job.found.shape[-1] if job.found.shape else 1)
+        rows = matrix_of(job.found, job.found.shape[-1] if job.found.shape else 1)
         sink = _Comparing(rows, self.ulps)
         self.requantiser.write(job.wanted, cast(BinaryIO, sink), lambda nbytes: None, digests=False)
         reason = Reason("requantised", "its codes or scales are not those of this merge") if sink.wrong else None
         return TensorCheck(
-            job.name, job.found.dtype, job.found.numel, sink.furthest, sink.differing, sink.wrong, Survival(), reason
+            job.name,
+            job.found.dtype,
+            job.found.numel,
+            sink.furthest,
+            sink.differing,
+            sink.wrong,
+            Survival(),
+            sink.error,
+            reason=reason,
         )
 
     def _compared(self, job: Job) -> TensorCheck:
         """Compare a tensor with the correctly rounded result, block by block; find out why it is another one."""
+        check, bad = self._passed(job)
+        often = DTYPE_BITS[check.dtype] <= 16 and check.differing > check.elements * OFTEN
+        if not job.wanted.updates or not (check.wrong or often or (check.differing and not check.told)):
+            return check
+        reason = self._why(job, bad, check.wrong)
+        if self.rounded_delta and reason.word == "rounded-delta":
+            reason = reason._replace(fine=True)
+        if check.wrong and reason.fine:
+            # Right in the rows that were looked at: then no element may be further off than such a merge leaves it.
+            again, _ = self._passed(job, max(ROUNDED_DELTA * self.rounded_delta, 2 * resolution(check.dtype)))
+            check = replace(again, ulps=0.0) if not again.wrong else again
+            reason = diagnosis.damaged(again.wrong) if again.wrong else reason
+        return replace(check, reason=reason)
+
+    def _passed(self, job: Job, slack: float = 0.0) -> tuple[TensorCheck, list[int]]:
+        """One pass over a tensor, and the first and last rows of each block that are wrong.
+
+        `slack` is how far elements may be off, beside float32's own errors, relative to what was added to them.
+        """
         wanted, survival = job.wanted, Survival()
         sink: _Comparing | None = None
-        bad: list[int] = []  # rows
+        bad: list[int] = []
+        told = wanted.source is None
 
         def receive(block: Merged) -> None:
-            nonlocal sink, survival
-            sink = sink or _Comparing(_matrix(job.found, block.values.shape[1]), self.ulps)
+            nonlocal sink, survival, told
+            sink = sink or _Comparing(matrix_of(job.found, block.values.shape[1]), self.ulps)
             there = sink.rows.narrow(0, block.start, block.stop - block.start).read()
-            error = float32_error(block)
-            if self.rounded_delta and block.exact is not None and wanted.source is not None:
-                error = error + (block.exact - block.stored.to(block.exact.dtype)).abs().double() * ROUNDED_DELTA
-            if len(wrong := sink.compare(block.values, there, error)):
+            if len(wrong := sink.compare(block.values, there, float32_error(block) + _slack(block, slack))):
                 bad.extend((block.start + int(wrong[0]), block.start + int(wrong[-1])))
+            told = told or bool((block.values != block.stored.to(block.values.dtype)).any())
             sample = sample_of(block) if wanted.source is not None else None
             if sample is not None and block.exact is not None:
                 survival = survival.plus(survival_of(block.stored[sample], block.exact[sample], there[sample]))
@@ -225,31 +238,69 @@ class Comparison:
         rows = _sampled(job.name, row_count(wanted), self.share) if self.share < 1 else None
         each_block(wanted, receive, rows=rows, reproducible=True)
         if sink is None:
-            return TensorCheck(job.name, wanted.dtype, 0, 0, 0, 0, Survival())
-        check = TensorCheck(job.name, wanted.dtype, sink.elements, sink.furthest, sink.differing, sink.wrong, survival)
-        often = DTYPE_BITS[wanted.dtype] <= 16 and sink.differing > sink.elements * OFTEN
-        if not wanted.updates or not (sink.wrong or often):
-            return check
-        reason = self._why(job, sink.rows, bad or [rows[0] if rows else 0])
-        return replace(check, reason=reason) if sink.wrong or reason.word == "rounded-delta" else check
+            return TensorCheck(job.name, wanted.dtype, 0, 0, 0, 0, Survival()), []
+        check = TensorCheck(
+            job.name, wanted.dtype, sink.elements, sink.furthest, sink.differing, sink.wrong, survival, sink.error, told
+        )
+        return check, bad or [rows[0] if rows else 0]
 
-    def _why(self, job: Job, rows: TensorRef, bad: Sequence[int]) -> Reason:
-        """The reason, from some rows at the first and the last of those that are wrong."""
-        import torch
+    def _why(self, job: Job, bad: Sequence[int], wrong: int) -> Reason:
+        """The reason, from some rows: the first and the last of those that are wrong, and others."""
+        asked = self.asked(job.wanted)
+        explained = diagnosis.explain(self.evidence(job, EVIDENCE, (bad[0], bad[-1])), asked, wrong)
+        if explained is not None:
+            return explained
+        found = self.closely(job, bad[0])
+        coarse = grids.coarse(found.merged, found.right, found.dtype)
+        return coarse or misplaced.moved(found) or misplaced.unknown(found, asked)
 
-        height = max(1, EVIDENCE // max(1, rows.shape[1]))
-        starts = [max(0, min(row, rows.shape[0] - height)) for row in (bad[0], bad[-1])]
-        ranges = [(start, min(start + height, rows.shape[0])) for start in dict.fromkeys(starts)]
-        there = torch.cat([rows.narrow(0, start, stop - start).read().double() for start, stop in ranges])
-        by_adapter: dict[str, list[Weighted]] = {}
-        for weighted in job.wanted.updates:
-            by_adapter.setdefault(self._adapter(weighted), []).append(weighted)
-        groups = [*by_adapter.values()]
-        return diagnosis.explain(diagnosis.evidence(job.wanted, there, ranges, groups), groups, [*by_adapter])
+    def evidence(self, job: Job, numbers: int, rows: Sequence[int] = (0,)) -> Evidence:
+        """So many numbers of a tensor, around these rows and all over it."""
+        matrices, height, columns = matrices_of(job.wanted)
+        ranges = ranges_of(matrices * height, columns, numbers, [*dict.fromkeys(rows)])
+        return gather(job.wanted, matrix_of(job.found, columns), ranges, self.asked(job.wanted))
 
-    def _adapter(self, weighted: Weighted) -> str:
-        owners = (part for part in self.fit.parts if any(item is weighted.item for item in part.adapter.updates))
-        return next((part.name for part in owners), "the adapters")
+    def closely(self, job: Job, row: int = 0) -> Evidence:
+        """Rows of a tensor that lie together."""
+        columns = matrices_of(job.wanted)[2]
+        ranges = side_by_side(job.wanted, CLOSELY, row)
+        return gather(job.wanted, matrix_of(job.found, columns), ranges, self.asked(job.wanted))
+
+    def asked(self, tensor: NewTensor) -> list[Asked]:
+        """The tensor's updates, by adapter."""
+        found: dict[int, list[Weighted]] = {}
+        for weighted in tensor.updates:
+            found.setdefault(self._owner(weighted), []).append(weighted)
+        return [Asked(self.fit.parts[n].name, tuple(updates), n) for n, updates in found.items()]
+
+    def _owner(self, weighted: Weighted) -> int:
+        """The number of the adapter that an update is of."""
+        for n, part in enumerate(self.fit.parts):
+            if any(item.update is weighted.item.update for item in part.adapter.updates):
+                return n
+        return 0
+
+    def swapped(self, job: Job, jobs: Sequence[Job]) -> Reason | None:
+        """Whether a tensor has the change of another of the same shape, of those near it in `jobs`."""
+        place = jobs.index(job)
+        alike = [n for n, other in enumerate(jobs) if other.wanted.shape == job.wanted.shape and n != place]
+        nearest = sorted(alike, key=lambda n: abs(n - place))[:NEAREST]
+        ranges = side_by_side(job.wanted, CLOSELY)
+        others = (misplaced.neighbour(job.wanted, jobs[n].wanted, ranges) for n in nearest)
+        return misplaced.swapped(self.closely(job), others)
+
+
+def _slack(block: Merged, slack: float) -> torch.Tensor | float:
+    """How far a merge may be off that rounds what it adds, and each sum: [rows, columns] in float64."""
+    if not slack or block.exact is None or not len(block.stored):
+        return 0.0
+    stored, exact = block.stored.double(), block.exact.double()
+    allowed = (exact - stored).abs() * slack
+    if len(block.opened) > 1:  # sums in between can be larger than both ends
+        start, stop = block.start - block.first, block.stop - block.first
+        size = size_of([*inside_of(block.opened, block.exact, start, stop)], block.exact, start).double()
+        allowed += (size + stored.abs()) * (slack * len(block.opened) / 2)
+    return allowed
 
 
 class _Comparing:
@@ -261,7 +312,7 @@ class _Comparing:
     def __init__(self, rows: TensorRef, ulps: int) -> None:
         self.rows, self.ulps = rows, ulps
         self.elements = self.differing = self.wrong = self.row = 0
-        self.furthest = 0.0
+        self.furthest = self.error = 0.0
 
     def compare(self, wanted: torch.Tensor, there: torch.Tensor, error: torch.Tensor | None = None) -> torch.Tensor:
         """Note a block; return the rows in it with elements that are neither close enough nor within `error`."""
@@ -272,14 +323,27 @@ class _Comparing:
         if not len(where):
             return where
         one, other, rows = wanted.view(-1)[where], there.view(-1)[where], where // there.shape[1]
-        distance = diagnosis.ulps_between(one, other, self.rows.dtype)
+        distance = ulps_between(one, other, self.rows.dtype)
+        off = (one.double() - other.double()).abs()
         self.differing += int((distance > 0).sum())
-        self.furthest = max(self.furthest, float(distance.max()))
+        self.error = max(self.error, self._relative(wanted, off, rows))
         allowed = error.expand(there.shape)[rows, where - rows * there.shape[1]] if error is not None else 0.0
-        far = (distance > self.ulps) & ~((one.double() - other.double()).abs() <= allowed)
+        unexplained = ~(off <= allowed)
+        self.furthest = max(self.furthest, float((distance * unexplained).max()))
+        far = (distance > self.ulps) & unexplained
         self.wrong += int(far.sum())
         found: torch.Tensor = torch.unique_consecutive(rows[far])
         return found
+
+    @staticmethod
+    def _relative(wanted: torch.Tensor, off: torch.Tensor, rows: torch.Tensor) -> float:
+        """The largest of these errors, relative to the largest number of its row."""
+        import torch
+
+        which, of = torch.unique_consecutive(rows, return_inverse=True)
+        largest = wanted[which].double().abs().amax(dim=1).clamp_(min=torch.finfo(torch.float64).tiny)
+        relative = off / largest[of]
+        return float("inf") if relative.isnan().any() else float(relative.max())
 
     def write(self, data: memoryview) -> int:
         import torch
@@ -293,13 +357,6 @@ class _Comparing:
 def _comparable(dtype: str, wanted: NewTensor) -> bool:
     """Whether a tensor of this dtype can be what is wanted: rounded to another one, unless it is made of codes."""
     return dtype == wanted.dtype or (not wanted.part and {dtype, wanted.dtype} <= {*MERGEABLE})
-
-
-def _matrix(ref: TensorRef, columns: int) -> TensorRef:
-    """A tensor as [rows, columns], of which some rows can be read: from its file, or from memory."""
-    if not isinstance(ref.data, FileSpan) or ref.views:
-        ref = TensorRef.of(ref.read(), ref.name)
-    return ref.reshape(ref.numel // max(1, columns), columns)
 
 
 def _sampled(name: str, count: int, share: float) -> tuple[int, int]:

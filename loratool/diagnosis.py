@@ -1,214 +1,252 @@
-"""Why a merged tensor is not what base and adapters give: the scale that was really applied, and what explains it.
+"""Why a merged tensor is not what base and adapters give: the weights that were really applied, and what explains them.
 
-The real change C of some rows is fitted by the adapters' own changes D_k (least squares, in float64): C ~ sum c_k D_k.
-A right merge has c = 1. What c is after a mistake is known (2 for a double merge, the rank where alpha was taken for
-alpha/rank), so c is moved to the nearest of these, and believed only if W + sum c_k D_k, rounded, is what is there.
+The real change C of some rows is fitted by the adapters' own changes D_k: C ~ sum c_k D_k, least squares in float64,
+repeated against what the sum gives once it is rounded. A right merge has c = 1. What c is after a mistake is known (2
+for a double merge, the rank where alpha was taken for alpha/rank); a known one is believed before a fitted one, and 1
+before both, unless the other explains clearly more of what is there.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from loratool.blocks import each_block
-from loratool.layout import NewTensor, Weighted
-from loratool.matrices import Merged, row_count
-from loratool.rounding import bits, round_once
-from loratool.tensors import torch_dtype
+from loratool.evidence import Asked, Evidence, resolution, rounded
+from loratool.replays import Replay, closest
 
 if TYPE_CHECKING:
     import torch
 
-NEAR = 0.03  # relative distance at which a fitted coefficient is taken for a known one
-EXPLAINED = 0.99  # share of elements that an explanation must give, to a unit in the last place
-ROUNDED = 0.95  # share that a rounded delta must give exactly: sums in float32 are rounded at other places now and then
-DTYPES = ("BF16", "F16")  # what a delta is rounded to before it is added, apart from the output's own dtype
+NEAR = 0.03  # relative distance at which a fitted coefficient may be a known one
+EXPLAINED = 0.99  # share of elements that an explanation must give, or be one rounding off
+FEWER = 0.7  # of what one explanation leaves open, to believe a less simple one; and as many elements as this:
+ENOUGH = 4
+THRICE = (3.0, "it was merged three times")  # where nothing else explains it
+ROUNDS = 4  # of fitting
+OTHER = 0.8  # cosine of a change and the one that was asked for, below which it is another one
+EXACT = 1e-3  # relative distance of a fitted weight from one that was asked for
+MOST = 0.5
+OVERLAP = 0.99  # share of the rows that have the whole change or nothing of it
 
 
 class Reason(NamedTuple):
-    """One explanation: a stable word, what completes "TENSORS: ...", and the coefficients that were fitted."""
+    """One explanation: a stable word, what completes "TENSORS: ...", and the coefficients that were fitted.
+
+    `fine`: it is right all the same, only rounded more often than needed, and no coarser than its dtype.
+    """
 
     word: str
     text: str
     factors: tuple[float, ...] = ()
+    fine: bool = False
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """Some rows of one tensor in float64, [rows, columns] each: the base's, the merged one's, each adapter's change."""
+def explain(found: Evidence, asked: Sequence[Asked], wrong: int) -> Reason | None:
+    """The coefficients that explain what is there, or the rows; None if none do.
 
-    base: torch.Tensor
-    merged: torch.Tensor
-    changes: tuple[torch.Tensor, ...]
-    dtype: str  # of the merged tensor
-
-
-def evidence(
-    tensor: NewTensor, there: torch.Tensor, rows: Sequence[tuple[int, int]], groups: Sequence[Sequence[Weighted]]
-) -> Evidence:
-    """What can be known of some ranges of rows, where `there` [rows, columns] are the merged checkpoint's.
-
-    `groups` are the tensor's updates, by adapter.
+    `wrong` are the elements of the whole tensor that are too far from the right ones for any rounding.
     """
-    import torch
-
-    columns = there.shape[1]
-
-    def computed(updates: Sequence[Weighted]) -> torch.Tensor:
-        """The tensor with these updates alone. Its rows are longer where none of them sees experts."""
-        changed = replace(tensor, dtype="F64", updates=tuple(updates))
-        width = math.prod(tensor.shape) // row_count(changed)
-        found = []
-        for start, stop in rows:
-            low, high = start * columns // width, -(-stop * columns // width)
-            part = torch.zeros(high - low, width, dtype=torch.float64, device="cpu")
-
-            def receive(block: Merged, low: int = low, high: int = high, part: torch.Tensor = part) -> None:
-                first, last = max(block.start, low), min(block.stop, high)
-                part[first - low : last - low] = block.values[first - block.start : last - block.start]
-
-            each_block(changed, receive, rows=(low, high))
-            found.append(part.flatten()[start * columns - low * width : stop * columns - low * width])
-        return torch.cat(found).view(-1, columns)
-
-    base = torch.zeros(there.shape, dtype=torch.float64, device="cpu")
-    if tensor.source is not None:
-        whole = tensor.source.reshape(tensor.source.numel // columns, columns)
-        base = torch.cat([whole.narrow(0, start, stop - start).read().double() for start, stop in rows])
-    return Evidence(base, there.double(), tuple(computed(group) - base for group in groups), tensor.dtype)
-
-
-def explain(found: Evidence, groups: Sequence[Sequence[Weighted]], names: Sequence[str]) -> Reason:
-    """The explanation that fits; `names` are what the adapters are called."""
     if not found.merged.isfinite().all():
         return Reason("nonfinite", "NaN or infinity is in it")
-    plain = sum(found.changes, found.base * 0)
-    for dtype in DTYPES:
-        for rounded in (_rounded(plain, dtype), sum((_rounded(change, dtype) for change in found.changes), plain * 0)):
-            if _share(found, rounded, ulps=0) >= max(ROUNDED, _share(found, plain, ulps=0)):
-                return Reason("rounded-delta", f"the delta was rounded to {dtype} before it was added")
-    fitted = _least_squares(found)
-    candidates = [_known(group) for group in groups]
-    snapped = [_nearest(factor, known) for factor, known in zip(fitted, candidates, strict=True)]
-    for factors in (tuple(value for value, _ in snapped), fitted):
-        total = sum((c * change for c, change in zip(factors, found.changes, strict=True)), found.base * 0)
-        if _share(found, total, ulps=1) >= EXPLAINED:
-            return _told(
-                factors,
-                [words if factors[n] == value else "" for n, (value, words) in enumerate(snapped)],
-                groups,
-                names,
-            )
-    return _unexplained(found, fitted)
+    scales = [each.factor for each in asked]
+    ones = (1.0,) * len(asked)
+    fitted = fit(found)
+    snapped = tuple(_nearest(factor, _known(each)) for factor, each in zip(fitted, asked, strict=True))
+    factors, best = ones, closest(found, ones, scales)
+    for others in dict.fromkeys((snapped, fitted)):
+        if others != ones and _clearly(found, other := closest(found, others, scales), best):
+            factors, best = others, other
+    if best.share < EXPLAINED:
+        return _part(found)
+    if factors != ones:
+        return _told(factors, asked, best, found.dtype)
+    return _part(found) or _precision(best, found.dtype, wrong)
 
 
-def _least_squares(found: Evidence) -> tuple[float, ...]:
-    """The coefficients c of C ~ sum c_k D_k; 0 for an adapter without a change here."""
+def fit(found: Evidence) -> tuple[float, ...]:
+    """The coefficients c of C ~ sum c_k D_k; 1 for an adapter that changes nothing here."""
     import torch
 
-    change = (found.merged - found.base).flatten()
-    matrix = torch.stack([delta.flatten() for delta in found.changes], dim=1)  # [elements, adapters]
-    return tuple(map(float, torch.linalg.lstsq(matrix, change.unsqueeze(1), driver="gelsd").solution.flatten()))
+    used = [n for n, change in enumerate(found.changes) if change.any()]
+    factors = [1.0] * len(found.changes)
+    if not used:
+        return tuple(factors)
+    weight = 1 / found.unit.flatten()
+    matrix = torch.stack([found.changes[n].flatten() * weight for n in used], dim=1)  # [elements, adapters]
+
+    def solved(change: torch.Tensor) -> list[float]:
+        values = (change.flatten() * weight).unsqueeze(1)
+        return [float(value) for value in torch.linalg.lstsq(matrix, values, driver="gelsd").solution.flatten()]
+
+    for n, value in zip(used, solved(found.change), strict=True):
+        factors[n] = value
+    tried = []
+    for _ in range(ROUNDS):
+        given = rounded(found.base + found.sum(factors), found.dtype)
+        tried.append((float(found.away(given).clamp(max=16).mean()), tuple(factors)))
+        for n, value in zip(used, solved(found.merged - given), strict=True):
+            factors[n] += value
+    return min(tried)[1]
 
 
-def _known(group: Sequence[Weighted]) -> list[tuple[float, str]]:
+def _clearly(found: Evidence, other: Replay, best: Replay) -> bool:
+    gained = (best.away - other.away) * found.base.numel()
+    return other.away < FEWER * best.away and gained > ENOUGH
+
+
+def _known(asked: Asked) -> list[tuple[float, str]]:
     """Coefficients with a meaning, for an adapter's updates of one tensor."""
     known = [
         (1.0, ""),
         (0.0, "it was not merged here"),
         (2.0, "it was merged twice"),
-        (3.0, "it was merged three times"),
-        (-1.0, "it was subtracted"),
+        (-1.0, "it was subtracted, or base and merged are swapped"),
     ]
-    weights = {weight for _, weight in group}
-    if len(weights) == 1 and (weight := weights.pop()) not in (0, 1):
-        known.append((1 / weight, "its weight was left out"))
-    scalings = {item.update.scaling for item, _ in group}
-    scaling = scalings.pop() if len(scalings) == 1 else None
-    if scaling is None or not scaling.scale or not scaling.rank:
-        return known
-    rank, scale = scaling.rank, scaling.scale
-    root = math.sqrt(rank)
+    if asked.weight not in (0, 1):
+        known.append((1 / asked.weight, "its weight was left out"))
+    scaling = asked.scaling
+    if scaling is None or not scaling.scale:
+        return [*known, THRICE]
+    for dtype in ("BF16", "F16"):
+        known.append((_as(scaling.scale, dtype) / scaling.scale, f"its scale was rounded to {dtype}"))
+    if scaling.scale != 1:
+        known.append((1 / scaling.scale, "the scale was left out"))
+        known.append((scaling.scale, "the scale was applied twice"))
+    if not scaling.rank:
+        return [*known, THRICE]
+    root = math.sqrt(scaling.rank)
     rules: list[tuple[float, str]] = {
-        "alpha": [(1 / rank, "alpha/rank"), (1 / root, "alpha/sqrt(rank)")],
+        "alpha": [(1 / scaling.rank, "alpha/rank"), (1 / root, "alpha/sqrt(rank)")],
         "alpha/sqrt(rank)": [(root, "alpha"), (1 / root, "alpha/rank")],
-    }.get(scaling.rule, [(rank, "alpha"), (root, "alpha/sqrt(rank)"), (1 / rank, "one divided by the rank again")])
+    }.get(
+        scaling.rule,
+        [(scaling.rank, "alpha"), (root, "alpha/sqrt(rank)"), (1 / scaling.rank, "one divided by the rank again")],
+    )
     known += [(factor, f"the scale was taken as {rule}") for factor, rule in rules if factor != 1]
-    if scale != 1:
-        known.append((1 / scale, "the scale was left out"))
-        known.append((scale, "the scale was applied twice"))
-    return known
+    return [*known, THRICE]
 
 
-def _nearest(factor: float, known: Sequence[tuple[float, str]]) -> tuple[float, str]:
-    """The known coefficient that a fitted one is close to, with all that it can mean; itself if none is."""
+def _as(number: float, dtype: str) -> float:
+    import torch
+
+    return float(rounded(torch.tensor([number], dtype=torch.float64, device="cpu"), dtype))
+
+
+def _nearest(factor: float, known: Sequence[tuple[float, str]]) -> float:
+    """The known coefficient that a fitted one is close to; itself if none is."""
     value = min((value for value, _ in known), key=lambda value: abs(factor - value) / (abs(value) or 1.0))
-    if abs(factor - value) > NEAR * (abs(value) or 1.0):
-        return factor, ""
-    return value, ", or ".join(words for other, words in known if other == value)
+    return value if abs(factor - value) <= NEAR * (abs(value) or 1.0) else factor
 
 
-def _told(
-    factors: Sequence[float], words: Sequence[str], groups: Sequence[Sequence[Weighted]], names: Sequence[str]
-) -> Reason:
-    parts = []
-    for factor, text, group, name in zip(factors, words, groups, names, strict=True):
-        if factor == 1:
-            continue
-        scaling, weight = group[0].item.update.scaling, group[0].weight
-        right = scaling.factor * weight if scaling else 0.0
-        scale = f": {right * factor:.3g} times its product instead of {right:.3g}" if right else ""
-        what = text or "it was scaled otherwise"
-        parts.append(f"{name}: {what}{scale if factor else ''}")
-    if not parts:
+def _told(factors: Sequence[float], asked: Sequence[Asked], best: Replay, dtype: str) -> Reason:
+    """What other factors than 1 mean."""
+    if swapped := _swapped(factors, asked):
+        return Reason("weights-swapped", swapped, tuple(factors))
+    away = [n for n, factor in enumerate(factors) if factor != 1]
+    texts = [_one_told(factors[n], asked[n], best) for n in away]
+    missing, rounding = [not factors[n] for n in away], [_is_rounding(factors[n], asked[n], dtype) for n in away]
+    if all(rounding):
+        return Reason("rounded-scale", "; ".join(texts), tuple(factors), fine=True)
+    twice = all(factors[n] == 2 and (asked[n].weight != 0.5 or best.how == "sequential") for n in away)
+    word = "missing" if all(missing) else "twice" if twice else "scale"
+    return Reason(word, "; ".join(texts), tuple(factors))
+
+
+def _swapped(factors: Sequence[float], asked: Sequence[Asked]) -> str:
+    """Whether the weights are those that were asked for, of other adapters."""
+    weights = [each.weight for each in asked]
+    applied = [factor * weight for factor, weight in zip(factors, weights, strict=True)]
+    if len({*weights}) < 2 or not all(map(_alike, sorted(applied), sorted(weights))):
+        return ""
+    pairs = ", ".join(f"{each.name} has {weight:.4g}" for each, weight in zip(asked, applied, strict=True))
+    return f"the adapters' weights were swapped: {pairs}"
+
+
+def _alike(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=EXACT)
+
+
+def _one_told(factor: float, asked: Asked, best: Replay) -> str:
+    if not factor:
+        return f"{asked.name}: it was not merged here"
+    words = [text for value, text in _known(asked) if value == factor]
+    if factor == 2 and best.how == "sequential":
+        words = [f"{words[0]}, in two passes"]
+    scale = asked.factor
+    times = f": {apart(scale * factor, scale)} times its product instead of {scale:.4g}" if scale else ""
+    if words and words[0].startswith("it was merged") and asked.weight == 1:
+        first, *others = words
+        meant = f" (or {', or '.join(others)})" if others else ""
+        return f"{asked.name}: {first}{meant}{times}"
+    meant = f" (as if {', or '.join(words)})" if words else ""
+    return (
+        f"{asked.name}: merged with weight {apart(asked.weight * factor, asked.weight)} instead of"
+        f" {asked.weight:.4g}{meant}{times}"
+    )
+
+
+def _is_rounding(factor: float, asked: Asked, dtype: str) -> bool:
+    """Whether it is the right scale, as the output's dtype has it."""
+    scaling = asked.scaling
+    return (
+        bool(scaling and scaling.scale) and factor == _as(scaling.factor, dtype) / scaling.factor if scaling else False
+    )
+
+
+def apart(number: float, other: float) -> str:
+    """A number with four digits, or as many as make it another one than `other`."""
+    digits = next((n for n in range(4, 17) if float(f"{number:.{n}g}") != float(f"{other:.{n}g}")), 4)
+    return f"{number:.{digits}g}"
+
+
+def _precision(best: Replay, dtype: str, wrong: int) -> Reason:
+    """The right change: how it was rounded, or that single elements are others."""
+    if best.how == "once" and wrong and best.share < 1:
+        return damaged(wrong)
+    if best.how == "rounded-delta" or best.dtype:
+        fine = resolution(best.dtype) <= resolution(dtype)
+        text = f"the delta was rounded to {best.dtype} before it was added"
+        return Reason("rounded-delta", text, fine=fine)
+    if best.how == "sequential":
         return Reason(
-            "rounding", "it is the right change, rounded more than once or with less precision", tuple(factors)
+            "sequential", "the adapters were added one after the other, with a rounding after each", fine=True
         )
-    away = [factor for factor in factors if factor != 1]
-    word = "missing" if not any(away) else "twice" if away == [2.0] else "scale"
-    return Reason(word, "; ".join(parts), tuple(factors))
+    return Reason("rounding", "it is the right change, rounded more than once or with less precision", fine=True)
 
 
-def _unexplained(found: Evidence, fitted: Sequence[float]) -> Reason:
-    """What the real change has in common with the wanted one, where no coefficient explains it."""
-    change = found.merged - found.base
-    total = sum((c * delta for c, delta in zip(fitted, found.changes, strict=True)), found.base * 0)
-    size = float(change.square().sum())
-    share = 1 - float((change - total).square().sum()) / size if size else 0.0
-    if size > 0.5 * float(found.base.square().sum() + found.merged.square().sum()):
-        return Reason("other-base", "it has nothing in common with the base's tensor", tuple(fitted))
-    if share < 0.01:
-        return Reason("other-base", "it differs from the base's tensor, and not by these adapters", tuple(fitted))
-    return Reason("other-change", f"{share:.0%} of its change is that of the adapters, the rest is not", tuple(fitted))
+def damaged(wrong: int) -> Reason:
+    what = "one element is another number" if wrong == 1 else f"{wrong:,} elements are other numbers"
+    return Reason("damaged", f"it is the right change, but {what}: flipped bits, or edited since")
 
 
-def _share(found: Evidence, total: torch.Tensor, ulps: int) -> float:
-    """How many elements of the base plus this change, rounded, are what is there, or so many units next to it."""
-    distance = ulps_between(_rounded(found.base + total, found.dtype), found.merged, found.dtype)
-    return float((distance <= ulps).double().mean())
+def _part(found: Evidence) -> Reason | None:
+    """Whether some rows are right, and the others have nothing of the change, or are other numbers."""
+    right = (found.away(rounded(found.right, found.dtype)) <= 1).all(dim=1)
+    asked = (rounded(found.right, found.dtype) != found.base).any(dim=1)
+    none = (found.merged == rounded(found.base, found.dtype)).all(dim=1) & asked
+    count = len(found.rows)
+    if not (right & ~none).any():
+        return None
+    if int(none.sum()) >= 2 and int((right | none).sum()) >= OVERLAP * count:
+        row = int(found.rows[none][0])
+        return Reason("part", f"some of its rows have the change, others (like {row}) have nothing of it")
+    if MOST * count <= int(right.sum()) < count and _whole_rows(found, right):
+        row = int(found.rows[~right][0])
+        return Reason("part", f"some of its rows are right, others (like {row}) are other numbers")
+    return None
 
 
-def _rounded(values: torch.Tensor, dtype: str) -> torch.Tensor:
-    """The same numbers as `dtype` has them, in float64."""
-    import torch
-
-    return round_once(values, torch.empty(values.shape, dtype=torch_dtype(dtype), device="cpu")).double()
-
-
-def ulps_between(one: torch.Tensor, other: torch.Tensor, dtype: str) -> torch.Tensor:
-    """How many numbers of `dtype` two of its numbers are apart, in float64; infinity where one of them is NaN."""
-    import torch
-
-    codes = [_codes(values.to(torch_dtype(dtype))) for values in (one, other)]
-    distance = (codes[0] - codes[1]).abs()
-    return torch.where(one.isnan() ^ other.isnan(), torch.inf, distance)
+def _whole_rows(found: Evidence, right: torch.Tensor) -> bool:
+    """Whether the rows that are not right are others altogether, and not in single elements."""
+    off = (found.away(rounded(found.right, found.dtype)) > 1)[~right].double().mean(dim=1)
+    return bool((off > MOST).all())
 
 
-def _codes(values: torch.Tensor) -> torch.Tensor:
-    """Numbers in the order of their size, one apart from each other, both zeros alike; in float64."""
-    code = bits(values).long()
-    size = values.element_size() * 8
-    magnitude = code & ((1 << (size - 1)) - 1)
-    return magnitude.double().mul_(1.0 - 2.0 * (code < 0))
+def rest(found: Evidence) -> Iterator[tuple[str, torch.Tensor]]:
+    """What is left of the change without what was asked for; and all of it, where it is another one."""
+    yield "added", found.merged - found.right
+    delta = found.right - found.base
+    size = float(found.change.norm() * delta.norm())
+    if size and abs(float((found.change * delta).sum())) < OTHER * size:
+        yield "instead", found.change

@@ -34,7 +34,6 @@ class Status:
         return {
             "path": str(self.path),
             "merged": self.receipt is not None,
-            "answer": self.answer,
             "checked": self.checked,
             "unproven": self.unproven,
             "changed": list(self.changed),

@@ -1,51 +1,75 @@
 """Is this the base with these adapters merged in? Every tensor is compared with the correctly rounded result.
 
 Base, adapters and merged checkpoint are streamed; none is held. A merge by another tool is as good as one by loratool:
-an element may be the neighbour of the right one (torch's float32 arithmetic leaves some there), or as far from the
-exact result as float32 can be.
+an element may be the neighbour of the right one (torch's float32 arithmetic leaves some there), as far from the exact
+result as float32 can be, or as far as it gets by rounding in the output's dtype more than once.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from loratool import conventions
 from loratool.adapter import Adapter
+from loratool.applied import Applied, measured
 from loratool.changes import fitted
-from loratool.checkpoint import open_checkpoint
-from loratool.comparing import Comparison, Finding, MergedTensors, TensorCheck
+from loratool.checkpoint import Checkpoint, open_checkpoint
+from loratool.claims import Claim, claim_of
+from loratool.comparing import Comparison, Finding, Job, TensorCheck, number
 from loratool.conventions.choices import Choices
 from loratool.errors import ChoiceNeeded, Mismatch, Problem
-from loratool.names import listed
+from loratool.pairing import MergedTensors
 from loratool.quantised import logical
 from loratool.receipt import MergedAdapter
 from loratool.survival import Survival, loss, survival_json
+from loratool.verdict import findings_of, remarks_of
 from loratool.workers import Meter, ProgressCallback, each_done, worker_count, workers
 
 ULPS = 1  # the largest accepted distance, in units of the last place
+MISSES = 8  # tensors in a row that were found to have no other one's change, before no more are compared with others
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """The answer, and what it rests on. With a `sample`, only that share of each tensor was looked at."""
+    """The answer, and what it rests on. With a `sample`, only that share of each tensor was looked at.
+
+    `remarks` are what could be better about a right merge. `applied` are the weights that were really merged, in the
+    order of `adapters`; `claim` is what the merged checkpoint's receipt says, which proves nothing.
+    """
 
     merged: Path
     base: Path
     adapters: tuple[MergedAdapter, ...]
+    applied: tuple[Applied, ...]
+    claim: Claim | None
     tensors: tuple[TensorCheck, ...]
     untouched: int  # tensors that no adapter changes, byte-equal to the base's
     findings: tuple[Finding, ...]
+    remarks: tuple[Finding, ...]
     notes: tuple[str, ...]
     sample: float | None
     seconds: float
 
     @property
+    def verdict(self) -> str:
+        """ "yes", "no", or "can-not-tell": an adapter is so weak that the base is its right merge, bit for bit."""
+        if self.findings:
+            return "no"
+        return "yes" if all(adapter.told for adapter in self.applied) else "can-not-tell"
+
+    @property
     def answer(self) -> bool:
-        return not self.findings
+        return self.verdict == "yes"
+
+    @property
+    def error(self) -> float:
+        """The largest distance from the right result, relative to the largest number of its row."""
+        return max((check.error for check in self.tensors), default=0)
 
     @property
     def ulps(self) -> float:
@@ -61,17 +85,22 @@ class VerifyReport:
         return {check.name: check.survival for check in self.tensors if check.survival.asked}
 
     def to_json(self) -> dict[str, Any]:
+        applied = self.applied or [Applied(None, None, None, 0)] * len(self.adapters)
+        pairs = zip(self.adapters, applied, strict=True)
         return {
+            "verdict": self.verdict,
             "merged": str(self.merged),
             "base": str(self.base),
-            "adapters": [vars(adapter) for adapter in self.adapters],
-            "answer": self.answer,
+            "adapters": [{**vars(adapter), **found.to_json()} for adapter, found in pairs],
+            "receipt": None if self.claim is None else self.claim.to_json(),
             "sample": self.sample,
-            "ulps": None if self.ulps == float("inf") else self.ulps,
+            "error": number(self.error),
+            "ulps": number(self.ulps),
             "differing": self.counts[0],
             "elements": self.counts[1],
             "untouched": self.untouched,
             "findings": [finding.to_json() for finding in self.findings],
+            "remarks": [remark.to_json() for remark in self.remarks],
             "tensors": [check.to_json() for check in self.tensors],
             "survival": survival_json(self.survival),
             "notes": list(self.notes),
@@ -100,59 +129,77 @@ def run_verify(
     fit = fitted(base_path, adapters, "keep", choices, allow_new=True)
     if fit.problems:
         raise Mismatch(fit.problems)
-    merged = MergedTensors(logical(open_checkpoint(merged_path)), choices)
+    opened = open_checkpoint(merged_path)
+    claim = claim_of(opened, fit.merged)
+    report = VerifyReport(merged_path, base_path, fit.merged, (), claim, (), 0, (), (), fit.notes, sample, 0.0)
+    if wrapped := _not_merged(opened, fit.base):
+        return replace(report, findings=(wrapped,), seconds=time.monotonic() - started)
+    merged = MergedTensors(logical(opened), choices)
     work = Comparison(fit, merged, ulps, sample or 1.0, rounded_delta)
     jobs = [*work.jobs()]
     meter = Meter(sum(job.nbytes for job in jobs), progress)
-    checks: list[TensorCheck] = []
+    checks: dict[str, TensorCheck] = {}
     same, other = 0, []
     with workers(worker_count(threads)) as pool:
         for job, found in each_done(pool, [partial(work.look_at, job) for job in jobs]):
             meter.step(job.nbytes, job.name)
             if isinstance(found, TensorCheck):
-                checks.append(found)
+                checks[job.name] = found
             elif found:
                 same += 1
             else:
                 other.append(job.name)
     for known in work.inputs():
         known.check()
-    order = {job.name: n for n, job in enumerate(jobs)}
-    checks.sort(key=lambda check: order[check.name])
-    findings = (*work.findings, *_findings(checks, sorted(other, key=order.__getitem__), len(jobs)))
-    notes = [*fit.notes, *merged.notes, *_rounding_notes(checks)]
+    looked = [job for job in jobs if job.name in checks]  # in their order
+    _compare_with_others(work, looked, checks)
+    applied = measured(work, looked, checks)
+    listed = [checks[job.name] for job in looked]
+    others = [job for job in jobs if job.name in {*other}]
+    findings = findings_of(work, looked, checks, others, len(jobs))
+    notes = [*fit.notes, *merged.notes]
     if not findings:
-        survival = {check.name: check.survival for check in checks if check.survival.asked}
+        survival = {check.name: check.survival for check in listed if check.survival.asked}
         notes += loss(survival, "in this dtype", "a wider one keeps all of it")
-    seconds = time.monotonic() - started
-    return VerifyReport(
-        merged_path, base_path, fit.merged, tuple(checks), same, findings, tuple(notes), sample, seconds
+        notes += _untold(listed)
+    return replace(
+        report,
+        applied=applied,
+        tensors=tuple(listed),
+        untouched=same,
+        findings=findings,
+        remarks=tuple(remarks_of(work, jobs, listed)),
+        notes=tuple(notes),
+        seconds=time.monotonic() - started,
     )
 
 
-def _rounding_notes(checks: Sequence[TensorCheck]) -> Iterator[str]:
-    """What is accepted, and not the best there is."""
-    accepted = [check for check in checks if check.reason is not None and not check.wrong]
-    for text in dict.fromkeys(check.reason.text for check in accepted if check.reason):
-        names = [check.name for check in accepted if check.reason and check.reason.text == text]
-        yield f"{listed(names)}: {text}"
+def _not_merged(merged: Checkpoint, base: Checkpoint) -> Finding | None:
+    """Whether it is no merged checkpoint at all: one with the adapter still beside its weights, or an adapter."""
+    for convention in conventions.matching(merged):
+        shapes = {ref.shape for ref in base.tensors.values() if len(ref.shape) > 1}
+        if any(ref.shape in shapes for ref in merged.tensors.values()):
+            text = f"it is a {convention.TITLE}: the adapter is beside the weights in it, and not merged"
+            return Finding("wrapped", text, ())
+        return Finding("adapter", f"it is an adapter ({convention.TITLE}), and no checkpoint", ())
+    return None
 
 
-def _findings(checks: Sequence[TensorCheck], other: Sequence[str], count: int) -> Iterator[Finding]:
-    """The reasons of all tensors, those of one kind together."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for check in checks:
-        if check.wrong and check.reason is not None:
-            groups.setdefault((check.reason.word, check.reason.text), []).append(check.name)
-    unexplained = [name for (word, _), names in groups.items() if word.startswith("other-") for name in names]
-    if other and len(other) * 2 > count - len(checks):
-        yield Finding("other-base", "no adapter changes them, and most are not the base's: another base", tuple(other))
-        groups = {key: names for key, names in groups.items() if not key[0].startswith("other-")}
-    elif other:
-        yield Finding("untouched", "no adapter changes them, and they are not the base's", tuple(other))
-    elif unexplained and len(unexplained) == len(checks):
-        what = "no tensor is what this base and these adapters give: another base, or other adapters as well"
-        yield Finding("other-base", what, tuple(unexplained))
-        groups = {}
-    for (word, text), names in groups.items():
-        yield Finding(word, text, tuple(names))
+def _compare_with_others(work: Comparison, jobs: Sequence[Job], checks: dict[str, TensorCheck]) -> None:
+    """Look for the changes of other tensors where nothing else explains what is there."""
+    misses = 0
+    for job in jobs:
+        check = checks[job.name]
+        if check.reason is None or not check.reason.word.startswith("other-") or misses >= MISSES:
+            continue
+        reason = work.swapped(job, jobs)
+        misses = 0 if reason else misses + 1
+        checks[job.name] = replace(check, reason=reason or check.reason)
+
+
+def _untold(checks: Sequence[TensorCheck]) -> list[str]:
+    untold = [check.name for check in checks if not check.told and check.survival.asked]
+    if not untold:
+        return []
+    what = f"{len(untold)} of {len(checks)} changed tensors are the base's to the bit, as they should be"
+    return [f"{what}: the change is less than {checks[0].dtype} can hold, so nothing there tells right from wrong"]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import loratool
 from loratool import Adapter, Target, Targeted, TensorRef
-from loratool.diagnosis import ulps_between
+from loratool.evidence import ulps_between
 from loratool.updates import Lora, Replace, Scaling
 
 State = dict[str, Tensor]
@@ -120,20 +120,19 @@ MISTAKES: list[tuple[str, Rule, str, str]] = [
         "alpha for alpha/rank",
         lambda n, W, D: W + RANK * D,
         "scale",
-        "taken as alpha: 18 times its product instead of 2",
+        "(as if the scale was taken as alpha): 18 times its product instead of 2",
     ),
     ("rsLoRA for alpha/rank", lambda n, W, D: W + RANK**0.5 * D, "scale", "taken as alpha/sqrt(rank)"),
-    ("scale left out", lambda n, W, D: W + D / SCALE, "scale", "the scale was left out: 1 times"),
+    ("scale left out", lambda n, W, D: W + D / SCALE, "scale", "merged with weight 0.5 instead of 1 (as if the scale was left out): 1 times"),
     ("scale twice", lambda n, W, D: W + D / RANK, "scale", "divided by the rank again"),
     (
         "another scale",
         lambda n, W, D: W + 0.37 * D,
         "scale",
-        "it was scaled otherwise: 0.74 times its product instead of 2",
+        "merged with weight 0.37 instead of 1: 0.74 times its product instead of 2",
     ),
     ("subtracted", lambda n, W, D: W - D, "scale", "it was subtracted"),
-    ("not merged", lambda n, W, D: W, "missing", "it was not merged here"),
-    ("delta rounded", lambda n, W, D: W + D.bfloat16().double(), "rounded-delta", "rounded to BF16 before"),
+    ("not merged", lambda n, W, D: W, "missing", "it was not merged at all"),
     ("another base", lambda n, W, D: torch.randn_like(W) * 0.02 + D, "other-base", "another base"),
     ("something else", lambda n, W, D: W + D + torch.randn_like(W) * 0.01, "other-base", "other adapters as well"),
     ("NaN", lambda n, W, D: W + D * torch.nan, "nonfinite", "NaN or infinity"),
@@ -153,7 +152,7 @@ def test_rules_are_told_by_the_rule_of_the_adapter(base: State, tmp_path: Path) 
     """An rsLoRA adapter merged with alpha/rank, and one of the plain wrapper's first edition."""
     for rule, alpha, applied, text in [
         ("alpha/sqrt(rank)", 6.0, 6 / RANK, "taken as alpha/rank"),
-        ("alpha/sqrt(rank)", 6.0, 6.0, "taken as alpha: 6 times its product instead of 2"),
+        ("alpha/sqrt(rank)", 6.0, 6.0, "(as if the scale was taken as alpha, or it was merged three times): 6 times its product"),
         ("alpha", 2.0, 2 / RANK, "taken as alpha/rank"),
     ]:
         adapter = adapter_of(scaling=Scaling.by(rule, alpha, RANK))
@@ -185,23 +184,32 @@ def test_which_of_several_adapters(base: State, tmp_path: Path) -> None:
     (finding,) = report.findings
     assert (
         finding.text
-        == "two.safetensors: it was merged twice, or the scale was applied twice: 4 times its product instead of 2"
+        == "two.safetensors: it was merged twice (or the scale was applied twice): 4 times its product instead of 2"
     )
     out = merged_by(lambda n, W, D: W + D + SCALE * wrong[n], base, tmp_path / "left.safetensors", one)
     (finding,) = loratool.verify(out, tmp_path / "base.safetensors", asked).findings
-    assert (
-        "or its weight was left out, or the scale was applied twice: 2 times its product instead of 1" in finding.text
-    )
+    assert finding.word == "scale"
+    assert "one.safetensors: merged with weight 1 instead of 0.5 (as if it was merged twice, or" in finding.text
+    assert "or its weight was left out, or the scale was applied twice): 2 times its product" in finding.text
 
 
 def test_a_rounded_delta_can_be_accepted(base: State, tmp_path: Path) -> None:
-    out = merged_by(lambda n, W, D: W + D.bfloat16().double(), base, tmp_path / "out.safetensors")
-    assert not verified(tmp_path, out).answer
-    report = verified(tmp_path, out, rounded_delta=True)
-    assert report.answer
-    assert any("rounded to BF16 before it was added" in note for note in report.notes)
-    twice = merged_by(lambda n, W, D: W + 2 * D.bfloat16().double(), base, tmp_path / "twice.safetensors")
-    assert not verified(tmp_path, twice, rounded_delta=True).answer
+    """In the output's own dtype always, as PEFT, diffusers and MLX do it; in a coarser one if it is asked for."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        state = {name: value.to(dtype) for name, value in base.items()}
+        save_file(state, tmp_path / "base.safetensors")
+        out = merged_by(lambda n, W, D: W + D.bfloat16().double(), state, tmp_path / "out.safetensors")
+        report = verified(tmp_path, out)
+        assert report.answer == (dtype == torch.bfloat16)
+        (told,) = report.findings or report.remarks
+        assert (told.word, told.tensors) == ("rounded-delta", TARGETS)
+        assert told.text == "the delta was rounded to BF16 before it was added"
+        report = verified(tmp_path, out, rounded_delta=True)
+        assert report.answer
+        assert [remark.word for remark in report.remarks] == ["rounded-delta"]
+        twice = merged_by(lambda n, W, D: W + 2 * D.bfloat16().double(), state, tmp_path / "twice.safetensors")
+        (finding,) = verified(tmp_path, twice, rounded_delta=True).findings
+        assert finding.word == "twice"
 
 
 def test_ulps(base: State, tmp_path: Path) -> None:
@@ -334,16 +342,18 @@ def test_the_command(base: State, cli: Cli, tmp_path: Path) -> None:
     assert "of the change survives rounding" in good.out
     bad = cli("verify", tmp_path / "base.safetensors", *arguments)
     assert bad.code == 1
-    assert "no: a.safetensors: it was not merged here" in bad.out
+    assert "no: a.safetensors: it was not merged at all" in bad.out
     assert "in: layers.0.q.weight, layers.1.q.weight, ... (3 in all)" in bad.out
     assert "survives" not in bad.out
     assert cli("verify", tmp_path / "base.safetensors", *arguments, "-q") == (1, "", "")
     document = cli("verify", tmp_path / "base.safetensors", *arguments, "--json", "--sample").json
-    assert document["answer"] is False
+    assert (document["ok"], document["verdict"]) == (False, "no")
     assert document["findings"][0]["reason"] == "missing"
     assert document["tensors"][0]["factors"] == [0.0]
     weighted = cli("verify", tmp_path / "out.safetensors", f"{arguments[0]}@0.5", *arguments[1:], "--json").json
-    assert "merged twice, or its weight was left out" in weighted["findings"][0]["text"]
+    assert "(as if it was merged twice, or its weight was left out" in weighted["findings"][0]["text"]
+    (asked,) = weighted["adapters"]
+    assert (asked["weight"], asked["applied"], asked["lowest"], asked["highest"]) == (0.5, 1.0, 1.0, 1.0)
 
 
 def test_ulps_between_numbers() -> None:

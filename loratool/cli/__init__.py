@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import traceback
+from typing import Any, TextIO
 
 import click
 
@@ -25,8 +26,8 @@ COMMANDS = {
     "explain": "Say what an error code means.",
 }
 
-EXIT_CODES = """Exit codes: 0 done; 1 the answer is no; 2 could not run (usage, input, disk); 101 a bug in loratool;
-130 interrupted."""
+EXIT_CODES = """Exit codes: 0 done, or yes; 1 the answer is no; 2 could not run (usage, input, disk); 3 nothing can tell
+(verify); 101 a bug in loratool; 130 interrupted."""
 
 
 class LazyGroup(click.Group):
@@ -48,6 +49,14 @@ class LazyGroup(click.Group):
         if near:
             ctx.fail(f"No such command {args[0]!r}. Did you mean {near[0]!r}?")
         return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command. click takes every broken pipe for that of its output, and would end with a quiet 0."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            sys.stdout.flush()  # fails again where it is the reader of a help text that is gone
+            raise RuntimeError(f"a connection broke: {error}") from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -71,6 +80,9 @@ def main() -> None:
     """The entry point: runs a command and turns whatever happens into an exit code."""
     # A scheduler's request to stop unwinds like Ctrl-C: staging folders are removed on the way.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:  # closed by the shell; a file to write would get its number
+            setattr(sys, name, _nowhere(number))
     sys.exit(run(sys.argv[1:]))
 
 
@@ -88,14 +100,16 @@ def run(arguments: list[str]) -> int:
             code = output.report_error(error, as_json)
         except (KeyboardInterrupt, click.Abort):
             code = output.report_interrupt(as_json)
-        sys.stdout.flush()
-    except SystemExit as error:  # by a signal; with 1 click exits when the reader of its output is gone
-        return _silenced(0) if error.code == 1 else int(error.code or 0)
-    except BrokenPipeError:
-        return _silenced(0)
+        output.flush()
+    except SystemExit as error:  # by a signal; with 1 click exits when the reader of a help text is gone
+        if error.code != 1:
+            return int(error.code or 0)
+        output.silence(sys.stdout)
+        return 0
     except OSError as error:
         output.complain("E-STDOUT", f"the output can not be printed: {error.strerror or error}")
-        return _silenced(2)
+        output.silence(sys.stdout)
+        return 2
     except Exception as error:
         if os.environ.get("LORATOOL_DEBUG"):
             traceback.print_exc()
@@ -103,7 +117,10 @@ def run(arguments: list[str]) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _silenced(code: int) -> int:
-    """Stdout is gone: flushing it at exit must not fail once more."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return code
+def _nowhere(number: int) -> TextIO:
+    """What takes a closed stream's place, under the number that it had."""
+    found = os.open(os.devnull, os.O_WRONLY)
+    if found != number:
+        os.dup2(found, number)
+        os.close(found)
+    return open(number, "w", encoding="utf-8", closefd=False)  # a number is no path; for ever

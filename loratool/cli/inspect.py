@@ -42,7 +42,7 @@ def inspect_command(
         return
     output.facts(_facts(summary))
     if summary.layers:
-        click.echo()
+        output.say("")
         (_print_layers if layers else _print_groups)(summary)
     output.notes(summary.notes)
 

@@ -155,7 +155,7 @@ def print_plan(plan: Plan, as_json: bool, quiet: bool) -> None:
         )
         for change in sorted(document["changes"], key=lambda change: natural(change["tensor"]))
     ]
-    click.echo()
+    output.say("")
     output.print_table(("tensor", "shape", "dtype", "updates"), rows)
     output.notes(plan.notes)
-    click.echo("nothing was written (--dry-run)")
+    output.say("nothing was written (--dry-run)")

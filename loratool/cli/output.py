@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -25,13 +25,40 @@ PROGRESS_AFTER = 0.5  # seconds: a quick command shows no bar
 PROGRESS_EVERY = 0.1  # seconds between two lines of --progress json
 
 
-def print_json(command: str, document: dict[str, Any]) -> None:
-    """The one JSON document of a command. Its bytes do not depend on the terminal."""
-    _print_document({"schema": f"loratool.{command}/1", "ok": True, **document})
+def print_json(command: str, document: dict[str, Any], *, ok: bool = True, version: int = 1) -> None:
+    """The one JSON document of a command. Its bytes do not depend on the terminal.
+
+    `ok` is whether the answer is yes, where the command answers a question; it did its work in any case. `version` is
+    that of the document's schema.
+    """
+    _print_document({"schema": f"loratool.{command}/{version}", "ok": ok, **document})
 
 
 def _print_document(document: dict[str, Any]) -> None:
-    click.echo(json.dumps(document, indent=2, allow_nan=False))
+    emit(json.dumps(document, indent=2, allow_nan=False))
+
+
+def emit(text: str, *, error: bool = False, colour: bool | None = None) -> None:
+    """Print. A reader that is gone changes nothing: the command ends with the exit code that it would have had."""
+    try:
+        click.echo(text, err=error, color=colour)
+    except OSError as failure:
+        if not error and not isinstance(failure, BrokenPipeError):
+            raise
+        silence(sys.stderr if error else sys.stdout)
+
+
+def silence(stream: TextIO) -> None:
+    """Send to nowhere what is still to be printed: flushing it at the end must not fail once more."""
+    with suppress(OSError):  # what has no file behind it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def flush() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        silence(sys.stdout)
 
 
 def printable(text: str) -> str:
@@ -40,7 +67,7 @@ def printable(text: str) -> str:
 
 
 def say(text: str, *, error: bool = False) -> None:
-    click.echo(printable(text), err=error)
+    emit(printable(text), error=error)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> None:
@@ -63,7 +90,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: 
     with console.capture() as capture:
         console.print(table)
     lines = (line.rstrip() for line in capture.get().splitlines())
-    click.echo("\n".join(lines))
+    emit("\n".join(lines))
 
 
 def _folded(name: str, width: int) -> str:
@@ -177,7 +204,7 @@ def report_error(error: LoratoolError | click.ClickException, as_json: bool) -> 
     if isinstance(error, LoratoolError):
         problems, code, usage = error.problems, error.exit_code, ""
     elif type(error).__name__ == "NoArgsIsHelpError":
-        click.echo(error.format_message(), err=True)
+        emit(error.format_message(), error=True)
         return 2
     else:
         context = error.ctx if isinstance(error, click.UsageError) else None
@@ -197,14 +224,14 @@ def report_error(error: LoratoolError | click.ClickException, as_json: bool) -> 
         if number > SHOWN_PROBLEMS:
             say(f"and {number - SHOWN_PROBLEMS} more {name} ({number} in all); --json lists them", error=True)
     if usage:
-        click.echo(usage, err=True)
+        emit(usage, error=True)
     return code
 
 
 def complain(code: str, message: str, where: str = "", hint: str = "") -> None:
     """One problem on stderr, in up to three lines."""
     head = click.style(f"error[{code}]", fg="red", bold=True) if _colour_wanted() else f"error[{code}]"
-    click.echo(f"{head}: {printable(message)}", err=True, color=_colour_wanted())
+    emit(f"{head}: {printable(message)}", error=True, colour=_colour_wanted())
     if where:
         say(f"  in: {where}", error=True)
     if hint:

@@ -31,7 +31,7 @@ def status_command(ctx: click.Context, path: Path, check: bool, progress_as: str
     with output.progress(quiet or as_json, progress_as) as callback:
         found = loratool.status(path, check=check, progress=callback)
     if as_json:
-        output.print_json("status", found.to_json())
+        output.print_json("status", found.to_json(), ok=found.answer, version=2)
     elif not quiet:
         receipt = found.receipt
         if receipt is None:

@@ -29,7 +29,7 @@ def validate_command(ctx: click.Context, file: Path, as_json: bool, quiet: bool)
     findings = loratool.validate(file)
     if as_json:
         found = [finding.to_json() for finding in findings]
-        output.print_json("validate", {"path": str(file), "valid": not found, "findings": found})
+        output.print_json("validate", {"path": str(file), "findings": found}, ok=not found, version=2)
     elif findings:
         output.print_table(("rule", "code", "finding"), [(f.rule, f.code, f.message) for f in findings])
         output.say(f"{file}: {output.count(len(findings), 'finding')}; the rules are in spec/FORMAT.md")

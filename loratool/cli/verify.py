@@ -8,10 +8,26 @@ from typing import Any
 import click
 
 import loratool
+from loratool.applied import Applied
+from loratool.claims import Claim
 from loratool.cli import options, output
+from loratool.diagnosis import apart
+from loratool.names import listed
 from loratool.verify import VerifyReport
 
 WORST = 5  # tensors that are listed without --verbose
+EXIT = {"yes": 0, "no": 1, "can-not-tell": 3}
+WORDS = {"yes": "yes", "no": "no", "can-not-tell": "can not tell"}
+
+
+def _given(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> object:
+    if not values:
+        raise click.UsageError(
+            "which adapters were merged? They are arguments, as in `loratool verify merged/ my.lora.safetensors@0.8"
+            " --base base/`; --adapter only says which one of several in a file",
+            ctx,
+        )
+    return options.weighted(ctx, param, values)
 
 
 @click.command(
@@ -23,7 +39,7 @@ Examples:
   loratool verify merged/ my.lora.safetensors --base base/ --sample""",
 )
 @click.argument("merged", type=click.Path(path_type=Path))
-@options.adapters
+@click.argument("adapters", nargs=-1, callback=_given, metavar="ADAPTER[@WEIGHT]...")
 @click.option("--base", required=True, type=click.Path(path_type=Path), help="The checkpoint that was merged into.")
 @click.option(
     "--sample",
@@ -58,7 +74,8 @@ def verify_command(
     """Say whether MERGED is the base with these adapters merged in, by whatever tool.
 
     Every tensor is compared with the correctly rounded result. Exits with 1 if the answer is no, and says why: the
-    scale that was really applied, a double merge, a layer that is missing, another base.
+    weight that was really applied, a double merge, a layer that is missing, another base. Exits with 3 if nothing can
+    tell: the change is so small that its right merge is the base, bit for bit.
     """
     with output.progress(quiet or as_json, progress_as) as callback:
         report = loratool.verify(
@@ -73,29 +90,59 @@ def verify_command(
             **given,
         )
     if as_json:
-        output.print_json("verify", report.to_json())
+        output.print_json("verify", report.to_json(), ok=report.answer, version=2)
     elif not quiet:
         _print(report)
-    if not report.answer:
-        ctx.exit(1)
+    ctx.exit(EXIT[report.verdict])
 
 
 def _print(report: VerifyReport) -> None:
     output.notes(report.notes)
+    output.notes([f"{listed(remark.tensors)}: {remark.text}" for remark in report.remarks])
+    if report.claim is not None:
+        output.say(_claimed(report.claim))
     for finding in report.findings:
         output.say(f"no: {finding.text}")
-        output.say(f"  in: {output.some(finding.tensors)}")
-    worst = sorted((check for check in report.tensors if check.wrong), key=lambda check: -check.wrong)[:WORST]
+        if finding.tensors:
+            output.say(f"  in: {output.some(finding.tensors)}")
+    worst = sorted((check for check in report.tensors if check.bad), key=lambda check: -check.differing)[:WORST]
     if worst:
-        rows = [(c.name, f"{c.ulps:g}", f"{c.differing:,}", f"{c.wrong:,}", f"{c.elements:,}") for c in worst]
-        output.print_table(("tensor", "ulps", "differing", "wrong", "of elements"), rows, numeric=range(1, 5))
+        rows = [(c.name, f"{c.error:.2g}", f"{c.differing:,}", f"{c.wrong:,}", f"{c.elements:,}") for c in worst]
+        output.print_table(("tensor", "error", "differing", "wrong", "of elements"), rows, numeric=range(1, 5))
+    for asked, applied in zip(report.adapters, report.applied, strict=False):
+        output.say(f"{asked.name}: asked with weight {asked.weight:g}, {_measured(asked.weight, applied)}")
     differing, elements = report.counts
     targets = output.count(len(report.tensors), "changed tensor")
     others = output.count(report.untouched, "other") + (" is" if report.untouched == 1 else " are")
+    answer = WORDS[report.verdict] + (", by a sample" if report.sample else "")
     output.say(
-        f"{report.merged}: {'yes' if report.answer else 'no'}{', by a sample' if report.sample else ''}: {targets},"
-        f" {report.ulps:g} units in the last place off at most, {differing:,} of {elements:,} elements not the nearest;"
-        f" {others} the base's"
+        f"{report.merged}: {answer}: {targets}, {differing:,} of {elements:,} elements not the nearest,"
+        f" {_off(report.error)}; {others} the base's"
     )
     if report.answer and (line := output.survives(report.survival)):
         output.say(line)
+
+
+def _claimed(claim: Claim) -> str:
+    """What the receipt says."""
+    what = ", ".join(f"{adapter.name}@{adapter.weight:g}" for adapter in claim.adapters)
+    if claim.agrees:
+        return f"its receipt says the same: {what}"
+    return f"its receipt says something else{f' ({what})' if what else ''}: {'; '.join(claim.differences)}"
+
+
+def _measured(asked: float, applied: Applied) -> str:
+    """The weight that was found, and how many tensors it was found in."""
+    where = output.count(applied.tensors, "tensor")
+    if not applied.told:
+        return f"which does not show in any of {where}: its change is less than the dtype can hold"
+    if applied.weight is None:
+        return f"what was merged can not be told ({where})"
+    few = applied.lowest != applied.highest
+    ends = (applied.lowest or 0.0, applied.highest or 0.0)
+    spread = f" in most ({apart(ends[0], asked)} to {apart(ends[1], asked)})" if few else ""
+    return f"merged with {apart(applied.weight, asked)}{spread} ({where})"
+
+
+def _off(error: float) -> str:
+    return "none off" if not error else f"off by {error:.1e} of its row's largest at most"

@@ -1,0 +1,208 @@
+"""Some rows of one tensor as numbers: the base's, the merged one's, and what each adapter changes in them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+from loratool.blocks import each_block
+from loratool.layout import NewTensor, Weighted
+from loratool.matrices import Merged, matrices_of, row_count
+from loratool.rounding import bits, round_once
+from loratool.tensors import FileSpan, TensorRef, torch_dtype
+from loratool.updates import Scaling
+
+if TYPE_CHECKING:
+    import torch
+
+Ranges = Sequence[tuple[int, int]]  # start:stop of rows, ascending, apart from each other
+
+PLACES = 4  # of a tensor that are looked at beside its first and its last wrong row
+SLOPPY = 4  # float32 arithmetic is off by so many units of its own last place
+
+
+class Asked(NamedTuple):
+    """One adapter's updates of a tensor, as they should have been merged."""
+
+    name: str
+    updates: tuple[Weighted, ...]
+    number: int = 0  # of the adapter
+
+    @property
+    def weight(self) -> float:
+        return self.updates[0].weight
+
+    @property
+    def scaling(self) -> Scaling | None:
+        """The scale, where all updates have the same one."""
+        scalings = {item.update.scaling for item, _ in self.updates}
+        return scalings.pop() if len(scalings) == 1 else None
+
+    @property
+    def factor(self) -> float | None:
+        """What stands in front of the product B @ A."""
+        scaling = self.scaling
+        return None if scaling is None or not scaling.scale else scaling.scale * self.weight
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Rows of one tensor in float64, [rows, columns] each. `right` is the exact result, before it is rounded."""
+
+    rows: torch.Tensor  # [rows]: their numbers, counted through all matrices
+    base: torch.Tensor
+    merged: torch.Tensor
+    changes: tuple[torch.Tensor, ...]  # of each adapter
+    right: torch.Tensor
+    dtype: str  # of the merged tensor
+    matrix: int  # rows of one matrix: fewer than the tensor's where its first dimension counts experts
+
+    @cached_property
+    def unit(self) -> torch.Tensor:
+        """[rows, columns]: what one rounding to the dtype can be off by, of anything that was added on the way."""
+        import torch
+
+        largest = torch.maximum(self.base.abs(), self.merged.abs())
+        for change in self.changes:
+            largest = torch.maximum(largest, change.abs())
+        return largest * resolution(self.dtype) + torch.finfo(torch_dtype(self.dtype)).tiny
+
+    @cached_property
+    def change(self) -> torch.Tensor:
+        """What was really changed."""
+        return self.merged - self.base
+
+    def sum(self, factors: Sequence[float]) -> torch.Tensor:
+        """The adapters' changes, each times its factor."""
+        total = self.base * 0
+        for factor, change in zip(factors, self.changes, strict=True):
+            total.add_(change, alpha=factor)
+        return total
+
+    def away(self, numbers: torch.Tensor) -> torch.Tensor:
+        """[rows, columns]: how many units the merged tensor is away from these numbers."""
+        return (numbers - self.merged).abs() / self.unit
+
+    def share(self, numbers: torch.Tensor) -> float:
+        """How many elements are these numbers, or off by one rounding."""
+        return float((self.away(rounded(numbers, self.dtype)) <= 1).double().mean())
+
+
+def resolution(dtype: str) -> float:
+    """The relative distance of two neighbours; where arithmetic is no better than the numbers, with its errors."""
+    import torch
+
+    known = torch_dtype(dtype)
+    return float(torch.finfo(known).eps) * (SLOPPY if known.itemsize >= 4 else 1)
+
+
+def gather(tensor: NewTensor, there: TensorRef, ranges: Ranges, asked: Sequence[Asked]) -> Evidence:
+    """What can be known of some ranges of rows, where `there` [rows, columns] is the merged checkpoint's tensor."""
+    import torch
+
+    columns = there.shape[1]
+    base = stored_at(tensor, ranges, columns)
+    changes = tuple(computed_at(tensor, each.updates, ranges, columns) - base for each in asked)
+    right = base + changes[0] if len(changes) == 1 else computed_at(tensor, tensor.updates, ranges, columns)
+    merged = torch.cat([there.narrow(0, start, stop - start).read().double() for start, stop in ranges])
+    rows = torch.cat([torch.arange(start, stop) for start, stop in ranges])
+    matrices, height, _ = matrices_of(tensor)
+    matrix = height if matrices > 1 else there.shape[0]
+    return Evidence(rows, base, merged.view(-1, columns), changes, right, tensor.dtype, matrix)
+
+
+def stored_at(tensor: NewTensor, ranges: Ranges, columns: int) -> torch.Tensor:
+    """The base's rows [rows, columns]; zeros where it has none."""
+    import torch
+
+    if tensor.source is None:
+        return torch.zeros(sum(stop - start for start, stop in ranges), columns, dtype=torch.float64, device="cpu")
+    whole = tensor.source.reshape(tensor.source.numel // columns, columns)
+    return torch.cat([whole.narrow(0, start, stop - start).read().double() for start, stop in ranges])
+
+
+def computed_at(tensor: NewTensor, updates: Sequence[Weighted], ranges: Ranges, columns: int) -> torch.Tensor:
+    """The tensor's rows [rows, columns] with these updates alone, exact.
+
+    Its own rows are longer than `columns` where none of the updates sees experts.
+    """
+    import torch
+
+    changed = replace(tensor, dtype="F64", updates=tuple(updates))
+    width = math.prod(tensor.shape) // max(1, row_count(changed))
+    found = []
+    for start, stop in ranges:
+        low, high = start * columns // width, -(-stop * columns // width)
+        part = torch.zeros(high - low, width, dtype=torch.float64, device="cpu")
+
+        def receive(block: Merged, low: int = low, high: int = high, part: torch.Tensor = part) -> None:
+            first, last = max(block.start, low), min(block.stop, high)
+            part[first - low : last - low] = block.values[first - block.start : last - block.start]
+
+        each_block(changed, receive, rows=(low, high))
+        found.append(part.flatten()[start * columns - low * width : stop * columns - low * width])
+    return torch.cat(found).view(-1, columns)
+
+
+def ranges_of(rows: int, columns: int, numbers: int, wanted: Sequence[int]) -> Ranges:
+    """Where to look: about so many numbers around the wanted rows, and at places all over the tensor."""
+    height = max(1, numbers // max(1, columns * (PLACES + len(wanted))))
+    spread = [place * (rows - height) // (PLACES - 1) for place in range(PLACES)]
+    return _joined((max(0, min(start, rows - height)), height, rows) for start in [*wanted, *spread])
+
+
+def side_by_side(tensor: NewTensor, numbers: int, first: int = 0) -> Ranges:
+    """Rows that lie together, to compare them with each other: the same few of each matrix where there are several."""
+    matrices, height, columns = matrices_of(tensor)
+    count = max(1, numbers // max(1, columns))
+    if matrices == 1:
+        return _joined([(max(0, min(first, height - count)), count, height)])
+    few = min(height, max(1, count // matrices))
+    offset = min(first % height, height - few)
+    return _joined((n * height + offset, few, matrices * height) for n in range(min(count, matrices)))
+
+
+def _joined(places: Iterable[tuple[int, int, int]]) -> Ranges:
+    """(start, height, rows in all) as ranges that do not overlap."""
+    found: list[tuple[int, int]] = []
+    for start, height, rows in sorted(places):
+        stop = min(start + height, rows)
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(stop, found[-1][1]))
+        else:
+            found.append((start, stop))
+    return found
+
+
+def matrix_of(ref: TensorRef, columns: int) -> TensorRef:
+    """A tensor as [rows, columns], of which some rows can be read: from its file, or from memory."""
+    if not isinstance(ref.data, FileSpan) or ref.views:
+        ref = TensorRef.of(ref.read(), ref.name)
+    return ref.reshape(ref.numel // max(1, columns), columns)
+
+
+def rounded(values: torch.Tensor, dtype: str) -> torch.Tensor:
+    """The same numbers as `dtype` has them, in float64."""
+    import torch
+
+    return round_once(values, torch.empty(values.shape, dtype=torch_dtype(dtype), device="cpu")).double()
+
+
+def ulps_between(one: torch.Tensor, other: torch.Tensor, dtype: str) -> torch.Tensor:
+    """How many numbers of `dtype` two of its numbers are apart, in float64; infinity where one of them is NaN."""
+    import torch
+
+    codes = [_codes(values.to(torch_dtype(dtype))) for values in (one, other)]
+    distance = (codes[0] - codes[1]).abs()
+    return torch.where(one.isnan() ^ other.isnan(), torch.inf, distance)
+
+
+def _codes(values: torch.Tensor) -> torch.Tensor:
+    """Numbers in the order of their size, one apart from each other, both zeros alike; in float64."""
+    code = bits(values).long()
+    size = values.element_size() * 8
+    magnitude = code & ((1 << (size - 1)) - 1)
+    return magnitude.double().mul_(1.0 - 2.0 * (code < 0))
