@@ -10,6 +10,7 @@ from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint, open_checkpoint
 from loratool.conventions import Convention, native
 from loratool.conventions.choices import Choices
+from loratool.conventions.described import described
 from loratool.errors import ChoiceNeeded, LoratoolError
 from loratool.maps import View, absent
 
@@ -47,6 +48,8 @@ def load_part(source: Checkpoint, choices: Choices, view: View | None = None) ->
     if choices.selection and convention is not native:  # its keys are counted by its manifest
         source, used = choices.selection.keys(source)
     adapter = _read(source, convention, choices, view)
+    if convention is not native:
+        adapter = described(adapter, source, choices.config)
     if choices.selection:
         adapter = choices.selection.updates(adapter, used, str(source.path))
     return Loaded(adapter, convention, source, frozenset(used))
