@@ -12,7 +12,7 @@ from loratool.adapter import Adapter, Targeted
 from loratool.binding import Binding, Part, led
 from loratool.bundle import Bundle
 from loratool.checkpoint import Checkpoint, open_checkpoint
-from loratool.conventions import Writer, of_base
+from loratool.conventions import Writer, base_names, luggage, of_base
 from loratool.conventions.choices import Choices
 from loratool.conventions.load import load, load_source
 from loratool.conventions.writing import Misfit, Options
@@ -25,7 +25,13 @@ from loratool.tensors import FileState
 from loratool.updates import Replace
 from loratool.version import TOOL
 
-_FLAGS = {"uniform": "--uniform", "component": "--as"}
+_FLAGS = {
+    "uniform": "--uniform",
+    "component": "--as",
+    "task_type": "--task-type",
+    "base_name": "--base-name",
+    "revision": "--revision",
+}
 
 
 @dataclass(frozen=True)
@@ -91,9 +97,11 @@ def plan_convert(
         )
     opened = None if base is None else logical(open_checkpoint(base))
     view = None if opened is None else maps.View(opened.tensors, choices.maps or maps.shipped())
-    adapter, read_as, inputs = _read(source, choices, opened, view)
-    adapter = of_base.bound(adapter)
+    adapter, read_as, stored = _read(source, choices, opened, view)
+    inputs = tuple({ref.data.state for ref in stored.tensors.values() if ref.data.state} if stored else ())
+    adapter, naming = base_names.named(of_base.bound(adapter), opened, options)
     problems, notes = _unfit(adapter, choices, opened)
+    notes += naming
     if not adapter.when.keys() <= {*writer.CONDITIONS}:
         able = ", ".join(
             other.NAME for other in conventions.writers().values() if {*adapter.when} <= {*other.CONDITIONS}
@@ -107,7 +115,7 @@ def plan_convert(
         what = f"nothing is left to write: {listed(copies)} are replaced by what they are in the base"
         raise Mismatch(Problem("E-LIMIT", what, str(source) if isinstance(source, Path) else "", ""))
     adapter = replace(adapter, provenance={**adapter.provenance, "tool": TOOL})
-    bundle = writer.write(adapter, opened, options)
+    bundle = luggage.packed(writer.write(adapter, opened, options), adapter, stored, writer.TITLE)
     if refused := [*_bad_output(out, bundle, writer)]:
         raise OutputRefused(refused)
     if opened is not None:
@@ -161,17 +169,16 @@ def _writer(name: str, options: Options) -> Writer:
 
 def _read(
     source: Path | Adapter, choices: Choices, base: Checkpoint | None, view: maps.View | None
-) -> tuple[Adapter, str, tuple[FileState, ...]]:
-    """The adapter, bound to the base's names and orientation; what it was stored as; the files it lies in."""
+) -> tuple[Adapter, str, Checkpoint | None]:
+    """The adapter, bound to the base's names and orientation; what it was stored as; where it lies, if on disk."""
     if isinstance(source, Adapter):
         if choices != Choices():
             what = "an adapter in memory was read already: alpha, scaling, config and the like mean nothing for it"
             raise ChoiceNeeded(Problem("E-OPTION", what, hint="give them to loratool.load"))
-        return source, source.provenance.get("convention", "memory"), ()
+        return source, source.provenance.get("convention", "memory"), None
     loaded = load(source, choices, view)
-    inputs = tuple({ref.data.state for ref in loaded.source.tensors.values() if ref.data.state is not None})
     adapter = loaded.adapter if base is None or view is None else led(loaded.adapter, base, view, str(source))
-    return adapter, loaded.convention.NAME, inputs
+    return adapter, loaded.convention.NAME, loaded.source
 
 
 def _unfit(adapter: Adapter, choices: Choices, base: Checkpoint | None) -> tuple[list[Problem], tuple[str, ...]]:

@@ -41,12 +41,14 @@ def named(adapter: Adapter, base: Checkpoint | None, options: Options) -> tuple[
     """
     if options.base_name:
         if not is_id(options.base_name):
-            what = f"--base-name {options.base_name} is no model's id, as owner/model is: a path means nothing elsewhere"
+            what = (
+                f"--base-name {options.base_name} is no model's id, as owner/model is: a path means nothing elsewhere"
+            )
             raise ChoiceNeeded(Problem("E-OPTION", what, hint="say the id under which the base is published"))
         return _called(adapter, options.base_name, options.revision), ()
     name = adapter.base.name
     if name and not is_path(name):
-        return _called(adapter, name, options.revision or revision_of(adapter)), ()
+        return _called(adapter, name, options.revision or adapter.base.revision), ()
     cached = _cached(base)
     notes = (f"the base's name in it, {name!r:.200}, is a path and left out",) if name else ()
     if options.revision and cached is None:
@@ -57,16 +59,8 @@ def named(adapter: Adapter, base: Checkpoint | None, options: Options) -> tuple[
     return _called(adapter, cached[0], options.revision or cached[1]), notes
 
 
-def revision_of(adapter: Adapter) -> str:
-    return str((adapter.info.get("config") or {}).get("revision") or "")
-
-
 def _called(adapter: Adapter, name: str, revision: str) -> Adapter:
-    config = {key: value for key, value in (adapter.info.get("config") or {}).items() if key != "revision"}
-    if revision:
-        config["revision"] = revision
-    info = {key: value for key, value in adapter.info.items() if key != "config"} | ({"config": config} if config else {})
-    return replace(adapter, base=replace(adapter.base, name=name), info=info)
+    return replace(adapter, base=replace(adapter.base, name=name, revision=revision))
 
 
 def _cached(base: Checkpoint | None) -> tuple[str, str] | None:

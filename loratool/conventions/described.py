@@ -92,14 +92,14 @@ def is_own(source: Checkpoint) -> bool:
 
 
 def _slim(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without what says nothing, and without the base's name, which is the adapter's own `base.name`.
+    """A config without what says nothing, and without the base's name and revision, which are the adapter's `base`.
 
     {} if it is too much to travel.
     """
     slim = {
         key: value
         for key, value in sorted(config.items())
-        if value is not None and value not in ([], {}, "") and key != "base_model_name_or_path"
+        if value is not None and value not in ([], {}, "") and key not in ("base_model_name_or_path", "revision")
     }
     small = len(json.dumps(slim, ensure_ascii=False).encode("utf-8", "surrogatepass")) <= MAX_CONFIG
     return slim if small and _storable(slim, MAX_DEPTH - 3) else {}

@@ -34,7 +34,7 @@ NAME = "kohya"
 TITLE = "kohya sd-scripts LoRA"
 KINDS = ("lora",)
 TESTED = "diffusers 0.42.1 as consumer"
-OPTIONS = ("component", "uniform")
+OPTIONS = ("component", "uniform", "base_name")
 CONDITIONS: tuple[str, ...] = ()
 misfits, write = kohya_write.misfits, kohya_write.write
 

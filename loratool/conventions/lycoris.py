@@ -43,7 +43,7 @@ NAME = "lycoris"
 TITLE = "LyCORIS adapter"
 KINDS = ("lora", "dora", "loha", "lokr", "add")
 TESTED = "lycoris-lora 4.1.3"
-OPTIONS = ("component", "uniform")
+OPTIONS = ("component", "uniform", "base_name")
 CONDITIONS: tuple[str, ...] = ()
 misfits, write = lycoris_write.misfits, lycoris_write.write
 

@@ -31,7 +31,7 @@ NAME = "mlx"
 TITLE = "mlx-lm adapter"
 KINDS = ("lora", "dora", "replace")
 TESTED = "mlx-lm 0.32.2"
-OPTIONS: tuple[str, ...] = ()
+OPTIONS = ("base_name",)
 CONDITIONS: tuple[str, ...] = ()
 misfits, write = mlx_write.misfits, mlx_write.write
 

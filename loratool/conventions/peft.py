@@ -34,7 +34,7 @@ NAME = "peft"
 TITLE = "PEFT adapter"
 KINDS = ("lora", "dora", "loha", "lokr", "replace", "add", "replace_rows")
 TESTED = "peft 0.21.2"
-OPTIONS = ("uniform",)
+OPTIONS = ("uniform", "task_type", "base_name", "revision")
 CONDITIONS = ("tokens",)
 misfits, write = peft_write.misfits, peft_write.write
 

@@ -22,7 +22,11 @@ _CLASSES = {
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
-_DROPOUTS = {"LORA": ("lora_dropout",), "LOHA": ("rank_dropout", "module_dropout"), "LOKR": ("rank_dropout", "module_dropout")}  # fmt: skip
+_DROPOUTS = {
+    "LORA": ("lora_dropout",),
+    "LOHA": ("rank_dropout", "module_dropout"),
+    "LOKR": ("rank_dropout", "module_dropout"),
+}
 # What makes `target_modules` mean less than it says.
 _NARROWING = ("layers_to_transform", "layers_pattern", "exclude_modules", "layer_replication")
 
@@ -44,7 +48,7 @@ class About:
         if options.task_type and options.task_type not in TASKS:
             what = f"PEFT has no task {options.task_type!r}"
             raise ChoiceNeeded(Problem("E-OPTION", what, hint=f"--task-type takes {', '.join(TASKS)}"))
-        config = adapter.info.get("config") or {}
+        config = adapter.info.get("config", {})
         own = config if "peft_type" in config else {}
         task, mapping = _task_of(base)
         if own.get("task_type") in TASKS or own.get("auto_mapping"):
@@ -52,11 +56,12 @@ class About:
         if options.task_type:
             task, mapping = options.task_type, None
         name = adapter.base.name if is_id(adapter.base.name) else None
-        return cls(kind, task, mapping, name, str(config.get("revision") or "") or None, own)
+        return cls(kind, task, mapping, name, (adapter.base.revision or None) if name else None, own)
 
     def fields(self) -> dict[str, Any]:
         """Of the config, all that is not read from the updates."""
-        kept = {key: self.own.get(key, 0.0) for key in _DROPOUTS.get(self.kind, ()) if self.own.get("peft_type") == self.kind}
+        own = self.own if self.own.get("peft_type") == self.kind else {}
+        kept = {key: own.get(key, 0.0) for key in _DROPOUTS.get(self.kind, ())}
         return {
             **kept,
             "task_type": self.task,
@@ -90,7 +95,7 @@ class About:
         if self.task is None and self.auto_mapping is None:
             yield "task_type is null: AutoPeftModelFor... do not load it; --task-type says it, or --base"
         if self.base_name is None:
-            yield "base_model_name_or_path is null: AutoPeftModel... do not find the base; --base-name OWNER/MODEL says it"
+            yield "base_model_name_or_path is null: AutoPeftModel... find no base; --base-name OWNER/MODEL says it"
 
 
 def _ends(name: str, end: str) -> bool:
