@@ -205,7 +205,8 @@ def convert(
     consumers that read only one. `as_component` says which part of a pipeline ("unet", "te1") an adapter of one model
     is for. `base_name` and `revision` say where the base is published, `task_type` what PEFT calls the task; what the
     source's own config says of these stays. What the convention can not hold is refused, all of it at once, or with
-    `bake` replaced by the whole tensors that a merge into `base` would give. What the source leaves open is said as in `load`.
+    `bake` replaced by the whole tensors that a merge into `base` would give. What the source leaves open is said as in
+    `load`.
 
     Raises Unsupported for what does not fit, ChoiceNeeded, Mismatch, and OutputRefused if `out` exists.
 
