@@ -271,6 +271,9 @@ def _bad_output(out: Path, bundle: Bundle, writer: Writer) -> Iterator[Problem]:
 def _check_readable(place: Path, conversion: Conversion) -> None:
     """Nothing leaves that its own convention's reader would refuse, or would find less in."""
     writer, view, named = conversion.writer, conversion.view, conversion.bundle.targets
+    if conversion.bundle.parts:
+        _check_parts(place, conversion)
+        return
     wanted = conversion.adapter.targets().keys() if view is not None or named is None else named
     try:
         written = open_checkpoint(place)
@@ -285,3 +288,13 @@ def _check_readable(place: Path, conversion: Conversion) -> None:
         raise AssertionError(f"the {writer.NAME} adapter that was written can not be read back: {error}") from error
     if lost := sorted(wanted - {*found}):
         raise AssertionError(f"the {writer.NAME} adapter that was written lacks {listed(lost)}")
+
+
+def _check_parts(place: Path, conversion: Conversion) -> None:
+    """The same for folders that are an adapter each, by the names of one model."""
+    writer = conversion.writer
+    for folder, wanted in conversion.bundle.parts.items():
+        written = open_checkpoint(place / folder)
+        found = writer.read(written, Choices(), None).targets() if writer.detect(written) else {}
+        if lost := sorted(wanted - {*found}):
+            raise AssertionError(f"the {writer.NAME} adapter that was written in {folder} lacks {listed(lost)}")
