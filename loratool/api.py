@@ -196,6 +196,9 @@ def convert(
     base: PathLike | None = None,
     uniform: bool = False,
     as_component: str = "",
+    task_type: str = "",
+    base_name: str = "",
+    revision: str = "",
     bake: bool = False,
     **reading: Unpack[Reading],
 ) -> ConvertReport:
@@ -203,8 +206,10 @@ def convert(
 
     `base` binds it to a checkpoint, as in `load`. `uniform` brings all LoRA updates to one rank and one scale, for
     consumers that read only one. `as_component` says which part of a pipeline ("unet", "te1") an adapter of one model
-    is for. What the convention can not hold is refused, all of it at once, or with `bake`
-    replaced by the whole tensors that a merge into `base` would give. What the source leaves open is said as in `load`.
+    is for. `base_name` and `revision` say where the base is published, `task_type` what PEFT calls the task; what the
+    source's own config says of these stays. What the convention can not hold is refused, all of it at once, or with
+    `bake` replaced by the whole tensors that a merge into `base` would give. What the source leaves open is said as in
+    `load`.
 
     Raises Unsupported for what does not fit, ChoiceNeeded, Mismatch, and OutputRefused if `out` exists.
 
@@ -216,7 +221,7 @@ def convert(
         to,
         _choices(reading),
         base=None if base is None else Path(base),
-        options=Options(uniform, as_component),
+        options=Options(uniform, as_component, task_type, base_name, revision),
         bake=bake,
     )
     return run_convert(planned)

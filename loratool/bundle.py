@@ -151,11 +151,13 @@ class Bundle:
 
     `notes` says what a user should know: what was folded, and which consumers will not take it. `targets` are the
     tensors that the convention's own reader finds in it without a base, where these are not called as in the adapter.
+    `parts` are the same by folder, where each folder is an adapter of its own.
     """
 
     content: Content | Mapping[str, Content]
     notes: tuple[str, ...] = ()
     targets: frozenset[str] | None = None
+    parts: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     @property
     def files(self) -> Mapping[str, Content]:

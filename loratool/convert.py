@@ -12,7 +12,7 @@ from loratool.adapter import Adapter, Targeted
 from loratool.binding import Binding, Part, led
 from loratool.bundle import Bundle
 from loratool.checkpoint import Checkpoint, open_checkpoint
-from loratool.conventions import Writer, of_base
+from loratool.conventions import Writer, base_names, luggage, of_base
 from loratool.conventions.choices import Choices
 from loratool.conventions.load import load, load_source
 from loratool.conventions.writing import Misfit, Options
@@ -25,7 +25,13 @@ from loratool.tensors import FileState
 from loratool.updates import Replace
 from loratool.version import TOOL
 
-_FLAGS = {"uniform": "--uniform", "component": "--as"}
+_FLAGS = {
+    "uniform": "--uniform",
+    "component": "--as",
+    "task_type": "--task-type",
+    "base_name": "--base-name",
+    "revision": "--revision",
+}
 
 
 @dataclass(frozen=True)
@@ -91,9 +97,11 @@ def plan_convert(
         )
     opened = None if base is None else logical(open_checkpoint(base))
     view = None if opened is None else maps.View(opened.tensors, choices.maps or maps.shipped())
-    adapter, read_as, inputs = _read(source, choices, opened, view)
-    adapter = of_base.bound(adapter)
+    adapter, read_as, stored = _read(source, choices, opened, view)
+    inputs = _files_of(adapter, stored)
+    adapter, naming = base_names.named(of_base.bound(adapter), opened, options)
     problems, notes = _unfit(adapter, choices, opened)
+    notes += naming
     if not adapter.when.keys() <= {*writer.CONDITIONS}:
         able = ", ".join(
             other.NAME for other in conventions.writers().values() if {*adapter.when} <= {*other.CONDITIONS}
@@ -107,7 +115,7 @@ def plan_convert(
         what = f"nothing is left to write: {listed(copies)} are replaced by what they are in the base"
         raise Mismatch(Problem("E-LIMIT", what, str(source) if isinstance(source, Path) else "", ""))
     adapter = replace(adapter, provenance={**adapter.provenance, "tool": TOOL})
-    bundle = writer.write(adapter, opened, options)
+    bundle = luggage.packed(writer.write(adapter, opened, options), adapter, stored, writer.TITLE)
     if refused := [*_bad_output(out, bundle, writer)]:
         raise OutputRefused(refused)
     if opened is not None:
@@ -161,19 +169,23 @@ def _writer(name: str, options: Options) -> Writer:
 
 def _read(
     source: Path | Adapter, choices: Choices, base: Checkpoint | None, view: maps.View | None
-) -> tuple[Adapter, str, tuple[FileState, ...]]:
-    """The adapter, bound to the base's names and orientation; what it was stored as; the files it lies in."""
+) -> tuple[Adapter, str, Checkpoint | None]:
+    """The adapter, bound to the base's names and orientation; what it was stored as; where it lies, if on disk."""
     if isinstance(source, Adapter):
         if choices != Choices():
             what = "an adapter in memory was read already: alpha, scaling, config and the like mean nothing for it"
             raise ChoiceNeeded(Problem("E-OPTION", what, hint="give them where it is loaded"))
-        return source, source.provenance.get("convention", "memory"), ()
+        return source, source.provenance.get("convention", "memory"), None
     loaded = load(source, choices, view)
-    parts = [ref for item in loaded.adapter.updates for ref in item.update.components().values()]
-    refs = [*loaded.source.tensors.values(), *parts]
-    inputs = tuple({ref.data.state for ref in refs if ref.data.state is not None})
     adapter = loaded.adapter if base is None or view is None else led(loaded.adapter, base, view, str(source))
-    return adapter, loaded.convention.NAME, inputs
+    return adapter, loaded.convention.NAME, loaded.source
+
+
+def _files_of(adapter: Adapter, stored: Checkpoint | None) -> tuple[FileState, ...]:
+    """The files that an adapter lies in, as they were when they were first read: its own, and those beside it."""
+    refs = [] if stored is None else [*stored.tensors.values()]
+    refs += [ref for item in adapter.updates for ref in item.update.components().values()] if stored else []
+    return tuple({ref.data.state for ref in refs if ref.data.state is not None})
 
 
 def _unfit(adapter: Adapter, choices: Choices, base: Checkpoint | None) -> tuple[list[Problem], tuple[str, ...]]:
@@ -266,6 +278,9 @@ def _bad_output(out: Path, bundle: Bundle, writer: Writer) -> Iterator[Problem]:
 def _check_readable(place: Path, conversion: Conversion) -> None:
     """Nothing leaves that its own convention's reader would refuse, or would find less in."""
     writer, view, named = conversion.writer, conversion.view, conversion.bundle.targets
+    if conversion.bundle.parts:
+        _check_parts(place, conversion)
+        return
     wanted = conversion.adapter.targets().keys() if view is not None or named is None else named
     try:
         written = open_checkpoint(place)
@@ -280,3 +295,13 @@ def _check_readable(place: Path, conversion: Conversion) -> None:
         raise AssertionError(f"the {writer.NAME} adapter that was written can not be read back: {error}") from error
     if lost := sorted(wanted - {*found}):
         raise AssertionError(f"the {writer.NAME} adapter that was written lacks {listed(lost)}")
+
+
+def _check_parts(place: Path, conversion: Conversion) -> None:
+    """The same for folders that are an adapter each, by the names of one model."""
+    writer = conversion.writer
+    for folder, wanted in conversion.bundle.parts.items():
+        written = open_checkpoint(place / folder)
+        found = writer.read(written, Choices(), None).targets() if writer.detect(written) else {}
+        if lost := sorted(wanted - {*found}):
+            raise AssertionError(f"the {writer.NAME} adapter that was written in {folder} lacks {listed(lost)}")

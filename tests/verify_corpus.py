@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,7 +21,8 @@ from loratool.updates import Lora, Scaling
 
 State = dict[str, Tensor]
 import os
-SIZES=[float(os.environ["SIZE"])] if "SIZE" in os.environ else []
+
+SIZES = [float(os.environ["SIZE"])] if "SIZE" in os.environ else []
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 RANK, SCALE, EXPERTS = 8, 1.5, 4
 SHAPES = {

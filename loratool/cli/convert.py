@@ -32,6 +32,9 @@ Examples:
     metavar="NAME",
     help="The pipeline's part it is for: unet, te1 ...",
 )
+@click.option("--task-type", default="", metavar="TASK", help="PEFT's name of the task: CAUSAL_LM, SEQ_CLS ...")
+@click.option("--base-name", default="", metavar="ID", help="The base's published id, as owner/model; never a path.")
+@click.option("--revision", default="", metavar="REV", help="The revision of the base under that id.")
 @click.option("--bake", is_flag=True, help="Write what does not fit as whole merged tensors (with --base).")
 @options.reading
 @options.as_json
@@ -43,6 +46,9 @@ def convert_command(
     base: Path | None,
     uniform: bool,
     as_component: str,
+    task_type: str,
+    base_name: str,
+    revision: str,
     bake: bool,
     given: dict[str, Any],
     as_json: bool,
@@ -60,6 +66,9 @@ def convert_command(
         base=base,
         uniform=uniform,
         as_component=as_component,
+        task_type=task_type,
+        base_name=base_name,
+        revision=revision,
         bake=bake,
         **given,
     )

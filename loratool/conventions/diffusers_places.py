@@ -9,6 +9,7 @@ from typing import NamedTuple
 from loratool.adapter import Adapter
 from loratool.checkpoint import PIPELINE_INDEX, Checkpoint, read_json
 from loratool.conventions.diffusers_names import COMPONENTS
+from loratool.conventions.model_class import class_of
 from loratool.conventions.writing import Misfit, Options
 
 # How many text encoders the loaders of diffusers' pipelines take (their `_lora_loadable_modules`), by what the class's
@@ -81,10 +82,6 @@ def _component_of(base: Checkpoint) -> str:
     if kind.startswith("UNet"):
         return "unet"
     return "transformer" if "Transformer" in kind and kind.endswith("Model") else ""
-
-
-def class_of(model: Checkpoint) -> str:
-    return str((model.side_json("config.json") or {}).get("_class_name", ""))
 
 
 def pipeline_of(base: Checkpoint | None) -> str:

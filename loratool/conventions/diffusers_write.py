@@ -28,7 +28,8 @@ from loratool.conventions.diffusers_names import (
     key_of,
     path_of,
 )
-from loratool.conventions.diffusers_places import TEXT, Places, class_of, pipeline_of, text_encoders
+from loratool.conventions.diffusers_places import TEXT, Places, pipeline_of, text_encoders
+from loratool.conventions.model_class import class_of
 from loratool.conventions.writing import Misfit, Options, grouped
 from loratool.names import modules, natural, parent
 from loratool.tensors import TensorRef

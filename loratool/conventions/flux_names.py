@@ -46,7 +46,7 @@ _SINGLE = {
     "qkv_lora": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "proj_lora": ("proj_out",),
 }
-_SWAPPED = "final_layer.adaLN_modulation.1"  # (shift, scale) in the original, (scale, shift) in diffusers
+SWAPPED = "final_layer.adaLN_modulation.1"  # (shift, scale) in the original, (scale, shift) in diffusers
 _TOP = {
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
@@ -57,11 +57,18 @@ _TOP = {
     "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
     "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
     "final_layer.linear": "proj_out",
-    _SWAPPED: "norm_out.linear",
+    SWAPPED: "norm_out.linear",
 }
 _BLOCK = re.compile(r"(double|single)_blocks\.(\d+)\.(.+)")
 _XLABS = re.compile(r"_blocks\.\d+\.(qkv|proj)_lora[12]?$")
 OUTPUTS = ("lora_B.weight", "lora_B.bias", "lora_magnitude_vector")  # parts with a row per output, the factor first
+# The way back, where XLabs' names for the same modules come after the original's own.
+_ORIGINAL = {
+    kind: {own: name for name, owns in reversed(table.items()) for own in owns}
+    for kind, table in (("double", _DOUBLE), ("single", _SINGLE))
+}
+_TOP_ORIGINAL = {own: name for name, own in _TOP.items()}
+_DIFFUSERS_BLOCK = re.compile(r"(?P<single>single_)?transformer_blocks\.(?P<number>\d+)\.(?P<rest>.+)")
 # kohya's: names flattened to one word, and what the parts are called in `flattened`
 _FLAT_BLOCK = re.compile(r"(double|single)_blocks_(\d+)_(.+)")
 _FLAT = {name.replace(".", "_"): name for name in (*_DOUBLE, *_SINGLE, *_TOP)}
@@ -87,6 +94,16 @@ def diffusers_modules(module: str) -> tuple[str, ...]:
     kind, number, name = match.groups()
     blocks, table = ("transformer_blocks", _DOUBLE) if kind == "double" else ("single_transformer_blocks", _SINGLE)
     return tuple(f"{blocks}.{number}.{own}" for own in table.get(name, ()))
+
+
+def original_module(module: str) -> str:
+    """The module of the original model that diffusers' is, or is a part of; "" if there is none."""
+    match = _DIFFUSERS_BLOCK.fullmatch(module)
+    if match is None:
+        return _TOP_ORIGINAL.get(module, "")
+    kind = "single" if match["single"] else "double"
+    name = _ORIGINAL[kind].get(match["rest"], "")
+    return f"{kind}_blocks.{match['number']}.{name}" if name else ""
 
 
 def original_of(flat: str) -> str:
@@ -115,7 +132,7 @@ def split_flat(
     names = diffusers_modules(module)
     if any(rows_of(name) is None for name in names):
         return []
-    if (len(names) > 1 or module == _SWAPPED) and (foreign := sorted(parts.keys() - _FLAT_PARTS)):
+    if (len(names) > 1 or module == SWAPPED) and (foreign := sorted(parts.keys() - _FLAT_PARTS)):
         what = f"{flat}: diffusers has {', '.join(names)} for it, and {', '.join(foreign)} can not be parted so"
         hint = "merge into the original version of the model"
         raise Unsupported(Problem("E-UNSUPPORTED", what, where, hint))
@@ -145,8 +162,8 @@ def split(
     names, up = diffusers_modules(module), next(iter(outputs))
     whole = parts[up].shape[0] if up in parts and parts[up].shape else 0
     if len(names) == 1 or not whole:
-        moves = outputs if module == _SWAPPED else ()
-        yield names[0], {part: _swapped(ref) if part in moves else ref for part, ref in parts.items()}
+        moves = outputs if module == SWAPPED else ()
+        yield names[0], {part: swapped(ref) if part in moves else ref for part, ref in parts.items()}
         return
     rows = [rows_of(name) or 0 for name in names]
     if sum(rows) != whole:
@@ -156,7 +173,7 @@ def split(
         yield name, {p: ref.narrow(0, start, count) if p in outputs else ref for p, ref in parts.items()}
 
 
-def _swapped(ref: TensorRef) -> TensorRef:
+def swapped(ref: TensorRef) -> TensorRef:
     """The two halves of the rows, the second one first."""
 
     def make() -> torch.Tensor:

@@ -17,6 +17,7 @@ from loratool import folding
 from loratool.adapter import Adapter, Targeted
 from loratool.bundle import Bundle, Safetensors
 from loratool.checkpoint import Checkpoint
+from loratool.conventions import flux_write
 from loratool.conventions.flat_keys import Key, Keys
 from loratool.conventions.flat_names import COMPONENTS, Component
 from loratool.conventions.writing import Misfit, Options, grouped
@@ -42,22 +43,24 @@ _ELSEWHERE = {
 
 
 def misfits(adapter: Adapter, base: Checkpoint | None, options: Options) -> list[Misfit]:
-    keys = Keys.of(adapter, base, options, KNOWN)
-    return grouped((name, _misfit(name, items, keys)) for name, items in adapter.targets().items())
+    flux = flux_write.parted(adapter, base, options)
+    keys = Keys.of(flux.rest, base, options, KNOWN)
+    refused = {**keys.misfits, **flux.misfits}
+    return grouped((name, refused.get(name) or _misfit(items)) for name, items in adapter.targets().items())
 
 
 def write(adapter: Adapter, base: Checkpoint | None, options: Options) -> Bundle:
-    keys, file = Keys.of(adapter, base, options, KNOWN), FlatFile()
-    parts = [part for name, items in adapter.targets().items() for part in keys.split(name, items)]
-    for key, item in file.uniform([(key, file.one_lora(items)) for key, items in parts], options):
+    flux, file = flux_write.parted(adapter, base, options), FlatFile()
+    keys = Keys.of(flux.rest, base, options, KNOWN)
+    rest = [part for name, items in flux.rest.targets().items() for part in keys.split(name, items)]
+    parts = [*flux.joined(), *((key, file.one_lora(items)) for key, items in rest)]
+    for key, item in file.uniform(parts, options):
         assert isinstance(item.update, Lora)
         file.add(key, item.update)
-    return file.bundle("networks.lora", adapter, base, keys)
+    return file.bundle("networks.lora", adapter, base, keys, flux)
 
 
-def _misfit(name: str, items: list[Targeted], keys: Keys) -> Misfit | None:
-    if name in keys.misfits:
-        return keys.misfits[name]
+def _misfit(items: list[Targeted]) -> Misfit | None:
     if foreign := [item.update.kind for item in items if item.update.kind != "lora"]:
         why = f"there is LoRA only in its files, no {foreign[0]} update"
         return Misfit((), why, _ELSEWHERE.get(foreign[0], "--to lycoris holds it"), bakeable=False)
@@ -141,7 +144,9 @@ class FlatFile:
         self.alphas.add(known)
         return update, number(known)
 
-    def bundle(self, module: str, adapter: Adapter, base: Checkpoint | None, keys: Keys) -> Bundle:
+    def bundle(
+        self, module: str, adapter: Adapter, base: Checkpoint | None, keys: Keys, flux: flux_write.Original
+    ) -> Bundle:
         metadata = {"format": "pt", "ss_network_module": module}
         if self.ranks:
             metadata["ss_network_dim"] = str(*self.ranks) if len(self.ranks) == 1 else "Dynamic"
@@ -151,8 +156,8 @@ class FlatFile:
         tensors = {name: self.tensors[name] for name in sorted(self.tensors, key=natural)}
         return Bundle(
             Safetensors(tensors, metadata),
-            (*self.notes, *self._notes(keys)),
-            None if base is not None else keys.targets,
+            (*self.notes, *flux.notes(), *self._notes(keys)),
+            None if base is not None else keys.targets | flux.targets,
         )
 
     def _notes(self, keys: Keys) -> Iterator[str]:
@@ -165,10 +170,8 @@ class FlatFile:
             yield f"{self.cores} Tucker cores are contracted into lora_down, rounded to float32"
         if self.rounded:
             yield f"{self.rounded} alphas, scale times rank, are rounded to float32"
-        if len(self.alphas) > 1:
+        if len(self.alphas) > 1 and keys.components:
             yield "diffusers reads one alpha for UNets' attention and one for a text encoder: see --uniform"
-        if any(component.name == "transformer" for component in keys.components):
-            yield "sd-scripts has transformers by their original names only; diffusers reads these of Flux's attention"
 
 
 def _is_of(key: Key, component: Component) -> bool:

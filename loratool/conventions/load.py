@@ -11,6 +11,7 @@ from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint, open_checkpoint
 from loratool.conventions import Convention, beside, native
 from loratool.conventions.choices import Choices
+from loratool.conventions.described import described
 from loratool.errors import ChoiceNeeded, LoratoolError, Problem, Unsupported
 from loratool.maps import View, absent
 
@@ -67,6 +68,8 @@ def load_part(source: Checkpoint, choices: Choices, view: View | None = None) ->
     if not convention.unwrap(source, choices):  # beside a whole checkpoint lies no part of an adapter
         adapter, found = beside.joined(adapter, source, choices.selection, view, used)
         used |= found.used
+    if convention is not native:
+        adapter = described(adapter, source, choices.config)
     if choices.selection:
         adapter = choices.selection.updates(adapter, used, str(source.path))
     return Loaded(adapter, convention, source, frozenset(used), found.files, tuple(found.problems))

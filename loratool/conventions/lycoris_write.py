@@ -15,6 +15,7 @@ from loratool import folding
 from loratool.adapter import Adapter, Targeted
 from loratool.bundle import Bundle
 from loratool.checkpoint import Checkpoint
+from loratool.conventions import flux_write
 from loratool.conventions.flat_keys import Key, Keys
 from loratool.conventions.kohya_write import FLAT, STACKED, FlatFile, misfit_of_lora, number
 from loratool.conventions.writing import Misfit, Options, grouped
@@ -30,21 +31,24 @@ _CUT = ("lora", "loha", "add", "replace")  # kinds of which a range of rows can 
 
 
 def misfits(adapter: Adapter, base: Checkpoint | None, options: Options) -> list[Misfit]:
-    keys = Keys.of(adapter, base, options, FLAT)
-    return grouped((name, _misfit(name, items, keys, base)) for name, items in adapter.targets().items())
+    flux = flux_write.parted(adapter, base, options)
+    keys = Keys.of(flux.rest, base, options, FLAT)
+    refused = {**keys.misfits, **flux.misfits}
+    return grouped(
+        (name, refused.get(name) or _misfit(name, items, keys, base)) for name, items in adapter.targets().items()
+    )
 
 
 def write(adapter: Adapter, base: Checkpoint | None, options: Options) -> Bundle:
-    targets = adapter.targets()
-    keys, file, norms = Keys.of(adapter, base, options, FLAT), _LycorisFile(), _norms(targets, base)
-    parts = [
-        (key, file.one(mine))
-        for name, items in targets.items()
-        for key, mine in keys.split(name, [_difference(item, base) for item in items])
-    ]
-    for key, item in file.uniform(parts, options):
+    differences = replace(adapter, updates=tuple(_difference(item, base) for item in adapter.updates))
+    flux, file = flux_write.parted(differences, base, options), _LycorisFile()
+    targets = flux.rest.targets()
+    keys, norms = Keys.of(flux.rest, base, options, FLAT), _norms(targets, base)
+    rest = [(key, file.one(mine)) for name, items in targets.items() for key, mine in keys.split(name, items)]
+    joined = [(key, file.one([item])) for key, item in flux.joined()]
+    for key, item in file.uniform([*joined, *rest], options):
         file.add_any(key, item, norm=parent(item.target.name) in norms)
-    bundle = file.bundle("lycoris.kohya", adapter, base, keys)
+    bundle = file.bundle("lycoris.kohya", adapter, base, keys, flux)
     return replace(bundle, notes=(*bundle.notes, *_notes(adapter, file)))
 
 
@@ -52,8 +56,6 @@ def write(adapter: Adapter, base: Checkpoint | None, options: Options) -> Bundle
 
 
 def _misfit(name: str, items: list[Targeted], keys: Keys, base: Checkpoint | None) -> Misfit | None:
-    if name in keys.misfits:
-        return keys.misfits[name]
     kinds = {item.update.kind for item in items}
     if "replace_rows" in kinds:
         return Misfit((), "there are no single rows in its files")

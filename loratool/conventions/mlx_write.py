@@ -48,7 +48,7 @@ def write(adapter: Adapter, base: Checkpoint | None, options: Options) -> Bundle
     model = MlxModel(None if base is None else base.tensors)
     targets = Adapter(model.led(adapter.updates)).targets()
     updates = {name: targets[name] for name in sorted(targets, key=natural)}
-    config: dict[str, Any] = {"model": adapter.base.name or ("" if base is None else str(base.path))}
+    config: dict[str, Any] = {"model": adapter.base.name}
     tensors: dict[str, TensorRef] = {}
     notes: list[str] = []
     if any(item.update.kind == "replace" for item in adapter.updates):

@@ -18,7 +18,7 @@ NAME = "native"
 TITLE = "loratool adapter"
 KINDS = ("lora", "dora", "loha", "lokr", "replace", "add", "replace_rows")
 TESTED = "its own conformance vectors"
-OPTIONS = ("uniform",)
+OPTIONS = ("uniform", "base_name", "revision")
 ASKS = ()  # it says everything itself
 CONDITIONS = native_format.CONDITIONS
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from loratool.adapter import Adapter, BaseIdentity, Target, Targeted
 from loratool.checkpoint import Checkpoint
-from loratool.conventions import peft_ia3, peft_kinds, peft_write, torchtune
+from loratool.conventions import peft_components, peft_ia3, peft_kinds, torchtune
 from loratool.conventions.architecture import model_type_of
 from loratool.conventions.choices import Choices
 from loratool.conventions.peft_base import BaseFacts
@@ -36,10 +36,10 @@ NAME = "peft"
 TITLE = "PEFT adapter"
 KINDS = ("lora", "dora", "loha", "lokr", "replace", "add", "replace_rows")
 TESTED = "peft 0.21.2"
-OPTIONS = ("uniform",)
+OPTIONS = ("uniform", "task_type", "base_name", "revision")
 ASKS = ("alpha", "scaling", "config", "layout")
 CONDITIONS = ("tokens",)
-misfits, write = peft_write.misfits, peft_write.write
+misfits, write = peft_components.misfits, peft_components.write
 
 
 def detect(source: Checkpoint) -> bool:

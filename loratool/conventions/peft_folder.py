@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loratool.adapter import Adapter
 from loratool.bundle import Bundle, Content, Safetensors, document
 from loratool.checkpoint import Checkpoint
+from loratool.conventions.peft_about import About
 from loratool.conventions.peft_names import PREFIX
 from loratool.conventions.writing import Misfit
 from loratool.names import modules, natural, parent
@@ -21,20 +21,17 @@ INSIDE = Misfit((), "it lies inside another module with LoRA")
 PART_OF_A_TENSOR = Misfit((), "PEFT replaces whole tensors only, not one expert or a range of rows")
 
 
-def folder(
-    adapter: Adapter,
-    base: Checkpoint | None,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, TensorRef],
-    notes: Sequence[str],
-) -> Bundle:
+def folder(about: About, config: Mapping[str, Any], tensors: Mapping[str, TensorRef], notes: Sequence[str]) -> Bundle:
     """The two files of an adapter; `tensors` are named without the common prefix."""
-    name = adapter.base.name or (None if base is None else str(base.path))
     files: dict[str, Content] = {
-        "adapter_config.json": document(dict(sorted({**config, "base_model_name_or_path": name}.items()))),
+        "adapter_config.json": document(dict(sorted({**config, **about.fields()}.items()))),
         f"{FILE_STEM}.safetensors": Safetensors({PREFIX + key: ref for key, ref in tensors.items()}, {"format": "pt"}),
     }
-    return Bundle(files, tuple(notes))
+    return Bundle(files, (*notes, *about.notes()))
+
+
+def _ends(name: str, end: str) -> bool:
+    return name == end or name.endswith("." + end)
 
 
 def leaf(name: str) -> str:
@@ -49,8 +46,9 @@ def leaf(name: str) -> str:
 class Homes:
     """Where whole tensors go: `saved` modules, or straight into the base's own (`direct`), as PEFT's `bias=` does.
 
-    PEFT loads a module of `modules_to_save` only with every tensor it has, which the base shows: without a base, and
-    where modules nest, tensors go in directly. They then change the base model that they are loaded into.
+    PEFT loads a module of `modules_to_save` only with every tensor it has, which the base shows, or the adapter that
+    this one was (`complete` are the modules it saved so). Without either, and where modules nest, tensors go in
+    directly. They then change the base model that they are loaded into.
     """
 
     tensors: Mapping[str, TensorRef]
@@ -58,7 +56,13 @@ class Homes:
     direct: tuple[str, ...]
 
     @classmethod
-    def of(cls, whole: Mapping[str, TensorRef], wrapped: Mapping[str, int], base: Checkpoint | None) -> Homes:
+    def of(
+        cls,
+        whole: Mapping[str, TensorRef],
+        wrapped: Mapping[str, int],
+        base: Checkpoint | None,
+        complete: Sequence[str] = (),
+    ) -> Homes:
         """`whole` are tensors by the base's names, `wrapped` says how many of PEFT's wrappers a module gets."""
         tensors: dict[str, TensorRef] = {}
         saved, direct = [], []
@@ -70,6 +74,9 @@ class Homes:
                 saved.append(module)
                 own = {name: ref for name, ref in base.tensors.items() if parent(name) == module}
                 tensors |= {**own, **{name: whole[name] for name in names}}
+            elif base is None and module and module not in wrapped and any(_ends(module, end) for end in complete):
+                saved.append(module)
+                tensors |= {name: whole[name] for name in names}
             else:
                 direct += names
                 tensors |= {_direct_key(name, wrapped): whole[name] for name in names}
@@ -95,13 +102,3 @@ def _direct_key(name: str, wrapped: Mapping[str, int]) -> str:
         own = f"{own}.{segment}" if own else segment
         path += [segment, *["base_layer"] * wrapped.get(own, 0)]
     return ".".join([*filter(None, path), leaf(name)])
-
-
-# -- the config -------------------------------------------------------------------------------------------------------
-
-
-def task(base: Checkpoint | None) -> dict[str, Any]:
-    """What the base's config says of its class; PEFT then wraps it with the methods for that."""
-    config = (base.side_json("config.json") if base is not None else None) or {}
-    causal = any(str(name).endswith("ForCausalLM") for name in config.get("architectures") or ())
-    return {"task_type": "CAUSAL_LM" if causal else None}

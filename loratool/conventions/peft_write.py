@@ -17,7 +17,8 @@ from loratool.adapter import Adapter, Targeted
 from loratool.bundle import Bundle
 from loratool.checkpoint import Checkpoint
 from loratool.conventions import peft_write_products as products
-from loratool.conventions.peft_folder import INSIDE, PART_OF_A_TENSOR, Homes, folder, leaf, task
+from loratool.conventions.peft_about import About
+from loratool.conventions.peft_folder import INSIDE, PART_OF_A_TENSOR, Homes, folder, leaf
 from loratool.conventions.peft_layout import (
     bias_terms,
     magnitude,
@@ -71,13 +72,14 @@ def write(adapter: Adapter, base: Checkpoint | None, options: Options) -> Bundle
     for name in sorted(layers, key=natural):
         tensors |= parts.factors(name, layers[name])
     tensors |= bias_terms(layers, parts.biases)
-    homes = Homes.of(parts.whole, parts.wrapped, base)
+    about = About.of(adapter, "TRAINABLE_TOKENS" if parts.only_rows else "LORA", base, options)
+    homes = Homes.of(parts.whole, parts.wrapped, base, about.saved)
     tensors |= homes.tensors
     tensors |= {parts.rows_key(name): update.value for name, update in parts.rows.items()}
-    config = _config(parts, layers, homes, base)
+    config = _config(parts, layers, homes, base, about)
     if adapter.when:
         config["alora_invocation_tokens"] = [*adapter.when["tokens"]]
-    return folder(adapter, base, config, tensors, (*notes, *_notes(parts, layers, config, homes)))
+    return folder(about, config, tensors, (*notes, *_notes(parts, layers, config, homes)))
 
 
 @dataclass
@@ -230,11 +232,13 @@ class _Parts:
 # -- the config -------------------------------------------------------------------------------------------------------
 
 
-def _config(parts: _Parts, layers: Mapping[str, Targeted], homes: Homes, base: Checkpoint | None) -> dict[str, Any]:
+def _config(
+    parts: _Parts, layers: Mapping[str, Targeted], homes: Homes, base: Checkpoint | None, about: About
+) -> dict[str, Any]:
     tokens = {parent(name): update.index.read().tolist() for name, update in parts.rows.items()}
     if parts.only_rows:
         rows = next(iter(tokens.values()))
-        return {"peft_type": "TRAINABLE_TOKENS", "target_modules": [*tokens], "token_indices": rows} | task(base)
+        return {"peft_type": "TRAINABLE_TOKENS", "target_modules": [*tokens], "token_indices": rows}
     scalings = {
         pattern(name if parts.is_parameter(name) else parent(name)): lora.factors
         for name, item in layers.items()
@@ -248,11 +252,10 @@ def _config(parts: _Parts, layers: Mapping[str, Targeted], homes: Homes, base: C
         "peft_type": "LORA",
         "inference_mode": True,
         **scales(scalings),
-        "lora_dropout": 0.0,
         "init_lora_weights": True,
         "use_dora": any(isinstance(item.update, Dora) for item in layers.values()),
         "fan_in_fan_out": any(layers[f"{module}.weight"].target.layout == "in_out" for module in linear),
-        "target_modules": target_modules(linear, known) if layers else NO_LAYERS,
+        "target_modules": (about.targets(linear, known) or target_modules(linear, known)) if layers else NO_LAYERS,
         "modules_to_save": [*homes.saved] or None,
         "bias": "none" if not biases else "lora_only" if all(map(parts.wrapped.get, map(parent, biases))) else "all",
     }
@@ -262,7 +265,7 @@ def _config(parts: _Parts, layers: Mapping[str, Targeted], homes: Homes, base: C
         "trainable_token_indices": tokens,
         "lora_bias": bool(parts.biases),
     }
-    return config | {key: value for key, value in optional.items() if value} | task(base)
+    return config | {key: value for key, value in optional.items() if value}
 
 
 def _notes(parts: _Parts, layers: Mapping[str, Targeted], config: Mapping[str, Any], homes: Homes) -> Iterator[str]:

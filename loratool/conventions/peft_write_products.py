@@ -17,7 +17,8 @@ from loratool.adapter import Adapter, Targeted
 from loratool.bundle import Bundle
 from loratool.checkpoint import Checkpoint
 from loratool.conventions import peft_lokr
-from loratool.conventions.peft_folder import INSIDE, PART_OF_A_TENSOR, Homes, folder, leaf, task
+from loratool.conventions.peft_about import About
+from loratool.conventions.peft_folder import INSIDE, PART_OF_A_TENSOR, Homes, folder, leaf
 from loratool.conventions.peft_layout import pattern, plain_number, target_modules, usual
 from loratool.conventions.writing import Misfit, Options, grouped
 from loratool.names import modules, natural, parent
@@ -71,7 +72,8 @@ def write(adapter: Adapter, kind: str, base: Checkpoint | None, options: Options
     whole = {item.target.name: item.update.value for item in adapter.updates if isinstance(item.update, Replace)}
     wrapped = [parent(name) for name in layers]
     known = None if base is None else modules(base.tensors)
-    homes = Homes.of(whole, dict.fromkeys(wrapped, 1), base)
+    about = About.of(adapter, kind.upper(), base, options)
+    homes = Homes.of(whole, dict.fromkeys(wrapped, 1), base, about.saved)
     ranks = {pattern(parent(name)): layer.rank for name, layer in written.layers.items()}
     alphas = {pattern(parent(name)): layer.alpha for name, layer in written.layers.items()}
     rank, alpha = usual(ranks, 8), usual(alphas, 8)
@@ -82,18 +84,15 @@ def write(adapter: Adapter, kind: str, base: Checkpoint | None, options: Options
         "alpha": alpha,
         "rank_pattern": {pattern: value for pattern, value in ranks.items() if value != rank},
         "alpha_pattern": {pattern: value for pattern, value in alphas.items() if value != alpha},
-        "rank_dropout": 0.0,
-        "module_dropout": 0.0,
         "init_weights": True,
-        "target_modules": target_modules(wrapped, known),
+        "target_modules": about.targets(wrapped, known) or target_modules(wrapped, known),
         "modules_to_save": [*homes.saved] or None,
         **written.config,
-        **task(base),
     }
     notes = [*_notes(kind, homes), *written.notes]
     if options.uniform:
         notes.append(folding.uniform_note((), ()))
-    return folder(adapter, base, config, {**tensors, **homes.tensors}, notes)
+    return folder(about, config, {**tensors, **homes.tensors}, notes)
 
 
 def _notes(kind: str, homes: Homes) -> Iterator[str]:

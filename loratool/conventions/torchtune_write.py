@@ -57,8 +57,8 @@ def write(adapter: Adapter, base: Checkpoint | None, options: Options) -> Bundle
     for name in sorted(layers, key=natural):
         tensors |= _factors(name, layers[name])
     config = _config(layers)
-    if base_name := adapter.base.name or (str(base.path) if base is not None else ""):
-        config["base_model_name_or_path"] = base_name
+    if adapter.base.name:
+        config["base_model_name_or_path"] = adapter.base.name
     files: dict[str, Content] = {f"{FILE_STEM}.pt": Pickle(tensors), "adapter_config.json": document(config)}
     return Bundle(files, tuple(notes), frozenset(layers))
 

@@ -13,10 +13,15 @@ class Options:
 
     `uniform`: all LoRA updates at one rank and one scale (`folding.uniform`), for consumers that read only one.
     `component`: which part of a pipeline ("unet", "te1") an adapter of one model alone belongs to.
+    `task_type`: what PEFT calls the task ("CAUSAL_LM").
+    `base_name`, `revision`: the id under which the base is published.
     """
 
     uniform: bool = False
     component: str = ""
+    task_type: str = ""
+    base_name: str = ""
+    revision: str = ""
 
 
 @dataclass(frozen=True)
