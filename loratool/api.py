@@ -200,6 +200,7 @@ def convert(
     base_name: str = "",
     revision: str = "",
     bake: bool = False,
+    pin: bool = False,
     **reading: Unpack[Reading],
 ) -> ConvertReport:
     """Write an adapter in another convention, `to` ("peft", "native"), whole or not at all. Every delta is kept.
@@ -208,8 +209,8 @@ def convert(
     consumers that read only one. `as_component` says which part of a pipeline ("unet", "te1") an adapter of one model
     is for. `base_name` and `revision` say where the base is published, `task_type` what PEFT calls the task; what the
     source's own config says of these stays. What the convention can not hold is refused, all of it at once, or with
-    `bake` replaced by the whole tensors that a merge into `base` would give. What the source leaves open is said as in
-    `load`.
+    `bake` replaced by the whole tensors that a merge into `base` would give. `pin` notes the
+    digests of the base's tensors in a native file. What the source leaves open is said as in `load`.
 
     Raises Unsupported for what does not fit, ChoiceNeeded, Mismatch, and OutputRefused if `out` exists.
 
@@ -223,8 +224,20 @@ def convert(
         base=None if base is None else Path(base),
         options=Options(uniform, as_component, task_type, base_name, revision),
         bake=bake,
+        pin=pin,
     )
     return run_convert(planned)
+
+
+@_typed
+def pin(source: AdapterLike, out: PathLike, base: PathLike, **reading: Unpack[Reading]) -> ConvertReport:
+    """Write an adapter as a native file that holds the digests of the base's tensors that it changes.
+
+    It is refused on any other base then, and `require_pinned` of `merge` takes it. Raises what `convert` raises.
+
+    >>> loratool.pin("adapter/", "pinned.lora.safetensors", "base/")  # doctest: +SKIP
+    """
+    return convert(source, out, "native", base=base, pin=True, **reading)
 
 
 @_typed
@@ -236,6 +249,7 @@ def plan(
     dtype: str = "keep",
     allow_new: bool = False,
     allow_unchanged: bool = False,
+    require_pinned: bool = False,
     tokenizer_from: PathLike = "",
     digests: bool = True,
     reproducible: bool = False,
@@ -256,6 +270,7 @@ def plan(
         dtype=dtype,
         allow_new=allow_new,
         allow_unchanged=allow_unchanged,
+        require_pinned=require_pinned,
         choices=_choices(reading),
         digests=digests,
         reproducible=reproducible,
@@ -278,6 +293,7 @@ def merge(
     dtype: str = "keep",
     allow_new: bool = False,
     allow_unchanged: bool = False,
+    require_pinned: bool = False,
     tokenizer_from: PathLike = "",
     digests: bool = True,
     reproducible: bool = False,
@@ -296,7 +312,8 @@ def merge(
     `adapters` is a path or an `Adapter`, or a list of them, each alone or as (adapter, weight), or {path: weight}.
     `dtype` is "keep", "bf16", "fp16" or "fp32". `allow_new` permits adapters to add tensors or resize them. An adapter
     that changes nothing (a scale, weight or factors of zero) is refused, and so is a merge after which every bit is
-    what it was, unless `allow_unchanged`. `tokenizer_from` is "base", "adapter" or a folder: whose tokenizer and chat
+    what it was, unless `allow_unchanged`. `require_pinned` refuses adapters that hold no digests of their base.
+    `tokenizer_from` is "base", "adapter" or a folder: whose tokenizer and chat
     template to write; by default what the weights need. A config that does not fit the merged weights is edited, and
     every edit is in the notes. `undo` names a record to
     write, with which `unmerge` gives the base back bit for bit. `digests=False` leaves the digests of changed tensors
@@ -323,6 +340,7 @@ def merge(
         dtype=dtype,
         allow_new=allow_new,
         allow_unchanged=allow_unchanged,
+        require_pinned=require_pinned,
         tokenizer_from=tokenizer_from,
         digests=digests,
         reproducible=reproducible,

@@ -20,6 +20,7 @@ from loratool.identity import difference
 from loratool.layout import Weighted
 from loratool.maps import View, shipped
 from loratool.names import listed, missing
+from loratool.pinning import doubts
 from loratool.quantised import Foreign
 from loratool.strangers import HEADS, UNTIE, not_in_the_base
 from loratool.tensors import FLOATS, MERGEABLE, TensorRef, extremes
@@ -75,6 +76,7 @@ class Binding:
             self.parts.append(part._replace(sound=not found))
             self.notes += [f"{part.name}: {note}" for note in part.adapter.notes]
             self.problems += found
+            self.notes += [f"{part.name}: {doubt}" for doubt in doubts(part.original, self.base)]
         if choices.maps:
             self.problems += maps.unused(self.view)
         if len(self.parts) == len(adapters):  # an adapter that can not be read might have what a pattern names

@@ -15,6 +15,7 @@ from loratool.conventions.choices import Choices
 from loratool.errors import ChoiceNeeded, LoratoolError, Mismatch, Problem
 from loratool.format import content_digest
 from loratool.layout import NewTensor, Weighted
+from loratool.maps import View
 from loratool.quantised import Dequantised
 from loratool.receipt import MergedAdapter
 from loratool.tensors import MERGEABLE, FileState, TensorRef
@@ -40,6 +41,7 @@ class Fitted:
     dropped: tuple[TensorRef, ...] = ()
     notes: tuple[str, ...] = ()
     idle: tuple[Problem, ...] = ()  # adapters that change nothing
+    view: View = field(default_factory=lambda: View({}, ()))  # of the base, under the names of its maps
 
 
 def fitted(
@@ -72,7 +74,9 @@ def fitted(
     changes, additions = _new_tensors(base, binding.wanted, DTYPES[dtype])
     dropped = requantise.dropped(base) if DTYPES[dtype] else ()
     notes = (*base.notes, *binding.notes, *twice)
-    return Fitted(base, (), parts, merged, changes, tuple(additions), tuple(dropped), notes, tuple(binding.idle))
+    return Fitted(
+        base, (), parts, merged, changes, tuple(additions), tuple(dropped), notes, tuple(binding.idle), binding.view
+    )
 
 
 def inputs(made_of: TensorRef | NewTensor) -> set[FileState]:

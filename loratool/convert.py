@@ -19,6 +19,7 @@ from loratool.conventions.writing import Misfit, Options
 from loratool.errors import ChoiceNeeded, LoratoolError, Mismatch, OutputRefused, Problem, Unsupported
 from loratool.format import unknown_alpha
 from loratool.names import listed
+from loratool.pinning import pinned
 from loratool.quantised import logical
 from loratool.staging import refuse_existing, refuse_small_disk, staged
 from loratool.tensors import FileState
@@ -86,6 +87,7 @@ def plan_convert(
     base: Path | None = None,
     options: Options,
     bake: bool = False,
+    pin: bool = False,
 ) -> Conversion:
     """All checks of a conversion. Raises what is wrong with the inputs, the output, and the updates that do not fit."""
     writer = _writer(to, options)
@@ -95,6 +97,9 @@ def plan_convert(
         raise ChoiceNeeded(
             Problem("E-OPTION", "baking merges into the base's tensors", hint="give it with --base BASE")
         )
+    if pin and (base is None or writer.NAME != "native"):
+        what = "an adapter is pinned to a base in a native file"
+        raise ChoiceNeeded(Problem("E-OPTION", what, hint="--pin needs --to native and --base BASE"))
     opened = None if base is None else logical(open_checkpoint(base))
     view = None if opened is None else maps.View(opened.tensors, choices.maps or maps.shipped())
     adapter, read_as, stored = _read(source, choices, opened, view)
@@ -115,6 +120,8 @@ def plan_convert(
         what = f"nothing is left to write: {listed(copies)} are replaced by what they are in the base"
         raise Mismatch(Problem("E-LIMIT", what, str(source) if isinstance(source, Path) else "", ""))
     adapter = replace(adapter, provenance={**adapter.provenance, "tool": TOOL})
+    if pin and opened is not None and view is not None:
+        adapter = pinned(adapter, opened, view)
     bundle = luggage.packed(writer.write(adapter, opened, options), adapter, stored, writer.TITLE)
     if refused := [*_bad_output(out, bundle, writer)]:
         raise OutputRefused(refused)

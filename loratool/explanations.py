@@ -158,6 +158,10 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "The adapter knows the digests of the base it was trained on, and this is another one.",
         "Merge into the base it was trained on.",
     ),
+    "E-NOT-PINNED": (
+        "With --require-pinned every adapter has to prove its base, and this one holds no digests of it.",
+        "`loratool pin ADAPTER --base BASE -o NEW` writes the digests of a base that you trust.",
+    ),
     "E-BASE": ("What the adapter says of its base is malformed.", "Write the adapter again."),
     "E-MAP": ("A map of names leads nowhere here, or is not valid.", "Correct the file, or leave out --map."),
     "E-TIED": (

@@ -14,7 +14,7 @@ from typing import Any
 
 from loratool import companions, receipt, staging
 from loratool.adapter import Adapter
-from loratool.changes import DTYPES, fitted, inputs
+from loratool.changes import DTYPES, Fitted, fitted, inputs
 from loratool.checkpoint import Checkpoint
 from loratool.companions import Companions
 from loratool.conventions.choices import Choices
@@ -22,6 +22,7 @@ from loratool.errors import ChoiceNeeded, Mismatch, OutputRefused, Problem
 from loratool.layout import Change, NewTensor, OutputFile, names_clash, output_files, output_index
 from loratool.maps.cutting import Derived
 from loratool.matrices import BLOCK_BYTES, compute_dtype
+from loratool.pinning import unpinned
 from loratool.receipt import MergedAdapter, Receipt
 from loratool.tensors import CHUNK, DTYPE_BITS, FileState, TensorRef
 from loratool.undo import UndoRecord
@@ -132,6 +133,7 @@ def plan_merge(
     dtype: str = "keep",
     allow_new: bool = False,
     allow_unchanged: bool = False,
+    require_pinned: bool = False,
     choices: Choices | None = None,
     digests: bool = True,
     reproducible: bool = False,
@@ -169,6 +171,7 @@ def plan_merge(
         *fit.problems,
         *beside.problems,
         *(() if allow_unchanged else fit.idle),
+        *(_unpinned(fit) if require_pinned else ()),
     ]:
         raise Mismatch(problems)
     notes = [*fit.notes, *beside.notes, *(problem.message for problem in fit.idle)]
@@ -198,6 +201,12 @@ def plan_merge(
         allow_unchanged=allow_unchanged,
     )
     return settled(plan, threads, max_memory, device)
+
+
+def _unpinned(fit: Fitted) -> Iterator[Problem]:
+    """Adapters that do not prove their base, although that is asked for."""
+    for part in fit.parts:
+        yield from unpinned(part.original, fit.base, fit.view, part.name)
 
 
 def _undo_problems(undo: Path | None, out: Path, digests: bool, resume: bool) -> Iterator[Problem]:

@@ -38,7 +38,7 @@ ROOMS = (
     ("blocks",),
     ("folding", "bundle"),
     ("conventions",),
-    ("strangers",),
+    ("strangers", "pinning"),
     ("binding", "requantise"),
     ("changes", "tasks"),
     ("live",),

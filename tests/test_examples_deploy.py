@@ -105,6 +105,15 @@ def test_a_pinned_release(kit: Kit) -> None:
     assert (code, manifest["base"]["pinned"]) == (0, True)
 
 
+def test_an_adapter_of_peft_is_pinned_by_its_first_release(kit: Kit) -> None:
+    code, problems = released(kit / "base", kit / "adapter", "-o", kit / "no", "--pinned")
+    assert (code, problems["problems"][0]["code"]) == (1, "E-NOT-PINNED")
+    code, manifest = released(kit / "base", kit / "adapter", "-o", kit / "first", "--pin", "--pinned")
+    assert (code, manifest["base"]["pinned"]) == (0, True)
+    adapter = kit / "first" / "adapter.lora.safetensors"
+    assert released(kit / "base", adapter, "-o", kit / "second", "--pinned")[0] == 0
+
+
 def test_no_release(kit: Kit, release: Any) -> None:
     """Every reason has its exit code and its error code, and leaves nothing behind."""
     adapter, native = pinned(kit), kit / "native.lora.safetensors"
@@ -118,7 +127,7 @@ def test_no_release(kit: Kit, release: Any) -> None:
     for base, given, out, is_pinned, code, error in (
         ("base", broken, "out", False, 2, "E-MANIFEST"),
         ("base", sloppy, "out", False, 1, "E-CANONICAL"),
-        ("base", native, "out", True, 1, "E-BASE-MISMATCH"),
+        ("base", native, "out", True, 1, "E-NOT-PINNED"),
         ("other", adapter, "out", False, 2, "E-BASE-MISMATCH"),
         ("base", native, "merged", False, 2, "E-EXISTS"),
         ("base", native, "nowhere/out", False, 2, "E-EXISTS"),

@@ -83,7 +83,17 @@ def rooms() -> list[Path]:
 
 def shown_by(path: Path) -> set[str]:
     relative = path.relative_to(PACKAGE)
-    if relative.name.endswith(("_write.py", "writing.py", "_write_products.py", "_places.py", "flat_keys.py")):
+    if relative.name.endswith(
+        (
+            "_write.py",
+            "writing.py",
+            "_write_products.py",
+            "_places.py",
+            "flat_keys.py",
+            "base_names.py",
+            "peft_about.py",
+        )
+    ):
         return {"convert"}
     return SHOWN_BY.get(relative.parts[0].removesuffix(".py"), READING)
 

@@ -1,6 +1,9 @@
 """A release job: an adapter and its base become a checked, merged model with a manifest of digests.
 
-Usage: `python release.py BASE ADAPTER -o RELEASE [--weight W] [--dtype bf16] [--pinned] [--json]`
+Usage: `python release.py BASE ADAPTER -o RELEASE [--weight W] [--dtype bf16] [--pinned] [--pin] [--json]`
+
+With `--pinned` an adapter must prove its base by digests, which PEFT's files do not hold. `--pin` notes those of BASE
+in the released adapter, for the first release of one whose training you know; from then on `--pinned` takes it.
 
 RELEASE is a new folder, which appears whole or not at all:
 
@@ -28,7 +31,9 @@ import loratool
 from loratool import AnswerIsNo, LoratoolError, OutputRefused, Problem
 
 
-def release(base: Path, adapter: Path, out: Path, weight: float, dtype: str, pinned: bool) -> dict[str, Any]:
+def release(
+    base: Path, adapter: Path, out: Path, weight: float, dtype: str, pinned: bool, pin: bool = False
+) -> dict[str, Any]:
     """Make the release folder; return its manifest. Raises LoratoolError, and then there is no `out`."""
     if out.exists() or not out.absolute().parent.is_dir():
         raise OutputRefused(Problem("E-EXISTS", "exists already, or its parent folder does not", str(out)))
@@ -37,10 +42,11 @@ def release(base: Path, adapter: Path, out: Path, weight: float, dtype: str, pin
         place = Path(scratch) / out.name
         place.mkdir()
         native, model = place / "adapter.lora.safetensors", place / "model"
-        bring_in(adapter, native, base)
+        bring_in(adapter, native, base, pin)
         known = loratool.load(native).base.tensors  # digests of the base it was trained on, if it holds any
         if pinned and not known:
-            raise AnswerIsNo(Problem("E-BASE-MISMATCH", "the adapter does not say which base it is for", str(adapter)))
+            hint = "release.py --pin, or `loratool pin ADAPTER --base BASE`, notes the digests of a base that you trust"
+            raise AnswerIsNo(Problem("E-NOT-PINNED", "the adapter does not prove its base", str(adapter), hint))
 
         # Do they belong together? The plan compares names, shapes and those digests. A job that waits for somebody's
         # consent would stop here and show `loratool.plan(...).to_json()`; a merge alone checks the same.
@@ -72,9 +78,11 @@ def release(base: Path, adapter: Path, out: Path, weight: float, dtype: str, pin
     return manifest
 
 
-def bring_in(adapter: Path, native: Path, base: Path) -> None:
+def bring_in(adapter: Path, native: Path, base: Path, pin: bool) -> None:
     """The adapter as a native file: a copy if it is one, converted if it is not; valid in any case."""
-    if loratool.inspect(adapter).convention == "native":
+    if pin:
+        loratool.pin(adapter, native, base)
+    elif loratool.inspect(adapter).convention == "native":
         shutil.copyfile(adapter, native)
     else:
         loratool.convert(adapter, native, "native", base=base)
@@ -108,12 +116,13 @@ def main() -> int:
     parser.add_argument("--weight", type=float, default=1.0)
     parser.add_argument("--dtype", default="keep", choices=["keep", "bf16", "fp16", "fp32"])
     parser.add_argument("--pinned", action="store_true", help="refuse an adapter without digests of its base")
+    parser.add_argument("--pin", action="store_true", help="note the digests of BASE in the released adapter")
     parser.add_argument("--json", action="store_true", help="print the manifest, or the problems")
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a scheduler's stop cleans up like any other failure
     try:
         try:
-            manifest = release(given.base, given.adapter, given.out, given.weight, given.dtype, given.pinned)
+            manifest = release(given.base, given.adapter, given.out, given.weight, given.dtype, given.pinned, given.pin)
         except OSError as error:  # of what is done here: loratool's own are typed
             raise OutputRefused(Problem("E-DISK", str(error), str(given.out))) from error
     except LoratoolError as error:

@@ -18,6 +18,7 @@ COMMANDS = {
     "inspect": "Show what an adapter or checkpoint is.",
     "extract": "Get the adapter out of a LoRA-wrapped checkpoint.",
     "convert": "Write an adapter in another convention.",
+    "pin": "Bind an adapter to the base it was trained on.",
     "merge": "Merge adapters into a base checkpoint.",
     "unmerge": "Take merged adapters out again.",
     "verify": "Say whether a checkpoint is the base with these adapters merged in.",

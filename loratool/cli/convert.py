@@ -36,6 +36,7 @@ Examples:
 @click.option("--base-name", default="", metavar="ID", help="The base's published id, as owner/model; never a path.")
 @click.option("--revision", default="", metavar="REV", help="The revision of the base under that id.")
 @click.option("--bake", is_flag=True, help="Write what does not fit as whole merged tensors (with --base).")
+@click.option("--pin", is_flag=True, help="Note the digests of the base's tensors (--to native, with --base).")
 @options.reading
 @options.as_json
 @options.quiet
@@ -50,6 +51,7 @@ def convert_command(
     base_name: str,
     revision: str,
     bake: bool,
+    pin: bool,
     given: dict[str, Any],
     as_json: bool,
     quiet: bool,
@@ -70,6 +72,7 @@ def convert_command(
         base_name=base_name,
         revision=revision,
         bake=bake,
+        pin=pin,
         **given,
     )
     if as_json:

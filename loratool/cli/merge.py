@@ -35,6 +35,7 @@ Examples:
     help="The dtype to write floating-point tensors in.",
 )
 @click.option("--allow-new", is_flag=True, help="Let adapters add tensors the base lacks, or resize them.")
+@click.option("--require-pinned", is_flag=True, help="Refuse adapters without digests of their base.")
 @click.option("--allow-unchanged", is_flag=True, help="Write the output even if no tensor changes.")
 @click.option(
     "--tokenizer-from",
@@ -67,6 +68,7 @@ def merge_command(
     dtype: str,
     allow_new: bool,
     allow_unchanged: bool,
+    require_pinned: bool,
     tokenizer_from: str,
     undo: Path | None,
     no_digests: bool,
@@ -93,6 +95,7 @@ def merge_command(
         "dtype": dtype,
         "allow_new": allow_new,
         "allow_unchanged": allow_unchanged,
+        "require_pinned": require_pinned,
         "tokenizer_from": tokenizer_from,
         "undo": undo,
         "digests": not no_digests,

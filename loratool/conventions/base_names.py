@@ -49,21 +49,21 @@ def named(adapter: Adapter, base: Checkpoint | None, options: Options) -> tuple[
     name = adapter.base.name
     if name and not is_path(name):
         return _called(adapter, name, options.revision or adapter.base.revision), ()
-    cached = _cached(base)
+    found = cached(base)
     notes = (f"the base's name in it, {name!r:.200}, is a path and left out",) if name else ()
-    if options.revision and cached is None:
+    if options.revision and found is None:
         what = f"--revision {options.revision} is one of the base, and no name of the base is known"
         raise ChoiceNeeded(Problem("E-OPTION", what, hint="say --base-name as well"))
-    if cached is None:
+    if found is None:
         return _called(adapter, "", ""), notes
-    return _called(adapter, cached[0], options.revision or cached[1]), notes
+    return _called(adapter, found[0], options.revision or found[1]), notes
 
 
 def _called(adapter: Adapter, name: str, revision: str) -> Adapter:
     return replace(adapter, base=replace(adapter.base, name=name, revision=revision))
 
 
-def _cached(base: Checkpoint | None) -> tuple[str, str] | None:
+def cached(base: Checkpoint | None) -> tuple[str, str] | None:
     """The id and the revision of a base that lies in a hub cache, by the names of the folders it lies in."""
     if base is None:
         return None
