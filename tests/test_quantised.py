@@ -16,7 +16,7 @@ import torch
 from conftest import Cli
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from strategies import (
     Maker,
     State,
