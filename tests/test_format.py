@@ -27,6 +27,7 @@ from torch import Tensor
 
 import loratool
 from loratool import Adapter, BaseIdentity, LoratoolError, Target, Targeted, TensorIdentity, TensorRef
+from loratool.adapter import overlaps
 from loratool.format import content_digest
 from loratool.updates import Add, Dora, Lokr, Lora, Replace, Scaling
 
@@ -691,6 +692,31 @@ def test_a_digest_depends_on_all_that_matters(form: str) -> None:
     if item.update.scaling is not None:
         others.append(one(form, (4, 6), alpha=7.0))
     assert len({content_digest(one) for one in [adapter, *others]}) == len(others) + 1
+
+
+def counted(items: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many pairs of updates are compared, of an adapter with one for every expert and a last one for all."""
+    compared = 0
+
+    def may_overlap(role: str, other: str) -> bool:
+        nonlocal compared
+        compared += 1
+        return role == other == "add"
+
+    monkeypatch.setattr("loratool.adapter._may_overlap", may_overlap)
+    value = TensorRef.of(torch.ones(3))
+    each = [
+        Targeted(Target("w", (items, 3), expert=e), Add(value, Scaling("none", None, None, 1.0))) for e in range(items)
+    ]
+    whole = Targeted(Target("w", (items, 3)), Replace(TensorRef.of(torch.ones(items, 3))))
+    assert [*overlaps(each)] == []
+    assert [problem.code for problem in overlaps([*each, each[1], whole, replace(whole, target=each[1].target)])]
+    return compared
+
+
+def test_overlaps_are_found_in_one_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """200,000 updates of one target are a valid file: pairs of them are not compared."""
+    assert counted(2000, monkeypatch) < 3 * counted(1000, monkeypatch)
 
 
 def test_scaling_rules_are_what_they_say() -> None:

@@ -244,3 +244,49 @@ def test_a_missing_component_is_named(base: Path, tmp_path: Path) -> None:
     error = refused(base, adapter(tmp_path, text_encoder_3__fc=(5, 5)))
     assert error.code == "E-TARGET"
     assert "text_encoder_3.fc.weight" in error.message
+
+
+# --- parts in a native file ------------------------------------------------------------------------------------------
+
+
+def parts_of(path: Path) -> dict[tuple[str, str], str]:
+    """Of a native file: the (part, target) of its updates, and the first name of a tensor."""
+    raw = path.read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    updates = json.loads(header["__metadata__"]["loratool"])["updates"]
+    return {(entry.get("part", ""), entry["target"]): min(header) for entry in updates}
+
+
+def test_a_native_adapter_says_which_component_its_tensors_lie_in(base: Path, tmp_path: Path) -> None:
+    """Two text encoders have tensors of the same names: the file keeps them apart, and merges as its source does."""
+    path = adapter(tmp_path, unet__b=(8, 6), text_encoder__fc=(5, 5), text_encoder_2__fc=(5, 5))
+    loratool.convert(path, tmp_path / "a.lora.safetensors", to="native", base=base)
+    assert loratool.validate(tmp_path / "a.lora.safetensors") == []
+    found = {("unet", "b.weight"), ("text_encoder", "fc.weight"), ("text_encoder_2", "fc.weight")}
+    assert parts_of(tmp_path / "a.lora.safetensors").keys() == found
+    assert {"fc.weight.0.A", "fc.weight.1.A", "b.weight.0.A"} <= load_file(tmp_path / "a.lora.safetensors").keys()
+    for source, out in ((path, "one"), (tmp_path / "a.lora.safetensors", "two")):
+        loratool.merge(base, source, tmp_path / out)
+    one, two = tree(tmp_path / "one"), tree(tmp_path / "two")
+    assert {name for name in one if one[name] != two[name]} == {"loratool_receipt.json"}
+    digests = [json.loads((tmp_path / out / "loratool_receipt.json").read_text()) for out in ("one", "two")]
+    assert len({receipt["adapters"][0]["digest"] for receipt in digests}) == 1  # naming the part changes nothing
+    loratool.unmerge(tmp_path / "two", path, tmp_path / "back", base=base)
+    loratool.convert(tmp_path / "a.lora.safetensors", tmp_path / "d", to="diffusers", base=base)
+    (file,) = (tmp_path / "d").iterdir()
+    assert {name.partition(".")[0] for name in load_file(file)} == {"unet", "text_encoder", "text_encoder_2"}
+
+
+def test_an_adapter_of_one_part_fits_that_component_alone(base: Path, tmp_path: Path) -> None:
+    path = adapter(tmp_path, text_encoder_2__fc=(5, 5))
+    loratool.convert(path, tmp_path / "a.lora.safetensors", to="native", base=base)
+    alone = base / "text_encoder_2" / "model.safetensors"
+    report = loratool.merge(alone, tmp_path / "a.lora.safetensors", tmp_path / "out.safetensors")
+    assert any("for the text_encoder_2 of a pipeline" in note for note in report.plan.notes)
+    found = load_file(tmp_path / "out.safetensors")["fc.weight"]
+    torch.testing.assert_close(found, load_file(alone)["fc.weight"] + delta(path, "text_encoder_2.fc"))
+    both = adapter(tmp_path, text_encoder__fc=(5, 5), text_encoder_2__fc=(5, 5))
+    loratool.convert(both, tmp_path / "both.lora.safetensors", to="native", base=base)
+    with pytest.raises(loratool.Mismatch) as caught:  # which of the two is it?
+        loratool.merge(alone, tmp_path / "both.lora.safetensors", tmp_path / "other.safetensors")
+    assert {problem.code for problem in caught.value.problems} == {"E-TARGET"}

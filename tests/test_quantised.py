@@ -16,7 +16,7 @@ import torch
 from conftest import Cli
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from strategies import (
     Maker,
     State,
@@ -669,3 +669,21 @@ def test_what_is_not_quantised_is_left_alone(tmp_path: Path) -> None:
     save_sharded({NAME: values(4, 4), "ids": torch.arange(4), "scale": values(1)}, tmp_path / "base")
     checkpoint = open_checkpoint(tmp_path / "base")
     assert logical(checkpoint) is checkpoint
+
+
+def test_an_extracted_adapter_knows_the_scales_of_its_base(tmp_path: Path) -> None:
+    """A wrapped model with 8-bit weights: what is bound is what the numbers come from, not the bytes of codes alone."""
+    codes, scale = quantise(values(8, 6, seed=1), (1, 6))
+    prefix = "base_model.model.fc."
+    state = {f"{prefix}base_layer.weight": codes, f"{prefix}base_layer.weight_scale": scale.reshape(8, 1)}
+    state |= {f"{prefix}lora_A.default.weight": values(2, 6), f"{prefix}lora_B.default.weight": values(8, 2)}
+    save_file(state, tmp_path / "wrapped.safetensors")
+    out, base = tmp_path / "a.lora.safetensors", tmp_path / "base"
+    loratool.extract(tmp_path / "wrapped.safetensors", out, alpha=4, scaling="alpha/rank", base_out=base)
+    assert loratool.validate(out) == []
+    known = loratool.load(out).base.tensors["fc.weight"]
+    assert (known.dtype, known.shape, {*known.parts}) == ("F8_E4M3", (8, 6), {"weight_scale"})
+    loratool.merge(base, out, tmp_path / "merged", dtype="fp32")
+    stored = load_file(base / "model.safetensors")
+    save_file({**stored, "fc.weight_scale": stored["fc.weight_scale"] * 2}, base / "model.safetensors")
+    assert refused(lambda: loratool.merge(base, out, tmp_path / "other", dtype="fp32")).code == "E-BASE-MISMATCH"
