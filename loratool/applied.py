@@ -8,8 +8,9 @@ from statistics import mean, median
 from typing import Any
 
 from loratool.comparing import Comparison, Job, TensorCheck
-from loratool.diagnosis import FEWER, fit
+from loratool.diagnosis import fit
 from loratool.evidence import Evidence, rounded
+from loratool.replays import FEWER
 
 SOME = 1 << 14  # numbers of a right tensor that its weight is measured on
 MEASURED = 2  # right tensors of each adapter that are

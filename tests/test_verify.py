@@ -123,7 +123,12 @@ MISTAKES: list[tuple[str, Rule, str, str]] = [
         "(as if the scale was taken as alpha): 18 times its product instead of 2",
     ),
     ("rsLoRA for alpha/rank", lambda n, W, D: W + RANK**0.5 * D, "scale", "taken as alpha/sqrt(rank)"),
-    ("scale left out", lambda n, W, D: W + D / SCALE, "scale", "merged with weight 0.5 instead of 1 (as if the scale was left out): 1 times"),
+    (
+        "scale left out",
+        lambda n, W, D: W + D / SCALE,
+        "scale",
+        "merged with weight 0.5 instead of 1 (as if the scale was left out): 1 times",
+    ),
     ("scale twice", lambda n, W, D: W + D / RANK, "scale", "divided by the rank again"),
     (
         "another scale",
@@ -152,7 +157,12 @@ def test_rules_are_told_by_the_rule_of_the_adapter(base: State, tmp_path: Path) 
     """An rsLoRA adapter merged with alpha/rank, and one of the plain wrapper's first edition."""
     for rule, alpha, applied, text in [
         ("alpha/sqrt(rank)", 6.0, 6 / RANK, "taken as alpha/rank"),
-        ("alpha/sqrt(rank)", 6.0, 6.0, "(as if the scale was taken as alpha, or it was merged three times): 6 times its product"),
+        (
+            "alpha/sqrt(rank)",
+            6.0,
+            6.0,
+            "taken as alpha, or it was merged three times): 6 times its product",
+        ),
         ("alpha", 2.0, 2 / RANK, "taken as alpha/rank"),
     ]:
         adapter = adapter_of(scaling=Scaling.by(rule, alpha, RANK))
