@@ -125,7 +125,7 @@ def gather(tensor: NewTensor, there: TensorRef, ranges: Ranges, asked: Sequence[
     changes = changes_of(each.updates for each in asked)
     right = base + changes[0] if len(changes) == 1 else computed_at(tensor, tensor.updates, ranges, columns)
     merged = torch.cat([there.narrow(0, start, stop - start).read().double() for start, stop in ranges])
-    rows = torch.cat([torch.arange(start, stop) for start, stop in ranges])
+    rows = torch.cat([torch.arange(start, stop, device="cpu") for start, stop in ranges])
     matrices, height, _ = matrices_of(tensor)
     matrix = height if matrices > 1 else there.shape[0]
     return Evidence(rows, base, merged.view(-1, columns), changes, right, tensor.dtype, matrix, narrowed)

@@ -362,8 +362,8 @@ def test_the_command(base: State, cli: Cli, tmp_path: Path) -> None:
     assert document["tensors"][0]["factors"] == [0.0]
     weighted = cli("verify", tmp_path / "out.safetensors", f"{arguments[0]}@0.5", *arguments[1:], "--json").json
     assert "(as if it was merged twice, or its weight was left out" in weighted["findings"][0]["text"]
-    (asked,) = weighted["adapters"]
-    assert (asked["weight"], asked["applied"], asked["lowest"], asked["highest"]) == (0.5, 1.0, 1.0, 1.0)
+    (asked,) = weighted["applied"]
+    assert (asked["asked"], asked["applied"], asked["lowest"], asked["highest"]) == (0.5, 1.0, 1.0, 1.0)
 
 
 def test_ulps_between_numbers() -> None:
