@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean, median
 from typing import Any
 
 from loratool.comparing import Comparison, Job, TensorCheck
-from loratool.diagnosis import FEWER, fit
+from loratool.diagnosis import fit
 from loratool.evidence import Evidence, rounded
+from loratool.replays import FEWER
 
 SOME = 1 << 14  # numbers of a right tensor that its weight is measured on
 MEASURED = 2  # right tensors of each adapter that are
@@ -17,11 +18,14 @@ MEASURED = 2  # right tensors of each adapter that are
 
 @dataclass(frozen=True)
 class Applied:
-    """The weight that one adapter was merged with: that of most tensors, the lowest and the highest; None for none.
+    """The weight that one adapter was `asked` with, and merged with: in most tensors, the lowest and the highest.
 
-    `told` is false where it does not show: without it, every tensor would have the same bits.
+    These are None where nothing shows them. `told` is false where the adapter does not show at all: without it, every
+    tensor would have the same bits.
     """
 
+    name: str
+    asked: float
     weight: float | None
     lowest: float | None
     highest: float | None
@@ -30,6 +34,8 @@ class Applied:
 
     def to_json(self) -> dict[str, Any]:
         return {
+            "name": self.name,
+            "asked": self.asked,
             "applied": self.weight,
             "lowest": self.lowest,
             "highest": self.highest,
@@ -45,8 +51,10 @@ def measured(work: Comparison, jobs: Sequence[Job], checks: Mapping[str, TensorC
 
 def _of_one(work: Comparison, number: int, jobs: Sequence[Job], checks: Mapping[str, TensorCheck]) -> Applied:
     own = [job for job in jobs if any(each.number == number for each in work.asked(job.wanted))]
+    part = work.fit.parts[number]
+    nothing = Applied(part.name, part.weight, None, None, None, len(own))
     if not own:
-        return Applied(None, None, None, 0)
+        return nothing
     factors, right, unknown = [], [], False
     for job in own:
         check = checks[job.name]
@@ -58,14 +66,13 @@ def _of_one(work: Comparison, number: int, jobs: Sequence[Job], checks: Mapping[
             unknown = True
     looked = [*_looked_at(work, number, right, checks)]
     told = bool(factors) or unknown or any(tells for tells, _ in looked)
-    weight = work.fit.parts[number].weight
     found = [factor for tells, factor in looked if tells]
     rest = len([job for job in right if not _has_factors(checks[job.name])])
     factors += [mean(found)] * rest if found else []
     if not told or not factors:
-        return Applied(None, None, None, len(own), told)
-    values = sorted(factor * weight for factor in factors)
-    return Applied(_plain(median(values)), _plain(values[0]), _plain(values[-1]), len(own))
+        return replace(nothing, told=told)
+    values = sorted(factor * part.weight for factor in factors)
+    return replace(nothing, weight=_plain(median(values)), lowest=_plain(values[0]), highest=_plain(values[-1]))
 
 
 def _has_factors(check: TensorCheck) -> bool:

@@ -209,15 +209,17 @@ class Comparison:
             reason = reason._replace(fine=True)
         if check.wrong and reason.fine:
             # Right in the rows that were looked at: then no element may be further off than such a merge leaves it.
-            again, _ = self._passed(job, max(ROUNDED_DELTA * self.rounded_delta, 2 * resolution(check.dtype)))
+            slack = max(ROUNDED_DELTA * self.rounded_delta, 2 * resolution(check.dtype))
+            again, _ = self._passed(job, slack, of_terms=reason.word in ("rounded-factors", "rounding"))
             check = replace(again, ulps=0.0) if not again.wrong else again
             reason = diagnosis.damaged(again.wrong) if again.wrong else reason
         return replace(check, reason=reason)
 
-    def _passed(self, job: Job, slack: float = 0.0) -> tuple[TensorCheck, list[int]]:
+    def _passed(self, job: Job, slack: float = 0.0, of_terms: bool = False) -> tuple[TensorCheck, list[int]]:
         """One pass over a tensor, and the first and last rows of each block that are wrong.
 
-        `slack` is how far elements may be off, beside float32's own errors, relative to what was added to them.
+        `slack` is how far elements may be off, beside float32's own errors, relative to what was added to them: to the
+        result of a product, or where only its terms are known to be off so far, to those.
         """
         wanted, survival = job.wanted, Survival()
         sink: _Comparing | None = None
@@ -228,7 +230,7 @@ class Comparison:
             nonlocal sink, survival, told
             sink = sink or _Comparing(matrix_of(job.found, block.values.shape[1]), self.ulps)
             there = sink.rows.narrow(0, block.start, block.stop - block.start).read()
-            if len(wrong := sink.compare(block.values, there, float32_error(block) + _slack(block, slack))):
+            if len(wrong := sink.compare(block.values, there, float32_error(block) + _slack(block, slack, of_terms))):
                 bad.extend((block.start + int(wrong[0]), block.start + int(wrong[-1])))
             told = told or bool((block.values != block.stored.to(block.values.dtype)).any())
             sample = sample_of(block) if wanted.source is not None else None
@@ -252,7 +254,8 @@ class Comparison:
             return explained
         found = self.closely(job, bad[0])
         coarse = grids.coarse(found.merged, found.right, found.dtype)
-        return coarse or misplaced.moved(found) or misplaced.unknown(found, asked)
+        known = coarse or misplaced.moved(found) or diagnosis.scaled(found, asked)
+        return known or misplaced.unknown(found, asked)
 
     def evidence(self, job: Job, numbers: int, rows: Sequence[int] = (0,)) -> Evidence:
         """So many numbers of a tensor, around these rows and all over it."""
@@ -290,13 +293,13 @@ class Comparison:
         return misplaced.swapped(self.closely(job), others)
 
 
-def _slack(block: Merged, slack: float) -> torch.Tensor | float:
+def _slack(block: Merged, slack: float, of_terms: bool) -> torch.Tensor | float:
     """How far a merge may be off that rounds what it adds, and each sum: [rows, columns] in float64."""
     if not slack or block.exact is None or not len(block.stored):
         return 0.0
     stored, exact = block.stored.double(), block.exact.double()
     allowed = (exact - stored).abs() * slack
-    if len(block.opened) > 1:  # sums in between can be larger than both ends
+    if of_terms or len(block.opened) > 1:  # products, and sums in between, can be larger than both ends
         start, stop = block.start - block.first, block.stop - block.first
         size = size_of([*inside_of(block.opened, block.exact, start, stop)], block.exact, start).double()
         allowed += (size + stored.abs()) * (slack * len(block.opened) / 2)

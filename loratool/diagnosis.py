@@ -13,16 +13,17 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from loratool.evidence import Asked, Evidence, resolution, rounded
-from loratool.replays import Replay, closest
+from loratool.replays import FEWER, PERFECT, Replay, closest
 
 if TYPE_CHECKING:
     import torch
 
 NEAR = 0.03  # relative distance at which a fitted coefficient may be a known one
 EXPLAINED = 0.99  # share of elements that an explanation must give, or be one rounding off
-FEWER = 0.7  # of what one explanation leaves open, to believe a less simple one; and as many elements as this:
-ENOUGH = 4
+ENOUGH = 4  # elements that a less simple explanation must give, beside its share
 THRICE = (3.0, "it was merged three times")  # where nothing else explains it
+NOTHING = 1e-3  # share of a change, squared, that is left open by a sum in a narrow dtype
+DIGITS = (2, 3)  # of weights that people use
 ROUNDS = 4  # of fitting
 OTHER = 0.8  # cosine of a change and the one that was asked for, below which it is another one
 EXACT = 1e-3  # relative distance of a fitted weight from one that was asked for
@@ -49,19 +50,43 @@ def explain(found: Evidence, asked: Sequence[Asked], wrong: int) -> Reason | Non
     """
     if not found.merged.isfinite().all():
         return Reason("nonfinite", "NaN or infinity is in it")
-    scales = [each.factor for each in asked]
-    ones = (1.0,) * len(asked)
-    fitted = fit(found)
-    snapped = tuple(_nearest(factor, _known(each)) for factor, each in zip(fitted, asked, strict=True))
-    factors, best = ones, closest(found, ones, scales)
-    for others in dict.fromkeys((snapped, fitted)):
-        if others != ones and _clearly(found, other := closest(found, others, scales), best):
-            factors, best = others, other
+    factors, best = _most_likely(found, asked)
     if best.share < EXPLAINED:
         return _part(found)
-    if factors != ones:
+    if any(factor != 1 for factor in factors):
         return _told(factors, asked, best, found.dtype)
     return _part(found) or _precision(best, found.dtype, wrong)
+
+
+def scaled(found: Evidence, asked: Sequence[Asked]) -> Reason | None:
+    """The coefficients, where arithmetic that is not known leaves next to nothing of the change open; None for 1."""
+    factors, best = _most_likely(found, asked)
+    left = float((found.change - found.sum(factors)).square().sum())
+    away = any(abs(factor - 1) > NEAR for factor in factors)
+    if not away or left > NOTHING * float(found.change.square().sum()):
+        return None
+    return _told(factors, asked, best, found.dtype)
+
+
+def _most_likely(found: Evidence, asked: Sequence[Asked]) -> tuple[tuple[float, ...], Replay]:
+    """The coefficients that explain what is there, the simplest first; and how it was computed with them."""
+    scales = [each.factor for each in asked]
+    best_factors = (1.0,) * len(asked)
+    best = closest(found, best_factors, scales)
+    if best.away < PERFECT:
+        return best_factors, best
+    fitted = fit(found)
+    known = tuple(_nearest(factor, _known(each)) for factor, each in zip(fitted, asked, strict=True))
+    plain = (tuple(map(_plain, fitted, asked, [digits] * len(asked))) for digits in DIGITS)
+    for factors in dict.fromkeys((known, *plain, fitted)):
+        if factors != best_factors and _clearly(found, other := closest(found, factors, scales), best):
+            best_factors, best = factors, other
+    return best_factors, best
+
+
+def _plain(factor: float, asked: Asked, digits: int) -> float:
+    """The factor that gives a weight of few digits."""
+    return float(f"{factor * asked.weight:.{digits}g}") / asked.weight if asked.weight else factor
 
 
 def fit(found: Evidence) -> tuple[float, ...]:
@@ -148,7 +173,7 @@ def _told(factors: Sequence[float], asked: Sequence[Asked], best: Replay, dtype:
     missing, rounding = [not factors[n] for n in away], [_is_rounding(factors[n], asked[n], dtype) for n in away]
     if all(rounding):
         return Reason("rounded-scale", "; ".join(texts), tuple(factors), fine=True)
-    twice = all(factors[n] == 2 and (asked[n].weight != 0.5 or best.how == "sequential") for n in away)
+    twice = all(factors[n] == 2 and (asked[n].weight != 0.5 or best.how == "passes") for n in away)
     word = "missing" if all(missing) else "twice" if twice else "scale"
     return Reason(word, "; ".join(texts), tuple(factors))
 
@@ -171,7 +196,7 @@ def _one_told(factor: float, asked: Asked, best: Replay) -> str:
     if not factor:
         return f"{asked.name}: it was not merged here"
     words = [text for value, text in _known(asked) if value == factor]
-    if factor == 2 and best.how == "sequential":
+    if factor == 2 and best.how == "passes":
         words = [f"{words[0]}, in two passes"]
     scale = asked.factor
     times = f": {apart(scale * factor, scale)} times its product instead of {scale:.4g}" if scale else ""
@@ -204,6 +229,9 @@ def _precision(best: Replay, dtype: str, wrong: int) -> Reason:
     """The right change: how it was rounded, or that single elements are others."""
     if best.how == "once" and wrong and best.share < 1:
         return damaged(wrong)
+    if best.how == "rounded-factors":
+        text = f"the adapters' factors were rounded to {best.dtype} before they were multiplied"
+        return Reason(best.how, text, fine=resolution(best.dtype) <= resolution(dtype))
     if best.how == "rounded-delta" or best.dtype:
         fine = resolution(best.dtype) <= resolution(dtype)
         text = f"the delta was rounded to {best.dtype} before it was added"

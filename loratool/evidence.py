@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from loratool.blocks import each_block
 from loratool.layout import NewTensor, Weighted
 from loratool.matrices import Merged, matrices_of, row_count
 from loratool.rounding import bits, round_once
-from loratool.tensors import FileSpan, TensorRef, torch_dtype
+from loratool.tensors import DTYPE_BITS, FLOATS, FileSpan, TensorRef, torch_dtype
 from loratool.updates import Scaling
 
 if TYPE_CHECKING:
     import torch
 
+Changes: TypeAlias = "tuple[torch.Tensor, ...]"  # [rows, columns] each, of every adapter
 Ranges = Sequence[tuple[int, int]]  # start:stop of rows, ascending, apart from each other
 
 PLACES = 4  # of a tensor that are looked at beside its first and its last wrong row
@@ -55,10 +56,11 @@ class Evidence:
     rows: torch.Tensor  # [rows]: their numbers, counted through all matrices
     base: torch.Tensor
     merged: torch.Tensor
-    changes: tuple[torch.Tensor, ...]  # of each adapter
+    changes: Changes
     right: torch.Tensor
     dtype: str  # of the merged tensor
     matrix: int  # rows of one matrix: fewer than the tensor's where its first dimension counts experts
+    narrowed: Callable[[str], Changes | None] = lambda dtype: None  # the changes by factors in another dtype
 
     @cached_property
     def unit(self) -> torch.Tensor:
@@ -67,7 +69,8 @@ class Evidence:
 
         largest = torch.maximum(self.base.abs(), self.merged.abs())
         for change in self.changes:
-            largest = torch.maximum(largest, change.abs())
+            size = change.abs()  # whose own errors are those of its row, where they are as large as a unit
+            largest = torch.maximum(largest, size.amax(dim=1, keepdim=True) if is_wide(self.dtype) else size)
         return largest * resolution(self.dtype) + torch.finfo(torch_dtype(self.dtype)).tiny
 
     @cached_property
@@ -96,7 +99,12 @@ def resolution(dtype: str) -> float:
     import torch
 
     known = torch_dtype(dtype)
-    return float(torch.finfo(known).eps) * (SLOPPY if known.itemsize >= 4 else 1)
+    return float(torch.finfo(known).eps) * (SLOPPY if is_wide(dtype) else 1)
+
+
+def is_wide(dtype: str) -> bool:
+    """Whether a dtype is no narrower than the arithmetic of most tools."""
+    return DTYPE_BITS[dtype] >= 32
 
 
 def gather(tensor: NewTensor, there: TensorRef, ranges: Ranges, asked: Sequence[Asked]) -> Evidence:
@@ -105,13 +113,42 @@ def gather(tensor: NewTensor, there: TensorRef, ranges: Ranges, asked: Sequence[
 
     columns = there.shape[1]
     base = stored_at(tensor, ranges, columns)
-    changes = tuple(computed_at(tensor, each.updates, ranges, columns) - base for each in asked)
+
+    def changes_of(parts: Iterable[Sequence[Weighted]]) -> Changes:
+        return tuple(computed_at(tensor, updates, ranges, columns) - base for updates in parts)
+
+    def narrowed(dtype: str) -> Changes | None:
+        parts = [[_narrowed(weighted, dtype) for weighted in each.updates] for each in asked]
+        wider = any(is_wider(ref.dtype, dtype) for each in asked for ref in _components(each.updates))
+        return changes_of(parts) if wider else None
+
+    changes = changes_of(each.updates for each in asked)
     right = base + changes[0] if len(changes) == 1 else computed_at(tensor, tensor.updates, ranges, columns)
     merged = torch.cat([there.narrow(0, start, stop - start).read().double() for start, stop in ranges])
-    rows = torch.cat([torch.arange(start, stop) for start, stop in ranges])
+    rows = torch.cat([torch.arange(start, stop, device="cpu") for start, stop in ranges])
     matrices, height, _ = matrices_of(tensor)
     matrix = height if matrices > 1 else there.shape[0]
-    return Evidence(rows, base, merged.view(-1, columns), changes, right, tensor.dtype, matrix)
+    return Evidence(rows, base, merged.view(-1, columns), changes, right, tensor.dtype, matrix, narrowed)
+
+
+def _components(updates: Sequence[Weighted]) -> list[TensorRef]:
+    return [ref for item, _ in updates for ref in item.update.components().values() if ref.dtype in FLOATS]
+
+
+def _narrowed(weighted: Weighted, dtype: str) -> Weighted:
+    """An update whose factors were rounded before they were multiplied, as by a model that was loaded in a dtype."""
+    item, weight = weighted
+    changed: dict[str, Any] = {
+        name: TensorRef.of(ref.read().to(torch_dtype(dtype)), ref.name)
+        for name, ref in item.update.components().items()
+        if is_wider(ref.dtype, dtype)
+    }
+    own = {field.name for field in fields(item.update)} & changed.keys()
+    return Weighted(replace(item, update=replace(item.update, **{name: changed[name] for name in own})), weight)
+
+
+def is_wider(dtype: str, other: str) -> bool:
+    return dtype in FLOATS and DTYPE_BITS[dtype] > DTYPE_BITS[other]
 
 
 def stored_at(tensor: NewTensor, ranges: Ranges, columns: int) -> torch.Tensor:

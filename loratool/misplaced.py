@@ -134,12 +134,12 @@ def _moved(there: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor | None:
         return None
     one, other = (torch.nn.functional.normalize(values, dim=1) for values in (there, wanted))
     alike, which = torch.inner(one, other).max(dim=1)  # [rows]
-    moved = which != torch.arange(len(there))
+    moved = which != torch.arange(len(there), device="cpu")
     real = there.any(dim=1)
     found = alike[real] > ALIKE
     if not real.any() or float(found.double().mean()) < SAME or int(moved[real].sum()) < 2:
         return None
-    return torch.where(real, which, torch.arange(len(there)))
+    return torch.where(real, which, torch.arange(len(there), device="cpu"))
 
 
 def swapped(found: Evidence, neighbours: Iterable[Neighbour]) -> Reason | None:

@@ -1,4 +1,4 @@
-"""What other tools make of the same numbers: one sum rounded once, deltas rounded before, one adapter after the other.
+"""What other tools make of the same numbers: one sum rounded once, deltas rounded before, one adapter after another.
 
 All of them are the right change; how often it was rounded on the way is what tells them apart, to the bit.
 """
@@ -6,6 +6,7 @@ All of them are the right change; how often it was rounded on the way is what te
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import permutations
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,13 +18,14 @@ if TYPE_CHECKING:
 NARROW = ("BF16", "F16")  # what deltas are rounded to
 MANY = 4  # additions: with more of them only the order that was asked for is tried, there and back
 PASSES = 3  # merges of the same adapter, at most
+FEWER = 0.7  # of what one explanation leaves open, to believe a less simple one
 PERFECT = 0.001  # units off on average: no other way explains it better
 
 
 class Replay(NamedTuple):
     """One way to compute a merge, and how far what is there is away from its result."""
 
-    how: str  # "once", "rounded-delta", "sequential"
+    how: str  # "once", "sequential", "passes", "rounded-delta", "rounded-factors"
     dtype: str  # what deltas were rounded to; "" for none
     share: float  # of elements that it gives, or off by one rounding
     away: float  # units, on average
@@ -35,15 +37,29 @@ def closest(found: Evidence, factors: Sequence[float], scales: Sequence[float | 
     `scales` are what stands in front of each adapter's product, which some round on its own.
     """
     best: Replay | None = None
-    for how, dtype, values in _ways(found, factors, scales):
+    for how, dtype, values in _all_ways(found, factors, scales):
         away = found.away(values).clamp_(max=16)
         replay = Replay(how, dtype, float((away <= 1).double().mean()), float(away.mean()))
-        if best is None or replay.away < best.away:
+        # Passes of the same merge are twice as much, too, and are not told from that by anything less than this.
+        if best is None or replay.away < best.away * (FEWER if how == "passes" else 1.0):
             best = replay
         if best.away < PERFECT:
             break
     assert best is not None, "there is always the sum that is rounded once"
     return best
+
+
+def _all_ways(
+    found: Evidence, factors: Sequence[float], scales: Sequence[float | None]
+) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Those with the factors as they are, then those that round them before they multiply."""
+    yield from _ways(found, factors, scales)
+    for narrow in dict.fromkeys((found.dtype, *NARROW)):
+        changes = found.narrowed(narrow) if narrow in NARROW else None
+        if changes is not None:
+            other = replace(found, changes=changes, right=found.base + sum(changes, found.base * 0))
+            for _, _, values in _ways(other, factors, scales):
+                yield "rounded-factors", narrow, values
 
 
 def _ways(
@@ -79,17 +95,26 @@ def _rounded_deltas(
 def _one_after_the_other(
     found: Evidence, narrow: str, deltas: Sequence[torch.Tensor], factors: Sequence[float]
 ) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """Added with a rounding after each, in every order; a whole factor is so many additions of the same delta."""
+    """Added with a rounding after each, in every order; and a whole factor as so many passes with the same delta."""
+    yield from _in_all_orders(found, "sequential", narrow, deltas, [*range(len(deltas))])
     counts = [int(factor) if factor == int(factor) and 1 <= factor <= PASSES else 1 for factor in factors]
-    steps = [delta / count for delta, count in zip(deltas, counts, strict=True)]
-    copies = [n for n, count in enumerate(counts) for _ in range(count)]
-    if len(set(counts)) == 1 and counts[:1] > [1] and len(steps) > 1:
-        yield "sequential", narrow, _added(found, [sum(steps, found.base * 0)] * counts[0])
-    if len(copies) < 2:
+    if sum(counts) == len(deltas):
         return
-    orders = {*permutations(copies)} if len(copies) <= MANY else {tuple(copies), tuple(reversed(copies))}
+    steps = [delta / count for delta, count in zip(deltas, counts, strict=True)]
+    if len(set(counts)) == 1 and len(steps) > 1:
+        yield "passes", narrow, _added(found, [sum(steps, found.base * 0)] * counts[0])
+    copies = [n for n, count in enumerate(counts) for _ in range(count)]
+    yield from _in_all_orders(found, "passes", narrow, steps, copies)
+
+
+def _in_all_orders(
+    found: Evidence, how: str, narrow: str, steps: Sequence[torch.Tensor], which: Sequence[int]
+) -> Iterator[tuple[str, str, torch.Tensor]]:
+    if len(which) < 2:
+        return
+    orders = {*permutations(which)} if len(which) <= MANY else {tuple(which), tuple(reversed(which))}
     for order in sorted(orders):
-        yield "sequential", narrow, _added(found, [steps[n] for n in order])
+        yield how, narrow, _added(found, [steps[n] for n in order])
 
 
 def _added(found: Evidence, deltas: Sequence[torch.Tensor]) -> torch.Tensor:

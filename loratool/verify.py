@@ -85,14 +85,13 @@ class VerifyReport:
         return {check.name: check.survival for check in self.tensors if check.survival.asked}
 
     def to_json(self) -> dict[str, Any]:
-        applied = self.applied or [Applied(None, None, None, 0)] * len(self.adapters)
-        pairs = zip(self.adapters, applied, strict=True)
         return {
             "verdict": self.verdict,
             "merged": str(self.merged),
             "base": str(self.base),
-            "adapters": [{**vars(adapter), **found.to_json()} for adapter, found in pairs],
-            "receipt": None if self.claim is None else self.claim.to_json(),
+            "adapters": [vars(adapter) for adapter in self.adapters],
+            "applied": [found.to_json() for found in self.applied],
+            "claim": None if self.claim is None else self.claim.to_json(),
             "sample": self.sample,
             "error": number(self.error),
             "ulps": number(self.ulps),

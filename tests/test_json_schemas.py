@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -24,11 +25,19 @@ from strategies import FORMS, one
 import loratool
 from loratool import Adapter, Target
 from loratool.cli import COMMANDS, cli, run
+from loratool.updates import Scaling
 
 FOLDER = Path(__file__).parent.parent / "spec" / "schema"
 SCHEMAS: dict[str, Any] = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in FOLDER.glob("*.json")}
 OURS = {name: schema for name, schema in SCHEMAS.items() if name.startswith(("cli-", "receipt-"))}
 OPTIONAL = {"dropped", "replaced"}  # of a receipt, which is a file, and says nothing where there is nothing
+
+
+def version(command: str) -> int:
+    """That of a command's document: there is one schema of each."""
+    (found,) = (re.fullmatch(rf"cli-{command}-(\d+)\.schema\.json", name) for name in OURS if f"-{command}-" in name)
+    assert found is not None
+    return int(found[1])
 
 
 def _registry(schemas: dict[str, Any]) -> Any:
@@ -119,6 +128,8 @@ CASES = [
     Case("verify", f"verify other {VERIFY}", 1),
     Case("verify", "verify fp8.merged lora.lora.safetensors --base fp8"),
     Case("verify", "verify base native.lora.safetensors@0 --base base"),
+    Case("verify", "verify adapter native.lora.safetensors --base base", 1),
+    Case("verify", "verify layer weak.lora.safetensors --base layer", 3),
     Case("status", "status merged --check"),
     Case("status", "status merged.safetensors"),
     Case("status", "status base", 1),
@@ -151,6 +162,9 @@ def prepare(kit: Kit) -> None:
     (item,) = one("add", (6, 4)).updates
     huge = replace(item.update, value=loratool.TensorRef.of(torch.full((6, 4), 1e30)))  # type: ignore[call-arg]
     loratool.save(Adapter((replace(item, update=huge),)), kit / "huge.lora.safetensors")
+    (item,) = one("lora", (6, 4)).updates
+    weak = replace(item.update, factors=Scaling("none", 2, None, 1e-30))  # type: ignore[call-arg]
+    loratool.save(Adapter((replace(item, update=weak),)), kit / "weak.lora.safetensors")
     loratool.save(one("replace", (2, 2), name="new.weight"), kit / "new.lora.safetensors")
     loratool.save(one("replace", (3, 4), name="score.weight"), kit / "head.lora.safetensors")
     for folder in ("layer", "other", "fp8", "nan"):
@@ -207,7 +221,8 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Printed]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.line)
 def test_every_document_follows_its_schema(case: Case, printed: dict[Case, Printed]) -> None:
     code, document = printed[case]
-    assert (document["schema"], code) == (f"loratool.{case.schema}/1", case.code), document
+    assert (document["schema"], code) == (f"loratool.{case.schema}/{version(case.schema)}", case.code), document
+    assert document["ok"] == (code == 0)
     assert [*errors(document)] == []
     assert [*errors(document, closed=True)] == []
 
@@ -266,13 +281,14 @@ def test_what_may_be_null_was_seen_with_both(printed: dict[Case, Printed]) -> No
             "layers rank", "layers alpha", "layers scaling", "layers scale",
         )
     } | {
-        (f"loratool.{command}/1", *spot.split())
+        (f"loratool.{command}/{version(command)}", *spot.split())
         for command, spot in (
             ("merge", "tokenizer_from"), ("merge", "config_edits from"), ("merge", "config_edits to"),
             ("plan", "undo"), ("plan", "changes updates rank"), ("plan", "changes updates scale"),
             ("merge", "undo"), ("merge", "changes updates rank"), ("merge", "survival share"),
             ("extract", "base_out"), ("status", "receipt"), ("verify", "sample"), ("verify", "ulps"),
             ("verify", "tensors ulps"), ("verify", "tensors reason"), ("verify", "survival share"),
+            ("verify", "error"), ("verify", "tensors error"), ("verify", "claim"), ("verify", "applied applied"),
         )
     }  # fmt: skip
     assert {spot for spot, values in seen.items() if values == {True, False}} >= wanted
@@ -329,7 +345,7 @@ def nodes(node: Any) -> Iterator[dict[str, Any]]:
 
 
 def test_every_command_with_json_has_a_schema_and_every_schema_a_case() -> None:
-    documents = {name.removeprefix("cli-").removesuffix("-1.schema.json") for name in OURS if name.startswith("cli-")}
+    documents = {name.split("-")[1] for name in OURS if name.startswith("cli-")}
     commands = {name for name in COMMANDS if "--json" in flags(name)}
     assert documents == commands | {"plan", "error", "progress", "common"}
     assert {case.schema for case in CASES} == documents - {"progress", "common"}

@@ -161,7 +161,7 @@ def test_rules_are_told_by_the_rule_of_the_adapter(base: State, tmp_path: Path) 
             "alpha/sqrt(rank)",
             6.0,
             6.0,
-            "(as if the scale was taken as alpha, or it was merged three times): 6 times its product",
+            "taken as alpha, or it was merged three times): 6 times its product",
         ),
         ("alpha", 2.0, 2 / RANK, "taken as alpha/rank"),
     ]:
@@ -362,8 +362,8 @@ def test_the_command(base: State, cli: Cli, tmp_path: Path) -> None:
     assert document["tensors"][0]["factors"] == [0.0]
     weighted = cli("verify", tmp_path / "out.safetensors", f"{arguments[0]}@0.5", *arguments[1:], "--json").json
     assert "(as if it was merged twice, or its weight was left out" in weighted["findings"][0]["text"]
-    (asked,) = weighted["adapters"]
-    assert (asked["weight"], asked["applied"], asked["lowest"], asked["highest"]) == (0.5, 1.0, 1.0, 1.0)
+    (asked,) = weighted["applied"]
+    assert (asked["asked"], asked["applied"], asked["lowest"], asked["highest"]) == (0.5, 1.0, 1.0, 1.0)
 
 
 def test_ulps_between_numbers() -> None:

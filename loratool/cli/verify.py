@@ -109,8 +109,8 @@ def _print(report: VerifyReport) -> None:
     if worst:
         rows = [(c.name, f"{c.error:.2g}", f"{c.differing:,}", f"{c.wrong:,}", f"{c.elements:,}") for c in worst]
         output.print_table(("tensor", "error", "differing", "wrong", "of elements"), rows, numeric=range(1, 5))
-    for asked, applied in zip(report.adapters, report.applied, strict=False):
-        output.say(f"{asked.name}: asked with weight {asked.weight:g}, {_measured(asked.weight, applied)}")
+    for applied in report.applied:
+        output.say(f"{applied.name}: asked with weight {applied.asked:g}, {_measured(applied)}")
     differing, elements = report.counts
     targets = output.count(len(report.tensors), "changed tensor")
     others = output.count(report.untouched, "other") + (" is" if report.untouched == 1 else " are")
@@ -131,7 +131,7 @@ def _claimed(claim: Claim) -> str:
     return f"its receipt says something else{f' ({what})' if what else ''}: {'; '.join(claim.differences)}"
 
 
-def _measured(asked: float, applied: Applied) -> str:
+def _measured(applied: Applied) -> str:
     """The weight that was found, and how many tensors it was found in."""
     where = output.count(applied.tensors, "tensor")
     if not applied.told:
@@ -140,8 +140,8 @@ def _measured(asked: float, applied: Applied) -> str:
         return f"what was merged can not be told ({where})"
     few = applied.lowest != applied.highest
     ends = (applied.lowest or 0.0, applied.highest or 0.0)
-    spread = f" in most ({apart(ends[0], asked)} to {apart(ends[1], asked)})" if few else ""
-    return f"merged with {apart(applied.weight, asked)}{spread} ({where})"
+    spread = f" in most ({apart(ends[0], applied.asked)} to {apart(ends[1], applied.asked)})" if few else ""
+    return f"merged with {apart(applied.weight, applied.asked)}{spread} ({where})"
 
 
 def _off(error: float) -> str:
