@@ -243,7 +243,7 @@ PIPELINES: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
     "flux": (flux, ("transformer.", "text_encoder."),
              ("transformer.transformer_blocks.0.attn.to_q", "transformer.transformer_blocks.0.attn.to_k",
               "attn.to_out.0", "out_proj", "attn.add_k_proj", "ff.net", "ff_context.net.2", "norm1.linear",
-              "norm1_context.linear",              "transformer_blocks.0.proj_out", "transformer_blocks.0.norm.linear", "v_proj")),
+              "norm1_context.linear", "transformer_blocks.0.proj_out", "transformer_blocks.0.norm.linear", "v_proj")),
 }  # fmt: skip
 
 
