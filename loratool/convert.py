@@ -12,7 +12,7 @@ from loratool.adapter import Adapter, Targeted
 from loratool.binding import Binding, Part, led
 from loratool.bundle import Bundle
 from loratool.checkpoint import Checkpoint, open_checkpoint
-from loratool.conventions import Writer, base_names, luggage, of_base
+from loratool.conventions import Writer, base_names, checked, luggage, of_base
 from loratool.conventions.choices import Choices
 from loratool.conventions.load import load, load_source
 from loratool.conventions.writing import Misfit, Options
@@ -131,7 +131,8 @@ def plan_convert(
         notes = (*notes, f"{listed(copies)}: whole tensors that are the base's own are left out")
     if baked:
         notes = (*notes, f"{listed(baked)}: baked in, as whole tensors of this base: no other base fits them any more")
-    return Conversion(adapter, read_as, writer, bundle, out, baked, (*notes, *bundle.notes), inputs, view)
+    notes = (*notes, *bundle.notes, *checked.notes(writer.NAME, adapter, opened))
+    return Conversion(adapter, read_as, writer, bundle, out, baked, notes, inputs, view)
 
 
 def run_convert(conversion: Conversion) -> ConvertReport:

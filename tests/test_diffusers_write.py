@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from strategies import Case, Maker, cases, make_update, same_bits, tensors_of
 from torch import Tensor
+from writer_cases import said
 
 import loratool
 from loratool import Adapter, Target, Targeted, TensorRef
@@ -489,13 +490,13 @@ def test_norms_are_for_flux(kind: str, fits: bool, tmp_path: Path) -> None:
 
 def test_notes(tmp_path: Path) -> None:
     made = adapter_of((TEXT, update()), (TEXT, update(rank=3)), (FLUX, update()), (NORM, update("replace", (4,))))
-    notes = loratool.convert(made, tmp_path / "out", "diffusers").notes
+    notes = said(loratool.convert(made, tmp_path / "out", "diffusers"))
     assert [note.split(":")[0].split(" are ")[0] for note in notes] == [
         "1 tensors had several LoRAs",
         "not every pipeline loads an adapter into text_encoder",
         "1 norms",
     ]
-    assert not loratool.convert(adapter_of((Q, update())), tmp_path / "other", "diffusers").notes
+    assert not said(loratool.convert(adapter_of((Q, update())), tmp_path / "other", "diffusers"))
 
 
 def test_the_command(cli: Cli, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from strategies import Case, Maker, cases, make_update
 from test_convert import assert_same_model, components
 from test_convert import merged as merged_file
 from test_gguf import BASE, KEYS, NAMES, gguf_bytes, randn, row_of
+from writer_cases import said
 
 import loratool
 from loratool import Adapter, Target, Targeted
@@ -94,7 +95,7 @@ def test_the_bytes(dtype: str, tmp_path: Path) -> None:
     """Laid out by hand in test_gguf.py, from llama.cpp's description; rows of q and k by their numbers."""
     made = of_base(dtype=dtype, alpha=6.0)
     report = loratool.convert(made, tmp_path / "a.gguf", "gguf", base=save_base(tmp_path / "base"))
-    assert report.notes == ()
+    assert said(report) == ()
     want: State = {}
     lora = {i.target.name: i.update for i in made.updates}
     for ggml in ["blk.0.attn_k", "blk.0.attn_q", "blk.0.attn_v", "blk.0.ffn_down", "output", "token_embd"]:
@@ -231,7 +232,7 @@ def test_what_is_scaled_is_told(tmp_path: Path) -> None:
         item(DOWN, (8, 12), rank=2, rule="none", alpha=2.0, dtype="F64"),
     )  # fmt: skip
     report = loratool.convert(Adapter(items), tmp_path / "a.gguf", "gguf", base=base)
-    assert report.notes == (
+    assert said(report) == (
         "llama.cpp has one alpha, 4, for all ranks: B of 1 matrices was scaled, exactly",
         "its float64 factors are rounded to float32",
     )
@@ -245,7 +246,7 @@ def test_what_is_scaled_is_told(tmp_path: Path) -> None:
     assert report.notes[1] == "1 matrices had several LoRAs: their factors are side by side, in one of a larger rank"
     third = Adapter((item(V, (8, 8), rule="none", alpha=0.1),))
     report = loratool.convert(third, tmp_path / "c.gguf", "gguf", base=base)
-    assert report.notes == ("the scale of 1 matrices is rounded to what a float32 alpha gives",)
+    assert said(report) == ("the scale of 1 matrices is rounded to what a float32 alpha gives",)
 
 
 # -- parts of matrices ------------------------------------------------------------------------------------------------

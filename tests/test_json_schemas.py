@@ -354,7 +354,18 @@ def test_every_command_with_json_has_a_schema_and_every_schema_a_case() -> None:
 def test_every_option_has_a_case() -> None:
     """But for those that only say what an input is, and say nothing about the document."""
     told = {"--json", "--quiet", "-q", "--progress", "--out", "--device", "--component", "--map", "--layout"}
-    told |= {"--from", "--adapter", "--config", "--enable-lora", "--already-merged", "--as", "--uniform"}
+    told |= {
+        "--from",
+        "--adapter",
+        "--config",
+        "--enable-lora",
+        "--already-merged",
+        "--as",
+        "--uniform",
+        "--task-type",
+        "--base-name",
+        "--revision",
+    }
     told |= {"--alpha", "--scaling", "--dask", "--only", "--skip"}
     for name in COMMANDS:
         lines = " ".join(case.line for case in CASES if case.line.split()[0] == name)

@@ -239,8 +239,11 @@ def test_diffusers_fuses_what_was_written_for_a_unet(model: str, stored: str, tm
 PIPELINES: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
     "sd": (stable_diffusion, ("unet.", "text_encoder."),
            ("to_q", "to_k", "to_out", "conv1", "proj_in", "ff.net.0", "time_emb_proj", "q_proj", "out_proj", "fc1")),
-    # Of what lora_transformer_ names, diffusers knows the attention.
-    "flux": (flux, ("transformer.", "text_encoder."), ("attn.to_q", "attn.to_out.0", "attn.add_k_proj", "v_proj")),
+    # diffusers cuts a single block's attention by the sizes of the real Flux: see below.
+    "flux": (flux, ("transformer.", "text_encoder."),
+             ("transformer.transformer_blocks.0.attn.to_q", "transformer.transformer_blocks.0.attn.to_k",
+              "attn.to_out.0", "out_proj", "attn.add_k_proj", "ff.net", "ff_context.net.2", "norm1.linear",
+              "norm1_context.linear", "transformer_blocks.0.proj_out", "transformer_blocks.0.norm.linear", "v_proj")),
 }  # fmt: skip
 
 
@@ -279,3 +282,76 @@ def test_diffusers_takes_one_alpha_for_the_attention_of_a_unet(tmp_path: Path) -
     converted, alphas = loader.lora_state_dict(load_file(file), unet_config=network.config)[:2]
     with pytest.warns(RuntimeWarning, match="alpha_pattern keys did not match"):
         loader.load_lora_into_unet(converted, network_alphas=alphas, unet=network)
+
+
+FLUX_SIZE = 3072
+SINGLE = "single_transformer_blocks.37."
+JOINED = {
+    "all": {"attn.to_q": 2, "attn.to_k": 2, "attn.to_v": 2, "proj_mlp": 2},
+    "of different ranks": {"attn.to_q": 1, "attn.to_v": 3, "proj_mlp": 2},
+    "one alone": {"attn.to_v": 4},
+    "the mlp alone": {"proj_mlp": 3},
+}
+
+
+@pytest.mark.parametrize("case", JOINED)
+def test_a_single_block_of_flux_arrives_in_diffusers(case: str, tmp_path: Path) -> None:
+    """Its factors are one module's in kohya's file, which diffusers cuts again by the sizes of the real Flux."""
+    items, generator = [], torch.Generator().manual_seed(5)
+    for number, (name, rank) in enumerate(JOINED[case].items()):
+        shape = (FLUX_SIZE * (4 if name == "proj_mlp" else 1), FLUX_SIZE)
+        update = make_update("lora", shape, Maker(number), rank, "none", (0.5, -2.0, 1.0, 0.3)[number])
+        items.append(Targeted(Target(f"transformer.{SINGLE}{name}.weight", shape), update))
+    report = loratool.convert(Adapter(tuple(items)), tmp_path / "kohya.safetensors", "kohya")
+    assert any("told by its names alone" in note for note in report.notes)
+    assert {key.split(".")[0] for key in load_file(tmp_path / "kohya.safetensors")} == {
+        "lora_unet_single_blocks_37_linear1"
+    }
+    read = diffusers.loaders.lora_pipeline.FluxLoraLoaderMixin.lora_state_dict(tmp_path / "kohya.safetensors")
+    x = torch.randn(FLUX_SIZE, 3, generator=generator).double()  # [in, 3]
+    want = {item.target.name: item.update for item in items}
+    for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"):
+        key = f"transformer.{SINGLE}{name}"
+        got = read[f"{key}.lora_B.weight"].double() @ (read[f"{key}.lora_A.weight"].double() @ x)  # [out, 3]
+        update = want.get(f"{key}.weight")
+        if update is None:
+            assert not got.any()
+            continue
+        A, B = (update.components()[part].read().double() for part in ("A", "B"))  # [rank, in], [out, rank]
+        torch.testing.assert_close(got, update.scaling.factor * (B @ (A @ x)), rtol=1e-5, atol=1e-4)
+
+
+def test_what_diffusers_leaves_out_of_a_file_for_flux_is_told(tmp_path: Path) -> None:
+    updates = {"x_embedder": (6, 4), "norm_out.linear": (8, 4), f"{SINGLE}proj_out": (4, 8)}
+    made = Adapter(tuple(
+        Targeted(Target(f"transformer.{name}.weight", shape), make_update("lora", shape, Maker(1)))
+        for name, shape in updates.items()
+    ))  # fmt: skip
+    report = loratool.convert(made, tmp_path / "kohya.safetensors", "kohya")
+    assert any(
+        "diffusers leaves lora_unet_x" in note or "diffusers leaves lora_unet_img_in" in note for note in report.notes
+    )
+    read = diffusers.loaders.lora_pipeline.FluxLoraLoaderMixin.lora_state_dict(tmp_path / "kohya.safetensors")
+    assert {key for key in read if key.startswith("transformer.")} == {
+        f"transformer.{SINGLE}proj_out.lora_{side}.weight" for side in "AB"
+    }
+
+
+@pytest.mark.parametrize("names", [["q_proj", "v_proj"], ["q_proj", "fc1"], ["q_proj", "out_proj"], ["fc1"]])
+def test_what_diffusers_does_not_find_of_a_text_encoder_is_told(
+    names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet(monkeypatch)
+    torch.manual_seed(0)
+    base = stable_diffusion(tmp_path)
+    state = {f"text_encoder.{name}": value for name, value in states(load(base))["text_encoder"].items()}
+    made = random_adapter(state, tuple(names))
+    report = loratool.convert(made, tmp_path / "kohya.safetensors", "kohya", base=base, uniform=True)
+    loratool.merge(base, made, tmp_path / "merged")
+    want = states(load(tmp_path / "merged"))["text_encoder"]
+    try:
+        got = fused(load(base), tmp_path / "kohya.safetensors")["text_encoder"]
+        arrives = all(torch.allclose(got[name], value, atol=1e-5) for name, value in want.items())
+    except ValueError:
+        arrives = False
+    assert arrives != any("only where out_proj is in it" in note for note in report.notes)

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from strategies import FORMS, Case, Maker, base_for, cases, make_update, same_bits, tensors_of
 from torch import Tensor
+from writer_cases import said
 
 import loratool
 from loratool import Adapter, Target, Targeted
@@ -140,7 +141,7 @@ def test_the_files_keys_are_those_of_sd_scripts(tmp_path: Path) -> None:
         "ss_network_alpha": "Dynamic",
     }
     several = "diffusers reads one alpha for UNets' attention and one for a text encoder: see --uniform"
-    assert report.notes == ("unet: 3 modules, called lora_unet_...", several)
+    assert said(report) == ("unet: 3 modules, called lora_unet_...", several)
 
 
 @pytest.mark.parametrize("to", ["kohya", "lycoris"])
@@ -543,7 +544,8 @@ def test_the_command_takes_the_component(cli: Cli, tmp_path: Path) -> None:
     loratool.save(adapter_of({"a.weight": lora()}), tmp_path / "a.lora.safetensors")
     out = tmp_path / "x.safetensors"
     report = cli("convert", tmp_path / "a.lora.safetensors", "--to", "kohya", "--as", "te1", "-o", out, "--json").json
-    assert (report["to"], report["updates"], report["notes"]) == ("kohya", 1, ["te1: 1 modules, called lora_te1_..."])
+    assert (report["to"], report["updates"]) == ("kohya", 1)
+    assert report["notes"][0] == "te1: 1 modules, called lora_te1_..."
     assert {key.partition(".")[0] for key in load_file(out)} == {"lora_te1_a"}
     result = cli("convert", tmp_path / "a.lora.safetensors", "--to", "kohya", "-o", tmp_path / "y.safetensors")
     assert result.code == 2

@@ -20,6 +20,7 @@ from models import State, assert_float32_close, assert_same_bits, own
 from safetensors.torch import save_file
 from strategies import Case, Maker, cases, make_update, tensors_of
 from test_litgpt import factors, folder_of, values, yaml
+from writer_cases import said
 
 import loratool
 from loratool import Adapter, Target, Targeted
@@ -329,7 +330,8 @@ def test_the_folder(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "lit_model.pth", "config.json", "README.md"):
         (base / name).write_text("{}")
     report = loratool.convert(one, tmp_path / "out", "litgpt", base=base)
-    assert report.notes == ()
+    (note,) = said(report)
+    assert note.startswith("hyperparameters.yaml has the base's path")
     copied = {"model_config.yaml", "tokenizer.json", "tokenizer_config.json", "config.json"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {WEIGHTS, HYPER} | copied
     for name in copied:

@@ -37,6 +37,7 @@ from test_torchtune import (
     values,
 )
 from torch import Tensor
+from writer_cases import said
 
 import loratool
 from loratool import Adapter, Target, Targeted
@@ -86,7 +87,7 @@ def test_its_own_file_comes_out_as_it_went_in(dora: bool, with_base: bool, tmp_p
     file = save_adapter(adapter, tmp_path / "epoch_0", base_model_name_or_path="some/base")
     base = tmp_path / "base.pt" if with_base else None
     report = loratool.convert(file, tmp_path / "out", "torchtune", base=base)
-    assert report.notes == ()
+    assert said(report) == ()
     assert_same_bits(written(tmp_path / "out"), adapter)
     assert config_of(tmp_path / "out") == {
         "r": RANK,
@@ -189,7 +190,7 @@ def test_any_rule_becomes_alpha_by_rank(rule: str, alpha: float, tmp_path: Path)
     made = adapter_of(
         a__weight=lora(1, rank=3, rule=rule, alpha=alpha), b__weight=lora(2, rank=3, rule=rule, alpha=alpha)
     )
-    assert loratool.convert(made, tmp_path / "out", "torchtune").notes == ()
+    assert said(loratool.convert(made, tmp_path / "out", "torchtune")) == ()
     back = components(loratool.load(tmp_path / "out"))
     for name, (scaling, tensors) in components(made).items():
         assert back[name][0].scale == pytest.approx(scaling.scale, rel=1e-15)  # type: ignore[attr-defined]

@@ -14,7 +14,12 @@ from models import State
 from strategies import Maker, make_update
 from torch import Tensor
 
-from loratool import Adapter, Target, Targeted
+from loratool import Adapter, ConvertReport, Target, Targeted
+
+
+def said(report: ConvertReport) -> tuple[str, ...]:
+    """A conversion's notes on what it did, without the one on what nobody has tried."""
+    return tuple(note for note in report.notes if not note.endswith("is not tested") and "is not tested;" not in note)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,12 @@ _UNKNOWN = (
 )
 
 
+_ONE_BY_ONE = (
+    "give the pipeline's folder with --base BASE; or convert one part at a time, as --component text_encoder with --as"
+    " te for Stable Diffusion 1 and 2, te1 for what has several text encoders"
+)
+
+
 class Key(NamedTuple):
     """Where an update goes: the module's key and its `parameter`. With `part`, it is that third of the rows."""
 
@@ -119,11 +125,23 @@ class Keys:
         if not prefix:
             component = self._of_config()
             return _Place("", component) if component else self._unknown([c for c in self.known if c.name != "model"])
+        if (encoder := self._of_encoders(prefix)) is not None:
+            return _Place(prefix, encoder)
         rivals = [c for c in self.known if prefix in c.places]
         own = [c for c in rivals if f"{c.name}." == prefix]  # `transformer.` is one before it is a place of a UNet
         if not own and len({c.name for c in rivals if c.name.startswith("te")}) > 1:
             return self._unknown(rivals)
         return _Place(prefix, (own or [prefixes[prefix]])[0])
+
+    def _of_encoders(self, prefix: str) -> Component | None:
+        """The component of a pipeline's text encoder without the pipeline, where the adapter has two of them."""
+        names = [name for name in self.adapter.targets() if name.startswith("text_encoder")]
+        second = [name for name in names if name.startswith("text_encoder_2.")]
+        if not second or prefix not in ("text_encoder.", "text_encoder_2."):
+            return None
+        t5 = any(".encoder.block." in name for name in second)
+        wanted = "te1" if prefix == "text_encoder." else "te3" if t5 else "te2"
+        return next((component for component in self.known if component.name == wanted), None)
 
     def _of_pipeline(self, folder: str, base: Checkpoint) -> Component | None:
         """The component of a diffusers pipeline, by the name that the pipeline has for it."""
@@ -146,6 +164,9 @@ class Keys:
 
     def _unknown(self, able: Collection[Component]) -> Misfit:
         why, hint = _UNKNOWN
+        first = {name.partition(".")[0] for name in self.adapter.targets()}
+        if "text_encoder" in first and len(first) > 1:
+            hint = _ONE_BY_ONE
         names = ", ".join(dict.fromkeys(component.name for component in able))
         return Misfit((), why, hint.format(names=names), bakeable=False)
 

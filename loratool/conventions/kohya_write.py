@@ -28,6 +28,7 @@ from loratool.updates import Lora, Scaling, Update
 if TYPE_CHECKING:
     import torch
 
+_ATTENTION = ("_q_proj", "_k_proj", "_v_proj")
 LARGEST = 3.4e38  # of float32's numbers, about
 _U = TypeVar("_U", bound=Update)
 
@@ -164,6 +165,9 @@ class FlatFile:
         for component in keys.components:
             count = len({key.module for group in keys.keys.values() for key in group if _is_of(key, component)})
             yield f"{component.name}: {count} modules, called {component.prefix}..."
+        text = {key.module for group in keys.keys.values() for key in group if key.module.startswith("lora_te")}
+        if any(name.endswith(_ATTENTION) for name in text) and not any(name.endswith("_out_proj") for name in text):
+            yield "diffusers finds a text encoder's attention in such a file only where out_proj is in it: here not"
         if self.several:
             yield f"{self.several} tensors had several LoRAs: their factors are side by side, in one of a larger rank"
         if self.cores:

@@ -324,6 +324,7 @@ def _notes(
         yield f"all factors are {factors.dtype}, which holds what they were: litgpt has one dtype for all"
     if factors.dtype in ("F16", "BF16") and {ref.dtype for ref in base.tensors.values()} & {*FLOATS} - {factors.dtype}:
         yield f"litgpt's merge rounds the base to the dtype of the factors, {factors.dtype}; that of loratool does not"
+    yield "hyperparameters.yaml has the base's path on this machine, for litgpt looks for it there"
     lost = [name for name in (TOKENIZER[-1], BASE_WEIGHTS) if not (base.folder / name).is_file()]
     if not {*TOKENIZER[:2]} & files.keys():
         lost.append(" or ".join(TOKENIZER[:2]))

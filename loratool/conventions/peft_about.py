@@ -14,8 +14,15 @@ from loratool.conventions.base_names import is_id
 from loratool.conventions.writing import Options
 from loratool.errors import ChoiceNeeded, Problem
 from loratool.names import natural
+from loratool.updates import Replace
 
 TASKS = ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+# The modules that PEFT takes for trained whole, whatever the config says, and then misses in a file without them.
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 _CLASSES = {
     "ForCausalLM": "CAUSAL_LM",
     "ForSequenceClassification": "SEQ_CLS",
@@ -41,6 +48,7 @@ class About:
     base_name: str | None
     revision: str | None
     own: Mapping[str, Any] = field(default_factory=dict)
+    headless: bool = False  # the task has a head, and the adapter none
 
     @classmethod
     def of(cls, adapter: Adapter, kind: str, base: Checkpoint | None, options: Options) -> About:
@@ -50,13 +58,22 @@ class About:
             raise ChoiceNeeded(Problem("E-OPTION", what, hint=f"--task-type takes {', '.join(TASKS)}"))
         config = adapter.info.get("config", {})
         own = config if "peft_type" in config else {}
-        task, mapping = _task_of(base)
+        task, mapping = _task_of(base), _class_of(base)
         if own.get("task_type") in TASKS or own.get("auto_mapping"):
-            task, mapping = own.get("task_type"), own.get("auto_mapping")
-        if options.task_type:
-            task, mapping = options.task_type, None
+            task, mapping = own.get("task_type"), own.get("auto_mapping") or mapping
+        task = options.task_type or task
+        heads = HEADS.get(task or "", ())
+        headless = bool(heads) and not _has_head(adapter, base, heads)
+        if headless and options.task_type:
+            what = f"PEFT loads the head of a {task} from the adapter ({' or '.join(heads)}), and it has none"
+            raise ChoiceNeeded(Problem("E-OPTION", what, hint="leave --task-type out"))
+        if headless:
+            task = None
+        if task is not None:
+            mapping = None
         name = adapter.base.name if is_id(adapter.base.name) else None
-        return cls(kind, task, mapping, name, (adapter.base.revision or None) if name else None, own)
+        revision = adapter.base.revision if name else ""
+        return cls(kind, task, mapping, name, revision or None, own, headless)
 
     def fields(self) -> dict[str, Any]:
         """Of the config, all that is not read from the updates."""
@@ -92,6 +109,8 @@ class About:
 
     def notes(self) -> Iterator[str]:
         """What its loaders will ask for and not find."""
+        if self.headless:
+            yield "PEFT loads the head of a classifier from the adapter, which has none: task_type is left out"
         if self.task is None and self.auto_mapping is None:
             yield "task_type is null: AutoPeftModelFor... do not load it; --task-type says it, or --base"
         if self.base_name is None:
@@ -102,18 +121,35 @@ def _ends(name: str, end: str) -> bool:
     return name == end or name.endswith("." + end)
 
 
-def _task_of(base: Checkpoint | None) -> tuple[str | None, dict[str, Any] | None]:
-    """The task of the class in a base's config; of another class of transformers, the class itself."""
+def _has_head(adapter: Adapter, base: Checkpoint | None, heads: Collection[str]) -> bool:
+    """Whether an adapter has the whole tensors of a head, all that the base has of it."""
+    whole = {item.target.name for item in adapter.updates if isinstance(item.update, Replace)}
+    wanted = [name for name in (whole if base is None else base.tensors) if {*name.split(".")[:-1]} & {*heads}]
+    return {*wanted} <= whole and (bool(wanted) or base is not None)
+
+
+def _names_of(base: Checkpoint | None) -> tuple[Mapping[str, Any], list[str]]:
     config = (base.side_json("config.json") if base is not None else None) or {}
     listed = config.get("architectures")
-    names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
+    return config, [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
+
+
+def _task_of(base: Checkpoint | None) -> str | None:
+    """The task of the class in a base's config, where PEFT has one."""
+    config, names = _names_of(base)
     for name in names:
         for end, task in _CLASSES.items():
             if name.endswith(end):
-                return task, None
+                return task
         if name.endswith("ForConditionalGeneration") and config.get("is_encoder_decoder") is True:
-            return "SEQ_2_SEQ_LM", None
+            return "SEQ_2_SEQ_LM"
+    return None
+
+
+def _class_of(base: Checkpoint | None) -> dict[str, Any] | None:
+    """The class itself, by which AutoPeftModel finds it."""
+    config, names = _names_of(base)
     if names and "model_type" in config:
-        return None, {"base_model_class": names[0], "parent_library": "transformers"}
+        return {"base_model_class": names[0], "parent_library": "transformers"}
     kind = config.get("_class_name")
-    return None, {"base_model_class": kind, "parent_library": "diffusers"} if isinstance(kind, str) else None
+    return {"base_model_class": kind, "parent_library": "diffusers"} if isinstance(kind, str) else None
