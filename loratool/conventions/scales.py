@@ -189,7 +189,12 @@ class Scales:
         said = f"the file says alpha itself: {self._known[0].alpha:g} ({self._known[0].where})" if self._known else ""
         for alpha in unused[:1]:
             what = f"--alpha {alpha:g} is given, and {said or 'no scale is open that it is for'}"
-            yield Problem("E-OPTION", what, self.where, "leave --alpha out")
+            yield Problem(
+                "E-OPTION",
+                what,
+                self.where,
+                "leave --alpha out; if it is for another of several adapters, `loratool convert` that one first",
+            )
         if self.choices.scaling is not None and not self._rule_used and not unused:
             what = "--scaling is given, and no alpha is open that it is for"
             yield Problem("E-OPTION", what, self.where, "leave --scaling out")
