@@ -144,6 +144,7 @@ CASES = [
     Case("error", "convert loha.lora.safetensors --to mlx -o out", 2),
     Case("error", "merge base lora.lora.safetensors loha.lora.safetensors -o base --dtype bf16", 2),
     Case("error", "merge base bad.lora.safetensors -o out", 2),
+    Case("error", "merge base adapter -o out --require-pinned", 2),
     Case("error", "unmerge base adapter -o out", 2),
     Case("error", "unmerge merged adapter -o out --exact", 1),
     Case("error", "verify merged native.lora.safetensors --base other", 2),
