@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from loratool import maps
-from loratool.adapter import Adapter, Targeted, is_part, overlaps
+from loratool.adapter import Adapter, Target, Targeted, is_part, overlaps
 from loratool.checkpoint import Checkpoint, open_checkpoint
 from loratool.conventions import of_base
 from loratool.conventions.choices import Choices
 from loratool.conventions.load import load_part
 from loratool.errors import LoratoolError, Problem
 from loratool.format import check_index, unknown_alpha
+from loratool.ground import EMBEDDINGS, TIED_HEADS, is_tied, under
 from loratool.identity import difference
 from loratool.layout import Weighted
 from loratool.maps import View, shipped
@@ -27,7 +28,8 @@ from loratool.tensors import FLOATS, MERGEABLE, TensorRef, extremes
 from loratool.updates import Replace, ReplaceRows
 
 PRODUCTS = ("lora", "loha", "lokr", "add")  # nothing, as soon as one of their components is all zero
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+
+_TIES = "{} is a tensor of its own: a loader that follows tie_word_embeddings in config.json would ignore it"
 
 
 class Part(NamedTuple):
@@ -90,13 +92,17 @@ class Binding:
                 target = self._untied(name, targets, part)
                 if target is None:
                     continue
-                if self._lacks(target, items):
+                ground = under(self.base, target, items)
+                if not ground and self._lacks(target, items):
                     lost.append(target)
                 else:
-                    self.problems += self._unfit(target, items, part)
+                    self.problems += self._unfit(
+                        target, [*ground, *items], part._replace(weight=1.0) if ground else part
+                    )
                 # A weight of 0 is the identity: not even a zero changes its sign.
-                weighted = [Weighted(item, part.weight) for item in items if part.weight != 0]
-                self.wanted.setdefault(target, []).extend(weighted)
+                if part.weight != 0:
+                    weighted = [Weighted(item, part.weight) for item in items]
+                    self.wanted.setdefault(target, []).extend([*(Weighted(item, 1.0) for item in ground), *weighted])
             self.problems += not_in_the_base(lost, len(targets), self.base, self.view, part.name)
             self.problems += self._other_base(part)
             if part.sound:
@@ -170,6 +176,8 @@ class Binding:
             yield Problem("E-TARGET", f"{what}: adding it needs weight 1, not {part.weight:g}", where, leave)
         elif not self.allow_new:
             near = f"; {missing(name, self.base.tensors, '').hint}" if stored is None else ""
+            if name.endswith(HEADS) and is_tied(self.base):
+                near = "; the base has its embedding as its head, and gets one of its own"
             yield Problem("E-TARGET", what, where, f"merge with --allow-new adds or resizes it, {leave}{near}")
         else:
             self.notes.append(f"{where}: {what}: it is written as {shape}")
@@ -265,21 +273,37 @@ class Binding:
                 self.notes.append(f"{name} and {kept} are one tensor in the base: both change")
 
     def _tied_head(self) -> Iterator[Problem]:
-        """An embedding that is also the output head, though no tensor of the base shows it."""
-        config = self.base.side_json("config.json") if self.base.path.is_dir() else None
-        if not (config or {}).get("tie_word_embeddings") or any(name.endswith(HEADS) for name in self.base.tensors):
+        """An embedding that is also the output head, where not both of them change alike."""
+        if not is_tied(self.base):
             return
-        for name, updates in self.wanted.items():
-            if name.endswith(HEADS):
-                self.notes.append(
-                    f"config.json says tie_word_embeddings: a loader that ties may ignore {name}; set it to false"
-                )
-            elif name.endswith(EMBEDDINGS) and name not in self.paired:
-                if any(self._replaces(item, name) for item, _ in updates):
-                    what = f"{name} is also the output head, and only the embedding was trained"
-                    yield Problem("E-TIED", what, hint=UNTIE)
-                else:
-                    self.notes.append(f"{name} is also the output head (tie_word_embeddings): the head changes with it")
+        heads = [name for name, updates in self.wanted.items() if name.endswith(HEADS) and updates]
+        self.notes += [_TIES.format(name) for name in heads]
+        embeddings = [name for name in self.wanted if name.endswith(EMBEDDINGS) and name not in self.paired]
+        for name in embeddings if not heads else []:  # a head of its own is what the adapter says it is
+            if any(self._replaces(item, name) for item, _ in self.wanted[name]):
+                yield from self._kept_head(name)
+            else:
+                self.notes.append(f"{name} is also the output head (tie_word_embeddings): the head changes with it")
+
+    def _kept_head(self, name: str) -> Iterator[Problem]:
+        """The head that an embedding leaves behind which was trained alone, as PEFT's `modules_to_save` does it.
+
+        The adapter was trained with the base's embedding as its head, so that becomes a tensor.
+        """
+        stored, head = self.base.tensors[name], TIED_HEADS.get(name)
+        what = f"{name} is also the output head, and only the embedding was trained"
+        if head is None:
+            yield Problem("E-TIED", what, hint=UNTIE)
+        elif stored.shape != self.wanted[name][0].item.target.shape:
+            what += ", and resized: the head's rows for the new tokens are in no file"
+            yield Problem("E-TIED", what, hint="train with modules_to_save=['embed_tokens', 'lm_head']: both are saved")
+        elif not self.allow_new:
+            hint = f"merge with --allow-new keeps the head as it was in training, as {head}, a tensor of its own"
+            yield Problem("E-TIED", what, hint=hint)
+        else:
+            self.wanted[head] = [Weighted(Targeted(Target(head, stored.shape), Replace(stored)), 1.0)]
+            self.notes.append(f"{what}: the base's embedding is written as {head}, the head it was trained with")
+            self.notes.append(_TIES.format(head))
 
     def _replaces(self, item: Targeted, name: str) -> bool:
         """Whether a whole tensor is replaced by another one (PEFT also saves untouched copies)."""

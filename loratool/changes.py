@@ -104,7 +104,8 @@ def _refuse_base(base: Checkpoint) -> None:
     for convention in conventions.matching(base):
         what, hint = (
             f"the base is itself a {convention.TITLE}",
-            "`loratool extract ... --base-out DIR` writes the clean base",
+            "`loratool extract BASE -o NAME.lora.safetensors --base-out DIR` writes the clean base first "
+            "(with --adapter NAME where it holds several)",
         )
         if not _holds_weights(base, convention):
             hint = "the base comes first: are the two swapped?"

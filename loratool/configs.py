@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from loratool.binding import EMBEDDINGS
 from loratool.errors import Problem
+from loratool.ground import EMBEDDINGS
 from loratool.layout import NewTensor
 from loratool.strangers import HEADS
 from loratool.tensors import Shape, TensorRef

@@ -6,7 +6,7 @@ import difflib
 import heapq
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from loratool.errors import ChoiceNeeded, Problem
 
@@ -16,6 +16,16 @@ RENAMED_PREFIXES = (
     ("language_model.lm_head.", "lm_head."),
     ("model.", "model.language_model."),
 )
+# The first layers of denoisers: control adapters give them more inputs than the base has.
+_INPUTS = re.compile(
+    r"(?:^|.*[._])(?:img_in|x_embedder|conv_in|patch_embedding|(?:patch|pos)_embed[._]proj|input_blocks[._]0[._]0)"
+)
+
+
+def takes_more_inputs(module: str, stored: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Whether an adapter's shape is that of a denoiser's first layer, given by its name, with more inputs."""
+    alike = len(stored) == len(wanted) >= 2 and (stored[0], *stored[2:]) == (wanted[0], *wanted[2:])
+    return alike and wanted[1] > stored[1] and _INPUTS.fullmatch(module) is not None
 
 
 COMPARED = 200  # names, letter by letter, in a search for near ones

@@ -39,6 +39,7 @@ ROOMS = (
     ("folding", "bundle"),
     ("conventions",),
     ("strangers", "pinning"),
+    ("ground",),
     ("binding", "requantise"),
     ("changes", "tasks"),
     ("live",),
@@ -59,6 +60,7 @@ ROOMS = (
     ("remote",),
     ("dispatch",),
     ("merge",),
+    ("partial",),
     ("extract", "summary", "convert", "verify", "status"),
     ("api",),
     ("loratool",),  # the package itself: loratool/__init__.py

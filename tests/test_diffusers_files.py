@@ -245,8 +245,8 @@ REFUSED: dict[str, tuple[State, Any, str]] = {
     "flat factor": (pair(Q) | {f"{Q}.lora_A.weight": torch.ones(3)}, None, "they must be [rank, in...]"),
     "empty factor": (pair(Q) | {f"{Q}.lora_A.weight": torch.ones(3, 0)}, None, "they must be [rank, in...]"),
     "both names": (pair(Q) | pair(f"{Q}.lora", "down.weight", "up.weight"), None, "are the same part of blocks.0.q"),
-    "dora_scale": (pair(Q) | {f"{Q}.dora_scale": torch.ones(6, 1)}, None, "convention matches: lycoris, diffusers"),
-    "stranger": (pair(Q) | {"emb.clip_l": torch.ones(2, 2)}, None, "'emb.clip_l' is no part of an adapter"),
+    "dora_scale": (pair(Q) | {f"{Q}.dora_scale": torch.ones(6, 1)}, {"unet.r": 3}, "matches: lycoris, diffusers"),
+    "stranger": (pair(Q) | {"emb.clip_l": torch.ones(2, 2)}, None, "1 tensor is no part of an adapter"),
     "no magnitude": (
         pair(Q) | pair("unet.a") | {f"{Q}.lora_magnitude_vector": torch.ones(6)}, None,
         "unet is DoRA, and a has no magnitude",

@@ -30,6 +30,7 @@ from loratool.updates import Scaling
 FOLDER = Path(__file__).parent.parent / "spec" / "schema"
 SCHEMAS: dict[str, Any] = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in FOLDER.glob("*.json")}
 OURS = {name: schema for name, schema in SCHEMAS.items() if name.startswith(("cli-", "receipt-"))}
+NAMES_FOR_KEYS = ("tensors", "dtypes", "dropped", "replaced", "info", "metadata", "when", "quantised")
 OPTIONAL = {"dropped", "replaced"}  # of a receipt, which is a file, and says nothing where there is nothing
 
 
@@ -236,8 +237,8 @@ def test_the_schemas_notice_every_missing_key(printed: dict[Case, Printed]) -> N
         for path in objects(document):
             there = at(document, path)
             spot = (document["schema"], *(key for key in path if isinstance(key, str)))
-            if spot in looked or (path and path[-1] in ("tensors", "dtypes", "dropped", "replaced")):
-                continue  # these have names for keys
+            if spot in looked or (path and path[-1] in NAMES_FOR_KEYS):  # these have names for keys
+                continue
             if {"info", "metadata", "when"} & {*path}:
                 continue  # an adapter's own
             looked.add(spot)

@@ -348,7 +348,11 @@ BAD: dict[str, tuple[State, str, str]] = {
     "alpha-bool": ({**GOOD, ALPHA: torch.tensor(True)}, "E-SHAPE", "must be one number"),
     "stray": ({**GOOD, "lora_unet_conv_in.extra": values(2)}, "E-UNSUPPORTED", "no part of an adapter"),
     "twice": ({**GOOD, "lora_unet_conv_in.lora_A.weight": values(2, 3, 3, 3)}, "E-DUPLICATE", "same part"),
-    "padded": ({**GOOD, "lora_unet_conv_in.reshape_weight": torch.tensor([4, 3])}, "E-UNSUPPORTED", "padding"),
+    "padded": (
+        {**GOOD, "lora_unet_conv_in.reshape_weight": torch.tensor([4, 3])},
+        "E-SHAPE",
+        "the shape of a weight",
+    ),
     "integers": ({**GOOD, DOWN: torch.ones(2, 3, 3, 3, dtype=torch.int64)}, "E-DTYPE", "I64"),
 }
 

@@ -164,7 +164,7 @@ BAD: dict[str, tuple[State, str, str]] = {
     "magnitude-alone": ({"lycoris_fc.dora_scale": values(8, 1)}, "E-COMPONENTS", "no factors"),
     "magnitude-diff": ({"lycoris_fc.diff": values(8, 6), "lycoris_fc.dora_scale": values(8, 1)}, "E-COMPONENTS", "no"),
     "alpha-alone": ({"lycoris_fc.alpha": torch.tensor(1.0)}, "E-COMPONENTS", "only alpha"),
-    "unknown": ({**LOHA, "lycoris_fc.weight": values(2)}, "E-UNSUPPORTED", "1 tensors are no part of an adapter"),
+    "unknown": ({**LOHA, "lycoris_fc.weight": values(2)}, "E-UNSUPPORTED", "1 tensor is no part of an adapter"),
 }  # fmt: skip
 
 
@@ -209,23 +209,24 @@ def test_every_method_of_a_mixed_file_is_named_once_with_its_modules(tmp_path: P
     lora = {f"lora_unet_{n}.lambda_layer": values(1, 2) for n in range(5)}
     lora |= blocks("lora_te_a", 2, 4, 4) | blocks("lora_te_b", 2, 2, 4, 4) | {"lora_te_c.strange": values(2)}
     file = saved(lora, tmp_path / "x.safetensors")
-    for act in (loratool.inspect, loratool.load):
-        with pytest.raises(loratool.Unsupported) as caught:
-            act(file)
-        said = [problem.message for problem in caught.value.problems]
+    with pytest.raises(loratool.Unsupported) as caught:
+        loratool.load(file)
+    for problems in (caught.value.problems, loratool.inspect(file).problems):
+        said = [problem.message for problem in problems]
         assert len(said) == 4
         assert said[0].startswith("1 module is of BOFT")
         assert said[1].startswith("1 module is of OFT")
         assert said[2].startswith("5 modules are of T-LoRA")
         assert said[2].endswith("; lora_unet_0, lora_unet_1, lora_unet_2 and 2 more")
-        assert said[3] == "1 tensors are no part of an adapter that this convention knows: lora_te_c.strange"
+        assert said[3] == "1 tensor is no part of an adapter that this convention knows: lora_te_c.strange"
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (1, 0), (1, 5), (8,)])
 def test_a_wrong_magnitude_is_no_traceback_without_a_base(shape: tuple[int, ...], tmp_path: Path) -> None:
     file = saved({**LOHA, "lycoris_fc.dora_scale": torch.ones(shape)}, tmp_path / "x.safetensors")
     with pytest.raises(loratool.LoratoolError, match="dora_scale is"):
-        loratool.inspect(file)
+        loratool.load(file)
+    assert [problem for problem in loratool.inspect(file).problems if "dora_scale is" in problem.message]
 
 
 def test_a_rescaled_scale_that_the_file_does_not_hold_is_refused(tmp_path: Path) -> None:

@@ -299,7 +299,8 @@ def test_one_of_several_adapters(kind: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "saved")
     torch.save(model.state_dict(), tmp_path / "wrapped.pth")
     with pytest.raises(loratool.LoratoolError, match="default, second"):
-        loratool.inspect(tmp_path / "wrapped.pth")
+        loratool.load(tmp_path / "wrapped.pth")
+    assert loratool.inspect(tmp_path / "wrapped.pth").adapters == ("default", "second")
     for name, folder in (("default", tmp_path / "saved"), ("second", tmp_path / "saved" / "second")):
         out = tmp_path / f"{name}.lora.safetensors"
         loratool.extract(

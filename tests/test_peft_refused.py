@@ -63,10 +63,11 @@ def test_a_folder_is_refused_by_its_method(kind: str, tmp_path: Path) -> None:
     lora = {f"base_model.model.q.lora_{n}.weight": torch.ones(2, 2) for n in "AB"}
     for number, tensors in enumerate((None, lora)):
         adapter = folder(kind, tmp_path / str(number), tensors, r=2)
-        for act in (loratool.inspect, loratool.load):
-            with pytest.raises(loratool.Unsupported) as caught:
-                act(adapter)
-            (problem,) = caught.value.problems
+        with pytest.raises(loratool.Unsupported) as caught:
+            loratool.load(adapter)
+        found = loratool.inspect(adapter)
+        assert not found.layers, "it is none of LoRA's"
+        for (problem,) in (caught.value.problems, found.problems):
             assert problem.code == "E-UNSUPPORTED"
             assert problem.message.startswith(f"peft_type {kind} is not supported: ")
             assert ("merge_and_unload" in problem.hint) == mergeable(kind), "the help must help"
@@ -79,16 +80,16 @@ def test_tensors_alone_tell_their_method(kind: str, tmp_path: Path) -> None:
     prefix = mapping("PEFT_TYPE_TO_PREFIX_MAPPING", kind)
     names = [f"base_model.model.l.{n}.q.{prefix}x" for n in range(12)]
     save_file({name: torch.ones(2, 2) for name in names}, tmp_path / "x.safetensors")
-    with pytest.raises(loratool.Unsupported) as caught:
-        loratool.inspect(tmp_path / "x.safetensors", convention="peft")
-    (problem,) = caught.value.problems
+    (problem,) = loratool.inspect(tmp_path / "x.safetensors", convention="peft").problems
     assert problem.message.startswith(f"{kind} is not supported: ")
     assert problem.message.endswith("it is in l.0.q, l.1.q, l.2.q and 9 more")
     state = {f"{name}.default": torch.ones(2, 2) for name in names}
     state |= {name.replace(f"{prefix}x", "base_layer.weight"): torch.ones(2, 2) for name in names}
     save_file(state, tmp_path / "wrapped.safetensors")
+    (told,) = loratool.inspect(tmp_path / "wrapped.safetensors").problems
+    assert told.message == problem.message
     with pytest.raises(loratool.Unsupported) as caught:
-        loratool.inspect(tmp_path / "wrapped.safetensors")
+        loratool.load(tmp_path / "wrapped.safetensors")
     assert caught.value.message == problem.message
 
 

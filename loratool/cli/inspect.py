@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,13 @@ import click
 
 import loratool
 from loratool.cli import options, output
-from loratool.names import natural
+from loratool.names import listed, natural
+from loratool.partial import Unplaced, reasons
 from loratool.summary import Summary
+
+SHOWN_BESIDE = 8  # files of a folder
+SHOWN_TENSORS = 4
+SHOWN_PROBLEMS = 5
 
 
 @click.command(
@@ -34,7 +40,8 @@ def inspect_command(
 ) -> None:
     """Show what an adapter or checkpoint is, from its headers.
 
-    PATH is an adapter of any convention, a LoRA-wrapped checkpoint, a plain or a merged checkpoint.
+    PATH is an adapter of any convention, a LoRA-wrapped checkpoint, a plain or a merged checkpoint. What can not be
+    placed is listed with the reason, and the exit code is 0 all the same: looking worked.
     """
     summary = loratool.inspect(path, base=base, **given)
     if as_json:
@@ -45,6 +52,7 @@ def inspect_command(
         output.say("")
         (_print_layers if layers else _print_groups)(summary)
     output.notes(summary.notes)
+    _print_problems(summary)
 
 
 def _facts(summary: Summary) -> list[tuple[str, str]]:
@@ -62,6 +70,7 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
         ("tensors", f"{summary.tensors:,} with {summary.parameters:,} parameters"),
         ("dtypes", ", ".join(f"{dtype} x {count}" for dtype, count in summary.dtypes.items())),
     ]
+    pairs.append(("quantised", _methods(summary.quantised)))
     if summary.layers:
         updates = output.count(len(summary.layers), "update")
         sizes = f"{summary.adapter_parameters:,} parameters, {summary.adapter_bytes:,} bytes"
@@ -76,9 +85,11 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
     if summary.fit:
         fit = summary.fit
         pairs.append(("of base", f"{fit.path}: {fit.share:.2%} of its {fit.bytes:,} bytes"))
+        pairs.append(("quantised", _methods(fit.quantised)))
         pairs.append(("touches", f"{output.count(len(fit.touched), 'tensor')}: {output.some(fit.touched)}"))
         for label, names in (("missing", fit.missing), ("wrong shape", fit.wrong_shape)):
             pairs.append((label, f"{len(names)}: {output.some(names)}" if names else ""))
+    pairs.append(("beside", listed((file.name for file in summary.beside), SHOWN_BESIDE)))
     if summary.receipt:
         merged = ", ".join(f"{a.name}@{a.weight:g} ({a.digest[:15]}...)" for a in summary.receipt.adapters)
         pairs.append(("merged", f"{merged} by {summary.receipt.tool}, {len(summary.receipt.tensors)} tensors changed"))
@@ -100,18 +111,51 @@ def _are_texts(value: object) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
 
 
+def _methods(found: Mapping[str, int]) -> str:
+    return ", ".join(f"{output.count(count, 'weight')} as {method}" for method, count in found.items())
+
+
+def _print_problems(summary: Summary) -> None:
+    """Why it can not be used as it is: on stdout, because that is what was asked for."""
+    unplaced = dict(reasons(summary.unplaced))
+    for problem in summary.problems[:SHOWN_PROBLEMS]:
+        output.say(f"problem[{problem.code}]: {problem.message}")
+        if tensors := unplaced.pop(problem.message, []):
+            output.say(f"  not placed: {_tensors(tensors)}")
+        if problem.hint:
+            output.say(f"  help: {problem.hint}")
+    if len(summary.problems) > SHOWN_PROBLEMS:
+        output.say(f"and {len(summary.problems) - SHOWN_PROBLEMS} more problems; --json lists them")
+    told = {problem.message for problem in summary.problems}
+    for reason, tensors in unplaced.items():
+        if reason not in told:
+            output.say(f"not placed: {_tensors(tensors)}: {reason}")
+
+
+def _tensors(tensors: Sequence[Unplaced]) -> str:
+    shown = (f"{tensor.name} {tensor.dtype} {list(tensor.shape)}" for tensor in tensors)
+    return f"{output.count(len(tensors), 'tensor')}, {listed(shown, SHOWN_TENSORS)}"
+
+
 def _print_groups(summary: Summary) -> None:
-    rows = [(g.pattern, g.kind, str(g.count), g.rank, g.alpha, g.scale, f"{g.bytes:,}") for g in summary.groups]
-    output.print_table(("target", "kind", "count", "rank", "alpha", "scale", "bytes"), rows, numeric=range(2, 7))
+    several = bool(summary.adapters)
+    rows = [
+        (g.pattern, *([g.adapter] if several else []), g.kind, str(g.count), g.rank, g.alpha, g.scale, f"{g.bytes:,}")
+        for g in summary.groups
+    ]
+    columns = ("target", *(["adapter"] if several else []), "kind", "count", "rank", "alpha", "scale", "bytes")
+    output.print_table(columns, rows, numeric=range(2 + several, 7 + several))
 
 
 def _print_layers(summary: Summary) -> None:
     def text(value: float | None) -> str:
         return "-" if value is None else f"{value:g}"
 
+    several = bool(summary.adapters)
     rows = [
         (
             layer.target + (f" [{layer.part}]" if layer.part else ""),
+            *([layer.adapter] if several else []),
             layer.kind,
             "x".join(map(str, layer.shape)),
             text(layer.rank),
@@ -121,5 +165,5 @@ def _print_layers(summary: Summary) -> None:
         )
         for layer in sorted(summary.layers, key=lambda layer: natural(layer.target))
     ]
-    columns = ("target", "kind", "shape", "rank", "alpha", "scale", "bytes")
-    output.print_table(columns, rows, numeric=range(2, 7))
+    columns = ("target", *(["adapter"] if several else []), "kind", "shape", "rank", "alpha", "scale", "bytes")
+    output.print_table(columns, rows, numeric=range(2 + several, 7 + several))

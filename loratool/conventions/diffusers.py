@@ -22,7 +22,7 @@ from typing import Any
 
 from loratool.adapter import Adapter, Target, Targeted
 from loratool.checkpoint import Checkpoint
-from loratool.conventions import diffusers_write, flux_names
+from loratool.conventions import diffusers_write, flux_names, kohya, two_layouts, unknown_keys
 from loratool.conventions.choices import Choices
 from loratool.conventions.diffusers_names import (
     COMPONENTS,
@@ -62,6 +62,8 @@ def detect(source: Checkpoint) -> bool:
     # PEFT's own prefix is PEFT's file. `transformer.h` are GPT-2 and its like, out of some other dump.
     if any(name.startswith(("base_model.model.", "transformer.h.")) for name in source.tensors):
         return False
+    if METADATA_KEY not in source.metadata and kohya.is_lycoris(source):
+        return False  # lora_A and lora_B beside differences and magnitudes, which diffusers does not write
     factors = [
         name for name in source.tensors if "lora" in name and (key := key_of(name)) and key.part in SIDES.values()
     ]
@@ -138,6 +140,7 @@ class Reader:
     def _sort(self) -> None:
         """Every tensor gets its module and part. One that has none would be lost, so it is a problem."""
         styles: dict[str, set[bool]] = defaultdict(set)  # of factors by component: whether they are named as PEFT's
+        unknown: list[str] = []
         for name, ref in self.tensors.items():
             key = key_of(name)
             if key is not None:
@@ -154,20 +157,13 @@ class Reader:
                 bare = name.removeprefix(FOREIGN_PREFIX)
                 self.norms[(first, rest) if known else ("", bare)] = ref
             else:
-                self.problems.append(self._unknown(name))
+                unknown.append(name)
+        self.problems += unknown_keys.of_diffusers(unknown, self.where)
         self._move_magnitudes()
         for component in sorted(component for component, found in styles.items() if len(found) > 1):
             # It looks at the first name only, and then ignores those of the other generation.
             what = "names of two generations: all are used, while diffusers' loader may leave some of them out"
             self.notes.append(f"{component or 'the adapter'} has {what}")
-
-    def _unknown(self, name: str) -> Problem:
-        what = f"tensor {name!r} is no part of an adapter that diffusers defines"
-        hint = "its loader ignores it, or refuses the file: save the adapter again without it"
-        if name.endswith("dora_scale"):
-            what = f"tensor {name!r}: diffusers drops it and loads the factors as plain LoRA, which was not trained"
-            hint = "save the adapter as the trainer's own format"
-        return Problem("E-UNSUPPORTED", what, self.where, hint)
 
     def _move_magnitudes(self) -> None:
         """A magnitude of ``to_out`` belongs to ``to_out.0`` where the factors are there."""
@@ -223,6 +219,12 @@ class Reader:
             hint = "give the pipeline's folder as the base"
             raise Mismatch(Problem("E-TARGET", what, self.where, hint))
         rules = {component: self._rule(component, names, present) for component, names in wanted.items()}
+        lost = [
+            name for component, names in wanted.items() for name in names if rules[component](name) not in self.base
+        ]
+        if len(lost) == sum(map(len, wanted.values())) and (other := two_layouts.hint(lost, self.base)):
+            what = f"the base has none of the {len(lost)} tensors that the adapter changes, like {lost[0]}"
+            raise Mismatch(Problem("E-TARGET", what, self.where, other))
         return lambda component, name: rules[component](name)
 
     def _rule(self, component: str, names: list[str], present: Iterable[str]) -> Callable[[str], str]:
@@ -258,7 +260,9 @@ class Reader:
         out, rank, *_ = B.shape
         if A.shape[0] != rank:
             what = f"{path}: down has rank {A.shape[0]}, up {rank}: a grouped convolution, or parts of two adapters"
-            raise Unsupported(Problem("E-UNSUPPORTED", what, self.where, "PEFT, which diffusers uses, refuses it too"))
+            raise Unsupported(
+                Problem("E-UNSUPPORTED", what, self.where, f"merge without: --skip '*{unknown_keys.alike(module)}'")
+            )
         scaling = self._scaling(component, module, rank)
         update: Lora | Dora = Lora(A, B.reshape(out, rank), scaling)
         if magnitude is not None:

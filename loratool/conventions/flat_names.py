@@ -41,11 +41,29 @@ COMPONENTS = (
     Component("prior-te", "lora_prior_te_"),
     Component("model", "lycoris_"),
 )
+# Other beginnings that trainers give the same components. They are read, not written.
+_T5 = ("", "text_encoders.t5xxl.transformer.", "text_encoder_3.")
+OTHERS = (
+    *(Component(c.name, c.prefix.replace("lora_", "oft_"), c.places) for c in COMPONENTS[:1] + COMPONENTS[3:7]),
+    Component("unet", "unet.", _UNET_PLACES),  # with dots: OneTrainer's, SimpleTuner's, diffusers'
+    Component("transformer", "transformer.", _UNET_PLACES),
+    Component("te1", "text_encoders.clip_l.transformer.", _CLIP_L),
+    Component("te2", "text_encoders.clip_g.transformer.", _CLIP_G),
+    Component("te3", "text_encoders.t5xxl.transformer.", _T5),
+    Component("text_encoder", "text_encoder.", (*_CLIP, *_CLIP_L[1:3])),
+    Component("text_encoder_2", "text_encoder_2.", (*_CLIP_G, *_T5[1:2])),
+    Component("text_encoder_3", "text_encoder_3.", _T5),
+)
+# What scripts leave between a flattened beginning and the module: Wan-Fun's, and the prefixes of ComfyUI's files.
+HEADS = ("_", "model_diffusion_model_", "diffusion_model_")
+PIPELINE = ("unet.", "transformer.", "text_encoder.", "text_encoder_2.", "text_encoder_3.")  # diffusers' own prefixes
 _WHOLE = Component("model", "")  # names that begin with no known component
+_BY_LENGTH = sorted((*COMPONENTS, *OTHERS), key=lambda component: -len(component.prefix))
 
 
 def component_of(key: str) -> Component:
-    return next((component for component in COMPONENTS if key.startswith(component.prefix)), _WHOLE)
+    """The component whose beginning a key has, the longest one that fits."""
+    return next((component for component in _BY_LENGTH if key.startswith(component.prefix)), _WHOLE)
 
 
 class Stored(NamedTuple):
@@ -92,7 +110,10 @@ def indexed(base: Iterable[str], wanted: Iterable[str]) -> Index:
     index: dict[str, list[tuple[str, str, Site]]] = defaultdict(list)
     for tensor in base:
         path, _, last = tensor.rpartition(".")
-        if last not in ("weight", "in_proj_weight"):
+        if last not in ("weight", "in_proj_weight"):  # a parameter that is no module's weight goes by its whole name
+            for prefix, tail in _tails(tensor):
+                if (flat := flattened(tail)) in wanted:
+                    index[flat].append((prefix, tail, Site(tensor, "")))
             continue
         bias = f"{path}.{last.removesuffix('weight')}bias"
         for other in (spellings.Spelling("", path), *spellings.others(path)):

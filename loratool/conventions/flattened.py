@@ -19,17 +19,19 @@ from typing import NamedTuple
 
 from loratool.adapter import Adapter, BaseIdentity, Target, Targeted, is_name
 from loratool.checkpoint import Checkpoint
-from loratool.conventions import flux_names
+from loratool.conventions import flux_names, two_layouts, unknown_keys
 from loratool.conventions.choices import Choices
-from loratool.conventions.flat_names import Component, Index, Site, Stored, component_of, indexed, places, sites
+from loratool.conventions.flat_names import HEADS, Component, Index, Site, Stored, component_of, indexed, places, sites
 from loratool.conventions.headers import Said
 from loratool.conventions.scales import Scales
 from loratool.errors import ChoiceNeeded, InvalidFile, LoratoolError, Mismatch, Problem, Unsupported
 from loratool.format import is_native
-from loratool.names import listed, natural, nearest
+from loratool.names import listed, natural, nearest, takes_more_inputs
 from loratool.tensors import Shape, TensorRef
 from loratool.updates import Scaling, Update
 
+# Parts that change a parameter of their module which is no weight, and what it is called.
+PARAMETERS = {"diff_m": "modulation"}
 NEAR_NAMES = 3  # refused modules that get a suggestion; comparing names is slow
 
 
@@ -72,9 +74,15 @@ class Module:
     notes: set[str] = field(default_factory=set)
     doubts: set[str] = field(default_factory=set)  # what only the base could have settled
 
+    parameter: bool = False  # the key names a parameter itself, not the module that owns a weight
+
     @property
     def path(self) -> str:
         return self.key.removeprefix(self.component.prefix)
+
+    def named(self, parameter: str) -> str:
+        """What its weight or bias is called where there is no base."""
+        return self.key if self.parameter and parameter == "weight" else f"{self.key}.{parameter}"
 
     @property
     def flat(self) -> str:
@@ -99,6 +107,8 @@ class Module:
         """The region that factors making `made` update; 1x1 kernels and, if `flat`, larger ones may be flattened."""
         if region is None:
             return made
+        if takes_more_inputs(self.path, region, made):
+            return made  # the plan asks whether the base is to be padded
         flattened = flat and len(made) == 2 and made[0] == region[0] and made[1] == math.prod(region[1:])
         if bare(made) != bare(region) and not flattened:
             what = f"{self.key}: its tensors make {list(made)}, the base has {list(region)}"
@@ -162,7 +172,7 @@ class FlatReader:
 
     def adapter(self, convention: str) -> Adapter:
         self.scales = Scales(self.source, self.choices, "alpha/rank")
-        modules = [part for module in self._chosen(self._sort()) for part in self._in_diffusers(module)]
+        modules = [part for module in self._headless(self._sort()) for part in self._in_diffusers(module)]
         sites = {} if self.base is None else self._sites(modules)
         updates = [item for module in modules for item in self._updates(module, sites)]
         self.problems += self.scales.contradictions()
@@ -195,7 +205,8 @@ class FlatReader:
         refused: dict[Foreign, list[str]] = defaultdict(list)
         for owner, method in methods.items():
             refused[method].append(owner)
-        strange = []
+        strange: list[str] = []
+        flat_keys: dict[tuple[Component, str], str] = {}  # one name for all spellings of a flattened one
         for key, ref in self.source.tensors.items():
             match = known.fullmatch(key) or foreign.fullmatch(key)
             if (match["module"] if match else key.rpartition(".")[0]) in methods:
@@ -203,15 +214,31 @@ class FlatReader:
             if match is None:
                 strange.append(key)
                 continue
-            module = found.setdefault(match["module"], Module(match["module"], component_of(key), self.scales))
-            part = self.parts[match["part"]]
+            name, part = match["module"], self.parts[match["part"]]
+            component = component_of(key)
+            if (parameter := PARAMETERS.get(part)) is not None:
+                name, part = f"{name}{'_' if component.prefix.endswith('_') else '.'}{parameter}", "diff"
+            if component.prefix.endswith("_"):
+                name = flat_keys.setdefault((component, name.replace(".", "_")), name)
+            module = found.setdefault(name, Module(name, component, self.scales, parameter=parameter is not None))
             if part in module.parts:
                 what = f"{key} and {module.parts[part].name} are the same part of one module"
                 self.problems.append(Problem("E-DUPLICATE", what, self.where))
             module.parts[part] = ref
         if refused or strange:
-            raise Unsupported([*self._refusals(refused), *self._strangers(strange)])
+            raise Unsupported([*self._refusals(refused), *unknown_keys.refusals(strange, self.where)])
         return list(found.values())
+
+    def _headless(self, modules: list[Module]) -> list[Module]:
+        """The chosen modules, without the heads that no module of the base has."""
+        chosen = self._chosen(modules)
+        for component in {module.component for module in chosen if module.component.prefix.endswith("_")}:
+            group = [module for module in chosen if module.component == component]
+            head = next((head for head in HEADS if all(module.flat.startswith(head) for module in group)), None)
+            if head and self.base is not None and not indexed(self.base, {module.flat for module in group}):
+                for module in group:
+                    module.component = component._replace(prefix=component.prefix + head)
+        return chosen
 
     def _in_diffusers(self, module: Module) -> list[Module]:
         """The modules that diffusers' Flux has for one of the original, if the base is that; else the module."""
@@ -228,11 +255,6 @@ class FlatReader:
             count = f"{len(modules)} modules are" if len(modules) > 1 else "1 module is"
             what = f"{count} of {foreign.method}, which is not supported: {foreign.why}; {listed(modules)}"
             yield Problem("E-UNSUPPORTED", what, self.where, foreign.help)
-
-    def _strangers(self, keys: list[str]) -> Iterator[Problem]:
-        if keys:
-            what = f"{len(keys)} tensors are no part of an adapter that this convention knows: {listed(keys)}"
-            yield Problem("E-UNSUPPORTED", what, self.where, "let the trainer merge it into the base")
 
     def _chosen(self, modules: list[Module]) -> list[Module]:
         """The modules of the components that the user wants; all, if nothing was said."""
@@ -254,7 +276,7 @@ class FlatReader:
             module.stored = None if site is None or self.base is None else site.stored(self.base)
             for piece in self.make(module, None if module.stored is None else module.stored.part.shape):
                 if site is None or self.base is None:
-                    yield Targeted(Target(f"{module.key}.{piece.parameter}", piece.region), piece.update)
+                    yield Targeted(Target(module.named(piece.parameter), piece.region), piece.update)
                 else:
                     yield Targeted(site.target(piece.parameter, piece.region, self.base), piece.update)
         except LoratoolError as error:
@@ -285,7 +307,7 @@ class FlatReader:
             placed |= dict.fromkeys(mine.values(), name)
             found |= mine
         if absent:
-            self._absent(absent, {name: len(group) for name, group in groups.items() if name not in absent})
+            self._absent(absent, groups)
         return found
 
     def _place(self, group: list[Module], index: Index) -> str | None:
@@ -299,7 +321,7 @@ class FlatReader:
         return best[0] if best else None
 
     def _found(self, group: list[Module], index: Index, place: str) -> Iterator[tuple[str, Site]]:
-        suggestions = 0
+        lost: dict[str, list[Module]] = defaultdict(list)  # by the pattern that leaves them out
         for module in group:
             hits = sites(module.flat, place, index)
             if "." in module.path and module.path in hits:
@@ -311,11 +333,14 @@ class FlatReader:
                 hint = "both flatten to one name: rename one of the base's modules"
                 self.problems.append(Problem("E-AMBIGUOUS", what, self.where, hint))
             else:
-                near = self._nearest(module, place) if suggestions < NEAR_NAMES else []
-                suggestions += 1
-                hint = f"near names in the base: {', '.join(near)}" if near else "is this the adapter's base?"
-                what = f"the base has no module that {module.key} could mean"
-                self.problems.append(Problem("E-TARGET", what, self.where, hint))
+                lost[unknown_keys.alike(module.key)].append(module)
+        for number, (pattern, modules) in enumerate(lost.items()):
+            near = self._nearest(modules[0], place) if number < NEAR_NAMES else []
+            hint = f"near names in the base: {', '.join(near)}" if near else "is this the adapter's base?"
+            others = f" ({len(modules)} like it)" if len(modules) > 1 else ""
+            what = f"the base has no module that {modules[0].key}{others} could mean"
+            skip = f"; --skip '{pattern}' merges without" if len(lost) < len(group) else ""
+            self.problems.append(Problem("E-TARGET", what, self.where, hint + skip))
 
     def _nearest(self, module: Module, place: str) -> list[str]:
         known = {name.removeprefix(place).removesuffix(".weight").replace(".", "_"): name for name in self.base or ()}
@@ -326,13 +351,15 @@ class FlatReader:
         hint = f"say which one it is: --component {sorted(names)[0]}"
         self.problems.append(Problem("E-AMBIGUOUS", what, self.where, hint))
 
-    def _absent(self, absent: Mapping[str, int], there: Mapping[str, int]) -> None:
+    def _absent(self, absent: Mapping[str, int], groups: Mapping[str, list[Module]]) -> None:
         """Components that the base does not have: never half of an adapter without being told so."""
+        there = {name: len(group) for name, group in groups.items() if name not in absent}
         for name, count in absent.items():
             what = f"the base has none of the {count} modules of component {name}"
             fits = ", ".join(f"{other} ({count} modules)" for other, count in there.items())
             options = " ".join(f"--component {other}" for other in there)
             if fits:
                 what += f"; it has those of {fits}"
-            hint = f"{options} merges that alone" if fits else "is this the adapter's base?"
+            other = two_layouts.hint((module.path for module in groups[name]), self.base or ())
+            hint = other or (f"{options} merges that alone" if fits else "is this the adapter's base?")
             self.problems.append(Problem("E-TARGET", what, self.where, hint))

@@ -72,8 +72,8 @@ _DIFFUSERS_BLOCK = re.compile(r"(?P<single>single_)?transformer_blocks\.(?P<numb
 # kohya's: names flattened to one word, and what the parts are called in `flattened`
 _FLAT_BLOCK = re.compile(r"(double|single)_blocks_(\d+)_(.+)")
 _FLAT = {name.replace(".", "_"): name for name in (*_DOUBLE, *_SINGLE, *_TOP)}
-_FLAT_OUTPUTS = ("up",)
-_FLAT_PARTS = {"down", "up", "alpha"}
+_FLAT_OUTPUTS = ("up", "diff", "diff_b", "magnitude")
+_FLAT_PARTS = {"down", "alpha", *_FLAT_OUTPUTS}
 
 
 def is_xlabs(module: str) -> bool:
@@ -132,11 +132,15 @@ def split_flat(
     names = diffusers_modules(module)
     if any(rows_of(name) is None for name in names):
         return []
-    if (len(names) > 1 or module == SWAPPED) and (foreign := sorted(parts.keys() - _FLAT_PARTS)):
+    scale = parts.get("dora_scale")
+    # A magnitude of rows [out, 1] is parted like them; one of columns [1, in] belongs to all rows together.
+    outputs = (*_FLAT_OUTPUTS, *(["dora_scale"] if scale is not None and scale.shape[:1] != (1,) else []))
+    whole = {"dora_scale"} if len(names) == 1 else set()
+    if (len(names) > 1 or module == SWAPPED) and (foreign := sorted(parts.keys() - _FLAT_PARTS - {*outputs} - whole)):
         what = f"{flat}: diffusers has {', '.join(names)} for it, and {', '.join(foreign)} can not be parted so"
-        hint = "merge into the original version of the model"
+        hint = "give the original model's file as the base (flux1-dev.safetensors and the like), not diffusers' folder"
         raise Unsupported(Problem("E-UNSUPPORTED", what, where, hint))
-    return [*split(module, parts, rows_of, where, _FLAT_OUTPUTS)]
+    return [*split(module, parts, rows_of, where, outputs)]
 
 
 def component_of(base: Mapping[str, TensorRef]) -> str | None:
@@ -159,8 +163,8 @@ def split(
 
     `outputs` are the parts with a row per output, the left factor first.
     """
-    names, up = diffusers_modules(module), next(iter(outputs))
-    whole = parts[up].shape[0] if up in parts and parts[up].shape else 0
+    names = diffusers_modules(module)
+    whole = next((parts[part].shape[0] for part in outputs if part in parts and parts[part].shape), 0)
     if len(names) == 1 or not whole:
         moves = outputs if module == SWAPPED else ()
         yield names[0], {part: swapped(ref) if part in moves else ref for part, ref in parts.items()}

@@ -16,7 +16,7 @@ from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint
 from loratool.conventions import kohya_write
 from loratool.conventions.choices import Choices
-from loratool.conventions.flat_names import component_of
+from loratool.conventions.flat_names import PIPELINE, component_of
 from loratool.conventions.flattened import (
     FlatReader,
     Foreign,
@@ -41,18 +41,21 @@ misfits, write = kohya_write.misfits, kohya_write.write
 
 FACTORS = {"lora_down.weight": "down", "lora_up.weight": "up", "lora_A.weight": "down", "lora_B.weight": "up"}
 PARTS = {**FACTORS, "alpha": "alpha"}
-PADDING = Foreign("ComfyUI's padding of weights", "the base's own weights get another shape")
-FOREIGN = {"reshape_weight": PADDING}
+FOREIGN: dict[str, Foreign] = {}
 
 # Parts that only LyCORIS writes, the first group under any name, the second where a component goes before them.
 LYCORIS_PARTS = (
     "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "lokr_w1", "lokr_w1_a", "lokr_w1_b",
     "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "lora_mid.weight", "dora_scale",
 )  # fmt: skip
+DIFFERENCES = ("diff", "diff_b", "diff_m", "w_norm", "b_norm", "set_weight", "reshape_weight", "magnitude")
+OFT_PARTS = ("oft_blocks", "oft_diag", "oft_R.weight", *(f"oft_blocks.{number}" for number in range(8)))
 LYCORIS_SHORT_PARTS = (
-    "diff", "diff_b", "w_norm", "b_norm", "on_input", "oft_blocks", "oft_diag", "a1.weight", "a2.weight", "b1.weight",
-    "b2.weight", "bm.weight", "q_layer.weight", "p_layer.weight", "lambda_layer",
+    *DIFFERENCES, *OFT_PARTS, "on_input", "a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight",
+    "q_layer.weight", "p_layer.weight", "lambda_layer",
 )  # fmt: skip
+# PEFT's names for DoRA's magnitude, which some scripts leave under a flattened name.
+PEFT_MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
 
 
 def detect(source: Checkpoint) -> bool:
@@ -74,11 +77,26 @@ def is_lycoris(source: Checkpoint) -> bool:
     """Whether a file of this family is LyCORIS's: by parts that only it has, or by what it says of its trainer."""
     if source.metadata.get("ss_network_module", "").startswith("lycoris"):
         return True
-    sure, short = parts_pattern(LYCORIS_PARTS), parts_pattern(LYCORIS_SHORT_PARTS)
+    patterns = {prefix: parts_pattern(parts) for prefix, parts in _TELLING.items()}
     return any(
-        name.startswith("lycoris_") or sure.fullmatch(name) or (component_of(name).prefix and short.fullmatch(name))
+        name.startswith("lycoris_") or patterns[_beginning(component_of(name).prefix)].fullmatch(name)
         for name in source.tensors
     )
+
+
+# What tells by the kind of a key's beginning: none, a pipeline's component, another one with dots, a flattened one.
+_TELLING = {
+    "": LYCORIS_PARTS,
+    "pipeline": (*LYCORIS_PARTS, *DIFFERENCES),
+    "dotted": (*LYCORIS_PARTS, *LYCORIS_SHORT_PARTS),
+    "flat": (*LYCORIS_PARTS, *LYCORIS_SHORT_PARTS, *PEFT_MAGNITUDES),
+}
+
+
+def _beginning(prefix: str) -> str:
+    if not prefix or prefix in PIPELINE:
+        return "pipeline" if prefix else ""
+    return "flat" if prefix.endswith("_") else "dotted"
 
 
 def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | None) -> Adapter:

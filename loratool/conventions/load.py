@@ -12,6 +12,7 @@ from loratool.checkpoint import Checkpoint, open_checkpoint
 from loratool.conventions import Convention, beside, native
 from loratool.conventions.choices import Choices
 from loratool.conventions.described import described
+from loratool.conventions.widened import widened
 from loratool.errors import ChoiceNeeded, LoratoolError, Problem, Unsupported
 from loratool.maps import View, absent
 
@@ -63,9 +64,12 @@ def load_part(source: Checkpoint, choices: Choices, view: View | None = None) ->
     used: set[str] = set()
     if choices.selection and convention is not native:  # its keys are counted by its manifest
         source, used = choices.selection.keys(source)
+    inside = bool(convention.unwrap(source, choices))
+    if convention is not native and not inside:  # a base inside keeps its own dtypes
+        source = widened(source)
     adapter = _read(source, convention, choices, view)
     found = beside.Beside()
-    if not convention.unwrap(source, choices):  # beside a whole checkpoint lies no part of an adapter
+    if not inside:  # beside a whole checkpoint lies no part of an adapter
         adapter, found = beside.joined(adapter, source, choices.selection, view, used)
         used |= found.used
     if convention is not native:

@@ -6,7 +6,10 @@ Per module, after its flattened name (`lycoris_...` or sd-scripts' prefixes):
     hada_w1_a [out, rank], hada_w1_b [rank, in*kernel], hada_w2_a, hada_w2_b; with hada_t1, hada_t2 w*_a is [rank, out]
     lokr_w1 or lokr_w1_a @ lokr_w1_b; lokr_w2 or lokr_w2_a @ lokr_w2_b; with lokr_t2 w2_a is [rank, b]
     diff, diff_b, w_norm, b_norm                  differences of weight and bias
+    diff_m                                        difference of the module's own parameter `modulation` (Wan's)
+    set_weight, reshape_weight                    ComfyUI's: a whole weight; the shape of one that gets more inputs
     dora_scale [out, 1...] or [1, in, 1...]       DoRA's magnitude, and by its shape the axis of the norm
+    magnitude, lora_magnitude_vector [out]        the same by other trainers' names, one number per output
     weight [out] or [in], on_input 0 or 1         IA3: W' = W (1 + w) by rows, or by columns; no scale
     a1 [in, rank], a2 [rank, in]; b1 [out, rank], b2 [rank, in, kernel...], each .weight     GLoRA: (W a1) a2 + b1 b2
     alpha                                         scale = alpha / rank, whatever the trainer's rule was
@@ -19,7 +22,9 @@ OFT and BOFT rotate the base's weights, and are refused.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint
@@ -37,7 +42,7 @@ from loratool.conventions.flattened import (
 from loratool.conventions.headers import training_args
 from loratool.errors import InvalidFile, Mismatch, Problem, Unsupported
 from loratool.tensors import Shape, TensorRef
-from loratool.updates import RULES, Add, Dora, Loha, Lokr, Lora, Scaling
+from loratool.updates import RULES, Add, Dora, Loha, Lokr, Lora, Replace, Scaling
 
 NAME = "lycoris"
 TITLE = "LyCORIS adapter"
@@ -52,12 +57,18 @@ _HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2
 _LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 _GLORA = ("a1", "a2", "b1", "b2")
 _IA3 = {"weight": "w", "on_input": "on_input"}
+_INTEGERS = {"I32": "i", "I64": "q"}  # their codes in struct
 _WHOLE = ("diff", "diff_b", "w_norm", "b_norm")
+_MAGNITUDES = ("magnitude", *kohya.PEFT_MAGNITUDES)
 PARTS = {
     **kohya.PARTS,
     "lora_mid.weight": "mid",
     **{part: part for part in (*_HADA, *_LOKR, *_WHOLE, "dora_scale")},
     **{f"{part}.weight": part for part in _GLORA},
+    **dict.fromkeys(_MAGNITUDES, "magnitude"),
+    "diff_m": "diff_m",
+    "set_weight": "set",
+    "reshape_weight": "reshaped",
 }
 
 # Methods whose change is no kind of update, even where the base is known.
@@ -68,7 +79,7 @@ TUCKER = Foreign("GLoRA with a Tucker core", "no version of LyCORIS that is know
 TLORA = Foreign("T-LoRA", "its rank depends on the time step, and its delta on factors that it started from", _MERGE)
 FOREIGN = {
     **kohya.FOREIGN,
-    **dict.fromkeys(("oft_blocks", "oft_diag"), OFT),
+    **dict.fromkeys(kohya.OFT_PARTS, OFT),
     "bm.weight": TUCKER,
     **dict.fromkeys(("q_layer.weight", "p_layer.weight", "lambda_layer"), TLORA),
 }
@@ -87,7 +98,20 @@ def read(source: Checkpoint, choices: Choices, base: Mapping[str, TensorRef] | N
     def pieces(module: Module, region: Shape | None) -> Iterator[Piece]:
         return _pieces(module, region, rescaled)
 
-    return FlatReader(source, choices, base, parts, FOREIGN, _method, pieces).adapter(NAME)
+    adapter = FlatReader(source, choices, base, parts, FOREIGN, _method, pieces).adapter(NAME)
+    return replace(adapter, notes=(*adapter.notes, *_unused_alpha(source)))
+
+
+def _unused_alpha(source: Checkpoint) -> Iterator[str]:
+    """Where whole LoKr factors have an alpha that LyCORIS would not have stored: it writes the dimension there."""
+    dim = source.metadata.get("ss_network_dim", "")
+    whole = [name.removesuffix(".lokr_w1") for name in source.tensors if name.endswith(".lokr_w1")]
+    refs = [source.tensors.get(f"{owner}.alpha") for owner in whole if f"{owner}.lokr_w2" in source.tensors]
+    alphas = {number(ref) for ref in refs if ref is not None}
+    if dim.isdecimal() and int(dim) and len(alphas) == 1 and (alpha := alphas.pop()) != int(dim):
+        what = f"two whole LoKr factors have a scale of 1, as LyCORIS loads them; the file says alpha {alpha:g}"
+        weight = f"ADAPTER@{alpha / int(dim):g}"
+        yield f"{what} and dimension {dim}: if it was trained with their ratio, give the weight, {weight}"
 
 
 def unwrap(source: Checkpoint, choices: Choices) -> Mapping[str, TensorRef]:
@@ -110,7 +134,10 @@ def _pieces(module: Module, region: Shape | None, rescaled: bool | None) -> Iter
         "IA3": parts.keys() & set(_IA3.values()),
         "full": parts.keys() & {"diff"},
         "norm": parts.keys() & {"w_norm"},
+        "a whole weight": parts.keys() & {"set"},
     }
+    if (reshaped := parts.get("reshaped")) is not None:
+        _check_reshaped(module, reshaped)
     used = [name for name, found in algorithms.items() if found]
     if len(used) > 1:
         what = f"{module.key} has parts of {' and '.join(used)}: their combination is not defined"
@@ -127,7 +154,9 @@ def _pieces(module: Module, region: Shape | None, rescaled: bool | None) -> Iter
         yield _without_magnitude(module, _ia3(module, region))
     elif algorithms["full"] or algorithms["norm"]:
         yield _without_magnitude(module, _difference(module, parts["diff" if "diff" in parts else "w_norm"], region))
-    elif not parts.keys() & {"diff_b", "b_norm"} or "dora_scale" in parts:
+    elif algorithms["a whole weight"]:
+        yield _without_magnitude(module, _whole(module, parts["set"], region))
+    elif not parts.keys() & {"diff_b", "b_norm"} or parts.keys() & {"dora_scale", "magnitude"}:
         raise InvalidFile(Problem("E-COMPONENTS", f"{module.key} has only {', '.join(parts)}, and no factors"))
     biases = [parts[part] for part in ("diff_b", "b_norm") if part in parts]
     for value in biases:
@@ -143,9 +172,14 @@ def _difference(module: Module, value: TensorRef, region: Shape | None) -> Piece
     return Piece("weight", fitted, _add(value.reshape(*fitted)))
 
 
+def _whole(module: Module, value: TensorRef, region: Shape | None) -> Piece:
+    fitted = module.fit(value.shape, region)
+    return Piece("weight", fitted, Replace(value.reshape(*fitted)))
+
+
 def _without_magnitude(module: Module, piece: Piece) -> Piece:
-    if "dora_scale" in module.parts:
-        raise InvalidFile(Problem("E-COMPONENTS", f"{module.key} has a dora_scale and no factors that it is for"))
+    if found := sorted(module.parts.keys() & {"dora_scale", "magnitude"}):
+        raise InvalidFile(Problem("E-COMPONENTS", f"{module.key} has a {found[0]} and no factors that it is for"))
     return piece
 
 
@@ -272,7 +306,15 @@ def _lokr_scaling(module: Module, low_rank: TensorRef | None, rescaled: bool | N
 
 def _decomposed(module: Module, piece: Piece, known: bool) -> Piece:
     """The update with DoRA's magnitude on it, if there is one. Its shape says along which axis it lies."""
-    magnitude = module.parts.get("dora_scale")
+    magnitude, outputs = module.parts.get("dora_scale"), module.parts.get("magnitude")
+    if magnitude is not None and outputs is not None:
+        what = f"{module.key} has two magnitudes, {magnitude.name} and {outputs.name}"
+        raise InvalidFile(Problem("E-DUPLICATE", what))
+    if outputs is not None:
+        if outputs.numel != piece.region[0]:
+            what = f"{module.key}: {outputs.name} is {list(outputs.shape)}, for {piece.region[0]} outputs"
+            raise InvalidFile(Problem("E-SHAPE", what))
+        return piece._replace(update=Dora(piece.update, outputs.reshape(outputs.numel), axis=0))
     if magnitude is None:
         return piece
     shape, (rows, columns) = bare(magnitude.shape), piece.region[:2]
@@ -284,6 +326,18 @@ def _decomposed(module: Module, piece: Piece, known: bool) -> Piece:
         raise InvalidFile(Problem("E-SHAPE", f"{what} of {list(piece.region)}"))
     axis = lengths.index(shape)
     return piece._replace(update=Dora(piece.update, magnitude.reshape(magnitude.numel), axis))
+
+
+def _check_reshaped(module: Module, ref: TensorRef) -> None:
+    """ComfyUI pads a weight to the shape in `reshape_weight`, which is to be that of the update itself."""
+    down, up = kohya.pair(module, "down", "up", "lora_down", "lora_up")
+    made = (*up.shape[:1], *down.shape[1:])
+    if ref.dtype not in _INTEGERS or len(ref.shape) != 1 or ref.numel != len(made):
+        raise InvalidFile(Problem("E-SHAPE", f"{ref.name} is {ref.dtype} {list(ref.shape)}, not the shape of a weight"))
+    raw = b"".join(map(bytes, ref.chunks()))
+    if (shape := struct.unpack(f"<{ref.numel}{_INTEGERS[ref.dtype]}", raw)) != made:
+        what = f"{module.key}: reshape_weight is {list(shape)}, its factors make {list(made)}"
+        raise InvalidFile(Problem("E-SHAPE", what))
 
 
 def _matrices(module: Module, *refs: TensorRef) -> None:

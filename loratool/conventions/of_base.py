@@ -101,6 +101,18 @@ def spread(a: TensorRef, b: TensorRef, region: Shape) -> TensorRef:
     return TensorRef(a.name, dtype, shape, Derived(a, make), shape)
 
 
+def padded(stored: Stored, shape: Shape) -> TensorRef:
+    """W [out, in, kernel...] with zeros for further inputs: [out, more, kernel...]."""
+
+    def make() -> torch.Tensor:
+        made = empty(shape, torch_dtype(_wider(stored.part))).zero_()
+        for start, W in _blocks(stored.part):
+            made[start : start + len(W), : W.shape[1]] = W
+        return made
+
+    return _of_base(stored.part, _wider(stored.part), shape, make, stored)
+
+
 def _of_base(
     source: TensorRef, dtype: str, shape: Shape, make: Callable[[], torch.Tensor], stored: Stored | None
 ) -> TensorRef:

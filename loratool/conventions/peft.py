@@ -26,6 +26,7 @@ from loratool.conventions.peft_names import PART, PREFIX, Module, is_wrapped, sa
 from loratool.conventions.peft_scales import PeftScales
 from loratool.conventions.peft_tokens import patched, reordered, row_numbers
 from loratool.conventions.scales import Scales
+from loratool.conventions.unknown_keys import alike
 from loratool.errors import ChoiceNeeded, InvalidFile, LoratoolError, Mismatch, Problem, Unsupported
 from loratool.format import is_native
 from loratool.names import modules, natural, parent, prefix_rule
@@ -281,10 +282,9 @@ class PeftReader:
             raise Unsupported(
                 Problem(
                     "E-UNSUPPORTED",
-                    f"{module.name} looks like a grouped convolution: lora_A is"
-                    f" {list(A.shape)}, lora_B {list(B.shape)}",
+                    f"{module.name} looks like a grouped convolution: lora_A {list(A.shape)}, lora_B {list(B.shape)}",
                     self.where,
-                    "PEFT refuses it too",
+                    f"merge without: --skip '*{alike(module.name)}'",
                 )
             )
         layout = self.facts.layout(module.name, name, (out, *A.shape[1:]))
