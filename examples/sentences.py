@@ -67,7 +67,7 @@ def fine_tune(model: nn.Module, task: Task, steps: int) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     tokens, labels = task.train
     model.train()
-    for _ in range(steps):
+    for step in range(1, steps + 1):
         embeddings = embed(model, tokens)
         # Half of the sentences make the centroids and the other half are judged by them:
         # a sentence that helped to make its own centroid would be found near it anyway.
@@ -78,4 +78,5 @@ def fine_tune(model: nn.Module, task: Task, steps: int) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        print(f"  step {step} of {steps}, loss {loss.item():.3f}", flush=True)
     model.eval()
