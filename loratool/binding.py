@@ -29,8 +29,6 @@ from loratool.updates import Replace, ReplaceRows
 
 PRODUCTS = ("lora", "loha", "lokr", "add")  # nothing, as soon as one of their components is all zero
 
-_TIES = "{} is a tensor of its own: a loader that follows tie_word_embeddings in config.json would ignore it"
-
 
 class Part(NamedTuple):
     """One adapter of a merge, with its weight and the name it was given by."""
@@ -276,8 +274,7 @@ class Binding:
         """An embedding that is also the output head, where not both of them change alike."""
         if not is_tied(self.base):
             return
-        heads = [name for name, updates in self.wanted.items() if name.endswith(HEADS) and updates]
-        self.notes += [_TIES.format(name) for name in heads]
+        heads = any(name.endswith(HEADS) and updates for name, updates in self.wanted.items())
         embeddings = [name for name in self.wanted if name.endswith(EMBEDDINGS) and name not in self.paired]
         for name in embeddings if not heads else []:  # a head of its own is what the adapter says it is
             if any(self._replaces(item, name) for item, _ in self.wanted[name]):
@@ -303,7 +300,6 @@ class Binding:
         else:
             self.wanted[head] = [Weighted(Targeted(Target(head, stored.shape), Replace(stored)), 1.0)]
             self.notes.append(f"{what}: the base's embedding is written as {head}, the head it was trained with")
-            self.notes.append(_TIES.format(head))
 
     def _replaces(self, item: Targeted, name: str) -> bool:
         """Whether a whole tensor is replaced by another one (PEFT also saves untouched copies)."""
