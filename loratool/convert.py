@@ -106,7 +106,7 @@ def plan_convert(
     inputs = _files_of(adapter, stored)
     adapter, naming = base_names.named(of_base.bound(adapter), opened, options)
     problems, notes = _unfit(adapter, choices, opened)
-    notes += naming
+    notes += naming if "base_name" in writer.OPTIONS else ()
     if not adapter.when.keys() <= {*writer.CONDITIONS}:
         able = ", ".join(
             other.NAME for other in conventions.writers().values() if {*adapter.when} <= {*other.CONDITIONS}

@@ -29,6 +29,7 @@ _YARN = {
 # The class of transformers' configuration, what is different in it, and llama.cpp's architecture.
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama": ("LlamaConfig", {}, "llama"),
+    "mistral": ("MistralConfig", {}, "llama"),
     "mixtral": ("MixtralConfig", {"num_local_experts": 3, "num_experts_per_tok": 2}, "llama"),
     "mistral3": ("Ministral3Config", {"head_dim": 8, "rope_parameters": _YARN}, "mistral3"),
     "granite": ("GraniteConfig", {"embedding_multiplier": 2.0, "residual_multiplier": 0.5}, "granite"),

@@ -15,6 +15,7 @@ from strategies import Maker, make_update
 from torch import nn
 
 import loratool
+import loratool.conventions
 from loratool import Adapter, Target, Targeted
 from loratool.conventions.checked import CHECKED
 
@@ -82,6 +83,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "SD3Transformer2DModel": sd3,
 }
 DENOISERS = ["UNet2DConditionModel", "FluxTransformer2DModel", "SD3Transformer2DModel"]
+LYCORIS = ["UNet2DConditionModel", "SD3Transformer2DModel"]
 COMPONENT = {"UNet2DConditionModel": "unet"}
 
 
@@ -121,8 +123,10 @@ def merged(model: nn.Module, base: Path, adapter: Adapter, folder: Path) -> dict
 
 def test_every_family_that_is_claimed_has_a_model() -> None:
     assert {*CHECKED["peft"].families} == MODELS.keys()
-    for writer in ("diffusers", "kohya", "lycoris"):
-        assert {*CHECKED[writer].families} <= {*DENOISERS, "clip_text_model"}
+    assert {*CHECKED["diffusers"].families} == {*DENOISERS, "clip_text_model"}
+    assert {*CHECKED["lycoris"].families} == {*LYCORIS}
+    assert {*CHECKED["kohya"].families} == {"UNet2DConditionModel", "FluxTransformer2DModel", "clip_text_model"}
+    assert CHECKED.keys() | {"native"} == loratool.conventions.writers().keys()
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -179,6 +183,23 @@ def test_diffusers_loads_what_was_written(family: str, tmp_path: Path) -> None:
     )  # fmt: skip
     loaded.fuse_lora()
     got = {n.replace(".base_layer", ""): v for n, v in loaded.state_dict().items() if ".lora_" not in n}
+    for name, value in merged(model, base, made, tmp_path / "out").items():
+        assert_float32_close(got[name], value, name=name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", LYCORIS)
+def test_lycoris_loads_what_was_written(family: str, tmp_path: Path) -> None:
+    lycoris = pytest.importorskip("lycoris")
+    model, base = saved(family, tmp_path / "base")
+    made = adapter_of(model, base)
+    report = loratool.convert(made, tmp_path / "lora.safetensors", "lycoris", base=base, as_component="model")
+    assert not any("is not tested" in note for note in report.notes)
+    loaded = type(model).from_pretrained(base)
+    network, _ = lycoris.create_lycoris_from_weights(1.0, str(tmp_path / "lora.safetensors"), loaded)
+    assert len(network.loras) == len(made.targets())
+    network.merge_to(1.0)
+    got = loaded.state_dict()
     for name, value in merged(model, base, made, tmp_path / "out").items():
         assert_float32_close(got[name], value, name=name)
 

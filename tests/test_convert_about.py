@@ -207,9 +207,9 @@ def kohya_file(file: Path) -> Path:
     key = "lora_unet_a_b"
     state = {f"{key}.lora_down.weight": torch.ones(2, 8), f"{key}.lora_up.weight": torch.ones(6, 2)}
     header = {
-        "ss_network_dim": "2", "ss_network_alpha": "9.0", "ss_network_args": "{}", "ss_tag_frequency": '{"a": 1}',
+        "ss_network_dim": "2", "ss_network_alpha": "4.0", "ss_network_args": "{}", "ss_tag_frequency": '{"a": 1}',
         "modelspec.license": "MIT", "modelspec.trigger_phrase": "sks, dog", "modelspec.hash_sha256": "0x12",
-        "modelspec.title": "A dog", "sshs_model_hash": "12", "a.lora_alpha": "3",
+        "modelspec.title": "A dog", "sshs_model_hash": "12",
     }  # fmt: skip
     save_file({**state, f"{key}.alpha": torch.tensor(4.0)}, file, metadata=header)
     return file

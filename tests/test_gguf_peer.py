@@ -17,6 +17,7 @@ from models import HIDDEN, State, assert_float32_close, changed, fill, llama, mi
 from safetensors.torch import load_file
 
 import loratool
+from loratool.conventions.checked import CHECKED
 from loratool.conventions.gguf_names import ARCHITECTURES, MODEL, STACKS
 from loratool.gguf import read_gguf
 
@@ -184,3 +185,10 @@ def test_what_was_written_is_what_llama_cpp_adds(name: str, tmp_path: Path) -> N
         a, b = parts[f"{key}.lora_a"], parts[f"{key}.lora_b"]
         delta = a @ b.T if key == "token_embd.weight" else b @ a
         assert_float32_close(before[key] + alpha / b.shape[-1] * delta, want[key], name=key)
+
+
+def test_the_models_are_those_that_are_claimed() -> None:
+    import transformers
+
+    known = {getattr(transformers, config)().model_type for config, _, _ in MODELS.values()}
+    assert known == {*CHECKED["gguf"].families}

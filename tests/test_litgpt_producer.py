@@ -15,6 +15,7 @@ from torch import nn
 
 import loratool
 from loratool import Adapter, Target, Targeted
+from loratool.conventions.checked import CHECKED
 
 litgpt = pytest.importorskip("litgpt")
 yaml = pytest.importorskip("yaml")
@@ -285,3 +286,7 @@ def test_from_peft_and_back(tmp_path: Path, model: str) -> None:
     assert_same_model(merge_lora(tmp_path / "out"), converted(want, config))
     loratool.merge(base, tmp_path / "out" / "lit_model.pth.lora", tmp_path / "back")
     assert_same_model(read(tmp_path / "back"), want)
+
+
+def test_the_families_are_those_that_are_claimed() -> None:
+    assert {make().config.model_type for make, _, _ in MODELS.values()} == {*CHECKED["litgpt"].families}

@@ -34,6 +34,7 @@ from test_maps import qwen3
 
 import loratool
 from loratool import Adapter, Target, Targeted
+from loratool.conventions.checked import CHECKED
 
 pytestmark = pytest.mark.peers
 
@@ -527,3 +528,10 @@ def test_experts_of_transformers(kind: str, form: str, tmp_path: Path) -> None:
     for name, value in want.items():
         assert_float32_close(got[name], value, name=name)
     assert len(changed(state(made(hf)), got)) == count
+
+
+def test_the_families_are_those_that_are_claimed() -> None:
+    made = {kind for kind, _, _ in WRITTEN.values()} - {"tied"} | {
+        name.replace("-", "_") for name in EXPERTS_OF_TRANSFORMERS
+    }
+    assert made == {*CHECKED["mlx"].families}

@@ -17,6 +17,7 @@ from strategies import Maker, make_update
 from torch import Tensor, nn
 
 import loratool
+from loratool.conventions.checked import CHECKED
 
 pytestmark = pytest.mark.peers
 
@@ -357,3 +358,7 @@ def test_the_config_is_as_torchtune_writes_it(tmp_path: Path) -> None:
     state = torch.load(tmp_path / "again" / "adapter_model.pt", weights_only=True)
     assert sorted(state) == sorted(made.adapter)
     assert all(torch.equal(value, made.adapter[name]) for name, value in state.items())
+
+
+def test_the_families_are_those_that_are_claimed() -> None:
+    assert {{"llama3": "llama"}.get(family, family) for family in FAMILIES} == {*CHECKED["torchtune"].families}

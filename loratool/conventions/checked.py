@@ -33,15 +33,15 @@ CHECKED: Mapping[str, Checked] = {
         "diffusers", ("UNet2DConditionModel", "FluxTransformer2DModel", "SD3Transformer2DModel", "clip_text_model")
     ),
     "kohya": Checked("diffusers", ("UNet2DConditionModel", "FluxTransformer2DModel", "clip_text_model")),
-    "lycoris": Checked("LyCORIS", ("UNet2DConditionModel",)),
+    "lycoris": Checked("LyCORIS", ("UNet2DConditionModel", "SD3Transformer2DModel")),
     "litgpt": Checked("litgpt", ("llama", "mixtral", "qwen3_moe")),
     "torchtune": Checked("torchtune", ("llama", "mistral", "gemma2", "qwen2", "phi3")),
-    "mlx": Checked("mlx-lm", ("llama", "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")),
+    "mlx": Checked("mlx-lm", ("llama", "mixtral", "qwen3_moe")),
     "gguf": Checked(
         "llama.cpp",
         (
-            "llama", "mixtral", "ministral3", "granite", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "gemma", "gemma2",
-            "gemma3_text", "phi", "phi3",
+            "llama", "mistral", "mixtral", "ministral3", "granite", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "gemma",
+            "gemma2", "gemma3_text", "phi", "phi3",
         ),
     ),
 }  # fmt: skip
