@@ -250,6 +250,7 @@ def plan(
     allow_new: bool = False,
     allow_unchanged: bool = False,
     require_pinned: bool = False,
+    onto_merged: bool = False,
     tokenizer_from: PathLike = "",
     digests: bool = True,
     reproducible: bool = False,
@@ -271,6 +272,7 @@ def plan(
         allow_new=allow_new,
         allow_unchanged=allow_unchanged,
         require_pinned=require_pinned,
+        onto_merged=onto_merged,
         choices=_choices(reading),
         digests=digests,
         reproducible=reproducible,
@@ -294,6 +296,7 @@ def merge(
     allow_new: bool = False,
     allow_unchanged: bool = False,
     require_pinned: bool = False,
+    onto_merged: bool = False,
     tokenizer_from: PathLike = "",
     digests: bool = True,
     reproducible: bool = False,
@@ -313,6 +316,8 @@ def merge(
     `dtype` is "keep", "bf16", "fp16" or "fp32". `allow_new` permits adapters to add tensors or resize them. An adapter
     that changes nothing (a scale, weight or factors of zero) is refused, and so is a merge after which every bit is
     what it was, unless `allow_unchanged`. `require_pinned` refuses adapters that hold no digests of their base.
+    `onto_merged` takes a base that is itself the result of a merge, which is otherwise taken only from adapters whose
+    digests prove that they were trained on it; the receipt keeps the chain.
     `tokenizer_from` is "base", "adapter" or a folder: whose tokenizer and chat
     template to write; by default what the weights need. A config that does not fit the merged weights is edited, and
     every edit is in the notes. `undo` names a record to
@@ -341,6 +346,7 @@ def merge(
         allow_new=allow_new,
         allow_unchanged=allow_unchanged,
         require_pinned=require_pinned,
+        onto_merged=onto_merged,
         tokenizer_from=tokenizer_from,
         digests=digests,
         reproducible=reproducible,

@@ -16,8 +16,9 @@ from loratool.errors import ChoiceNeeded, LoratoolError, Mismatch, Problem
 from loratool.format import content_digest
 from loratool.layout import NewTensor, Weighted
 from loratool.maps import View
+from loratool.pinning import unpinned
 from loratool.quantised import Dequantised
-from loratool.receipt import MergedAdapter
+from loratool.receipt import MergedAdapter, Receipt
 from loratool.tensors import MERGEABLE, FileState, TensorRef
 
 DTYPES = {"keep": None, "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -42,6 +43,7 @@ class Fitted:
     notes: tuple[str, ...] = ()
     idle: tuple[Problem, ...] = ()  # adapters that change nothing
     view: View = field(default_factory=lambda: View({}, ()))  # of the base, under the names of its maps
+    previous: Receipt | None = None  # of a base that is itself the result of a merge
 
 
 def fitted(
@@ -51,8 +53,11 @@ def fitted(
     choices: Choices,
     allow_new: bool = False,
     undo: bool = False,
+    onto_merged: bool = False,
 ) -> Fitted:
     """Open a base and bind adapters to it. What does not fit is in `problems`; `undo` asks for what can be undone.
+    A base that is itself the result of a merge is taken where the adapters prove that they were trained on it, or
+    `onto_merged`.
 
     Raises ChoiceNeeded for an unknown dtype, Mismatch for a base that is merged or wrapped already, and what is wrong
     with the base's files.
@@ -60,11 +65,16 @@ def fitted(
     if dtype not in DTYPES:
         raise ChoiceNeeded(Problem("E-OPTION", f"dtype {dtype!r} is not one of {', '.join(DTYPES)}"))
     base = open_checkpoint(base_path)
-    _refuse_base(base)
+    previous = _earlier(base)
     base = quantised.logical(base)
     binding = Binding(base, allow_new)
     binding.read(adapters, choices)
     binding.bind()
+    if previous is not None and not onto_merged and not _prove(binding):
+        what = "this checkpoint is the result of a merge already: it has a receipt"
+        hint = "merge all adapters at once from the original base, or `loratool unmerge` it first; where an adapter was"
+        hint += " trained on the merged model, merge with --onto-merged puts it on top"
+        raise Mismatch(Problem("E-MERGED", what, str(base.path), hint))
     if problems := [*binding.problems, *requantise.problems(base, binding.wanted, DTYPES[dtype], undo)]:
         return Fitted(base, tuple(problems))
     parts = tuple(binding.parts)
@@ -73,9 +83,21 @@ def fitted(
     twice = [f"{a.name} is merged more than once" for n, a in enumerate(merged) if a.digest in seen[:n]]
     changes, additions = _new_tensors(base, binding.wanted, DTYPES[dtype])
     dropped = requantise.dropped(base) if DTYPES[dtype] else ()
-    notes = (*base.notes, *binding.notes, *twice)
+    before = {a.digest for stage in (previous.stages if previous else ()) for a in stage.adapters}
+    again = [f"{a.name} is in this base already: an earlier merge put it there" for a in merged if a.digest in before]
+    notes = (*base.notes, *binding.notes, *twice, *again)
     return Fitted(
-        base, (), parts, merged, changes, tuple(additions), tuple(dropped), notes, tuple(binding.idle), binding.view
+        base,
+        (),
+        parts,
+        merged,
+        changes,
+        tuple(additions),
+        tuple(dropped),
+        notes,
+        tuple(binding.idle),
+        binding.view,
+        previous,
     )
 
 
@@ -89,18 +111,13 @@ def inputs(made_of: TensorRef | NewTensor) -> set[FileState]:
     return {ref.data.state for ref in refs if ref.data.state is not None}
 
 
-def _refuse_base(base: Checkpoint) -> None:
-    for checkpoint in (base, *base.components.values()):
-        if receipt.find(checkpoint) is None:
-            continue
-        raise Mismatch(
-            Problem(
-                "E-MERGED",
-                "this checkpoint is the result of a merge already: it has a receipt",
-                str(checkpoint.path),
-                "merge all adapters at once from the original base, or `loratool unmerge` it first",
-            )
-        )
+def _earlier(base: Checkpoint) -> Receipt | None:
+    """The receipt of a base that is the result of a merge. Raises Mismatch for what can be no base."""
+    for checkpoint in base.components.values():
+        if receipt.find(checkpoint) is not None:
+            what = "this component of the pipeline is the result of a merge already: it has a receipt of its own"
+            hint = "merge all adapters at once into the original pipeline, or `loratool unmerge` the component first"
+            raise Mismatch(Problem("E-MERGED", what, str(checkpoint.path), hint))
     for convention in conventions.matching(base):
         what, hint = (
             f"the base is itself a {convention.TITLE}",
@@ -110,6 +127,19 @@ def _refuse_base(base: Checkpoint) -> None:
         if not _holds_weights(base, convention):
             hint = "the base comes first: are the two swapped?"
         raise Mismatch(Problem("E-WRAPPED", what, str(base.path), hint))
+    found = receipt.find(base)
+    if found is not None and len(found.stages) >= receipt.MAX_STAGES:
+        what = (
+            f"this is the result of {len(found.stages)} merges one on top of the other, which is the most there can be"
+        )
+        raise Mismatch(Problem("E-LIMIT", what, str(base.path), "merge all adapters at once from the original base"))
+    return found
+
+
+def _prove(binding: Binding) -> bool:
+    """Whether every adapter holds digests that show: this base, as it is, is the one it was trained on."""
+    proven = [not [*unpinned(part.original, binding.base, binding.view, part.name)] for part in binding.parts]
+    return bool(proven) and all(proven) and not binding.problems
 
 
 def _holds_weights(base: Checkpoint, convention: Convention) -> bool:

@@ -175,6 +175,8 @@ def run_unmerge(plan: Plan, progress: ProgressCallback | None = None) -> Unmerge
         wrong = {name: found.bound for name, found in written.items() if found.after != known[name].base}
         if plan.exact and any(known[name].base for name in wrong):
             raise Mismatch([*_blamed(plan, wrong)])
+        if plan.previous is not None and not plan.single:
+            (folder / receipt.FILE_NAME).write_text(plan.previous.dumps(), encoding="utf-8")
     seconds = time.monotonic() - started
     return UnmergeReport(plan, len(written) - len(wrong), len(written), max(wrong.values(), default=0.0), seconds)
 
@@ -215,7 +217,7 @@ def _receipt(plan: Plan, written: Mapping[str, Written]) -> Receipt:
             targets=tuple(dict.fromkeys(item.target.name for item, _ in tensor.updates)),
         )
     dropped = {ref.name: ref.digest() if plan.digests else "" for ref in plan.dropped}
-    return Receipt(TOOL, plan.dtype, plan.adapters, tensors, dropped, plan.companions.replaced)
+    return Receipt(TOOL, plan.dtype, plan.adapters, tensors, dropped, plan.companions.replaced, plan.previous)
 
 
 def run_copy(plan: Plan, progress: ProgressCallback | None = None) -> None:

@@ -54,6 +54,7 @@ class Plan:
     inputs: tuple[FileState, ...] = ()
     undo: Path | None = None  # the record to write
     record: UndoRecord | None = None  # the record to read
+    previous: Receipt | None = None  # of a base that is itself the result of a merge
     allow_unchanged: bool = False  # write a merge that changes nothing as well
     dropped: tuple[TensorRef, ...] = ()  # stored tensors that only served a quantisation which is gone
 
@@ -134,6 +135,7 @@ def plan_merge(
     allow_new: bool = False,
     allow_unchanged: bool = False,
     require_pinned: bool = False,
+    onto_merged: bool = False,
     choices: Choices | None = None,
     digests: bool = True,
     reproducible: bool = False,
@@ -146,7 +148,7 @@ def plan_merge(
     tokenizer: str = "",
 ) -> Plan:
     """Check everything about a merge and lay out its files. Raises the errors of `loratool.errors`, all at once."""
-    fit = fitted(base_path, adapters, dtype, choices or Choices(), allow_new, undo is not None)
+    fit = fitted(base_path, adapters, dtype, choices or Choices(), allow_new, undo is not None, onto_merged)
     base, changes, additions, dropped = fit.base, fit.changes, fit.additions, fit.dropped
     folders = [Path(adapter) for adapter, _ in adapters if not isinstance(adapter, Adapter)]
     single = is_single(base, out)
@@ -199,6 +201,7 @@ def plan_merge(
         resume=resume,
         dropped=dropped,
         allow_unchanged=allow_unchanged,
+        previous=fit.previous,
     )
     return settled(plan, threads, max_memory, device)
 

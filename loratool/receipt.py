@@ -20,6 +20,7 @@ FILE_NAME = "loratool_receipt.json"  # beside a folder's weights
 METADATA_KEY = "loratool.receipt"  # in the header of a single file
 FORMAT_NAME = "loratool-receipt"
 VERSION = "1.0"
+MAX_STAGES = 10  # merges one on top of the other: a receipt is JSON, whose depth is bounded
 FORMULA = "W' = round(replaced(W) + sum of weight * scale * delta), DoRA: magnitude * V / ||V||"
 
 
@@ -68,16 +69,24 @@ class Replaced:
 
 @dataclass(frozen=True)
 class Receipt:
+    """What one merge did. `previous` is the receipt of the base, where that was itself the result of a merge."""
+
     tool: str
     dtype: str
     adapters: tuple[MergedAdapter, ...]
     tensors: Mapping[str, ChangedTensor] = field(default_factory=dict)
     dropped: Mapping[str, str] = field(default_factory=dict)  # digests of what only the base has: scales, mostly
     replaced: Mapping[str, Replaced] = field(default_factory=dict)  # by the name of the base's file
+    previous: Receipt | None = None
 
     def to_json(self) -> dict[str, Any]:
         document = self._content()
         return {**document, "digest": _digest(document)}
+
+    @property
+    def stages(self) -> tuple[Receipt, ...]:
+        """The merges one after the other, the first one first; this one last."""
+        return (*(self.previous.stages if self.previous else ()), self)
 
     @property
     def digest(self) -> str:
@@ -85,10 +94,12 @@ class Receipt:
         return _digest(self._content())
 
     def _content(self) -> dict[str, Any]:
+        previous = {"previous": self.previous.to_json()} if self.previous else {}
         dropped = {"dropped": dict(sorted(self.dropped.items()))} if self.dropped else {}
         files = {name: vars(file) for name, file in sorted(self.replaced.items())}
         return {
             **dropped,
+            **previous,
             **({"replaced": files} if files else {}),
             "format": FORMAT_NAME,
             "version": VERSION,
@@ -121,8 +132,10 @@ def _digest(content: Mapping[str, Any]) -> str:
     return f"blake3:{blake3(text.encode()).hexdigest()}"
 
 
-def _parse(document: Any, path: Path) -> Receipt:
+def _parse(document: Any, path: Path, stages: int = 1) -> Receipt:
     try:
+        if stages > MAX_STAGES:
+            raise ValueError(f"more than {MAX_STAGES} merges one after the other")
         if not isinstance(document, dict) or document.pop("digest", None) != _digest(document):
             raise ValueError("its own digest is another one")
         if document["format"] != FORMAT_NAME:
@@ -152,7 +165,8 @@ def _parse(document: Any, path: Path) -> Receipt:
             )
             for name, file in document.get("replaced", {}).items()
         }  # fmt: skip
-        return Receipt(str(document["tool"]), str(document["dtype"]), adapters, tensors, dropped, replaced)
+        before = _parse(document["previous"], path, stages + 1) if "previous" in document else None
+        return Receipt(str(document["tool"]), str(document["dtype"]), adapters, tensors, dropped, replaced, before)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidFile(
             Problem(

@@ -96,6 +96,8 @@ def plan_unmerge(
     if problems:
         raise Mismatch(problems)
     changes, dropped = _old_tensors(merged, found, base, parts, exact=record is not None)
+    is_exact = base is not None or record is not None
+    earlier = found.previous if is_exact else None  # of something approximate it would be a claim that does not hold
     single = is_single(merged, out)
     folder = base.path if base is not None and base.path.is_dir() else None
     beside = companions.unmerged(merged.path, companions_of(merged, found.tensors), found, folder)
@@ -105,6 +107,8 @@ def plan_unmerge(
     files = output_files(merged, changes, dropped=frozenset(dropped))
     if single:
         bare = {key: value for key, value in files[0].metadata.items() if key != receipt.METADATA_KEY}
+        if earlier is not None:
+            bare[receipt.METADATA_KEY] = earlier.dumps()
         files = (replace(files[0], name=out.name).with_metadata(bare),)
     plan = Plan(
         "unmerge",
@@ -116,12 +120,22 @@ def plan_unmerge(
         output_index(merged, files),
         found.adapters,
         "keep",
-        (*binding.notes, *beside.notes),
-        base is not None or record is not None,
+        (*binding.notes, *beside.notes, *_of_the_stages(found, earlier)),
+        is_exact,
         found,
         record=record,
+        previous=earlier,
     )
     return settled(plan, threads, max_memory, device)
+
+
+def _of_the_stages(found: Receipt, earlier: Receipt | None) -> Iterator[str]:
+    """What is left, where merges were made one on top of the other: only the last one is taken out."""
+    if found.previous is None:
+        return
+    names = ", ".join(f"{a.name}@{a.weight:g}" for a in found.previous.adapters)
+    left = "its receipt comes back" if earlier else "it has no receipt any more, not being exact"
+    yield f"taken out is the last of {len(found.stages)} merges; the one before it, of {names}, stays: {left}"
 
 
 def _of_the_merged(binding: Binding) -> Iterator[Problem]:

@@ -125,7 +125,7 @@ def run_verify(
     if sample is not None and not 0 < sample <= 1:
         raise ChoiceNeeded(Problem("E-OPTION", f"a sample of {sample:g} is no share of the whole"))
     started = time.monotonic()
-    fit = fitted(base_path, adapters, "keep", choices, allow_new=True)
+    fit = fitted(base_path, adapters, "keep", choices, allow_new=True, onto_merged=True)
     if fit.problems:
         raise Mismatch(fit.problems)
     opened = open_checkpoint(merged_path)

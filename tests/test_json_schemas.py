@@ -31,7 +31,7 @@ FOLDER = Path(__file__).parent.parent / "spec" / "schema"
 SCHEMAS: dict[str, Any] = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in FOLDER.glob("*.json")}
 OURS = {name: schema for name, schema in SCHEMAS.items() if name.startswith(("cli-", "receipt-"))}
 NAMES_FOR_KEYS = ("tensors", "dtypes", "dropped", "replaced", "info", "metadata", "when", "quantised")
-OPTIONAL = {"dropped", "replaced"}  # of a receipt, which is a file, and says nothing where there is nothing
+OPTIONAL = {"dropped", "replaced", "previous"}  # of a receipt, which is a file, and says nothing where there is nothing
 
 
 def version(command: str) -> int:
@@ -131,6 +131,8 @@ CASES = [
     Case("verify", "verify base native.lora.safetensors@0 --base base"),
     Case("verify", "verify adapter native.lora.safetensors --base base", 1),
     Case("verify", "verify layer weak.lora.safetensors --base layer", 3),
+    Case("merge", "merge merged native.lora.safetensors -o m.twice --onto-merged"),
+    Case("status", "status m.twice --check"),
     Case("status", "status merged --check"),
     Case("status", "status merged.safetensors"),
     Case("status", "status base", 1),

@@ -36,6 +36,7 @@ Examples:
 )
 @click.option("--allow-new", is_flag=True, help="Let adapters add tensors the base lacks, or resize them.")
 @click.option("--require-pinned", is_flag=True, help="Refuse adapters without digests of their base.")
+@click.option("--onto-merged", is_flag=True, help="Take a base that is itself the result of a merge.")
 @click.option("--allow-unchanged", is_flag=True, help="Write the output even if no tensor changes.")
 @click.option(
     "--tokenizer-from",
@@ -69,6 +70,7 @@ def merge_command(
     allow_new: bool,
     allow_unchanged: bool,
     require_pinned: bool,
+    onto_merged: bool,
     tokenizer_from: str,
     undo: Path | None,
     no_digests: bool,
@@ -96,6 +98,7 @@ def merge_command(
         "allow_new": allow_new,
         "allow_unchanged": allow_unchanged,
         "require_pinned": require_pinned,
+        "onto_merged": onto_merged,
         "tokenizer_from": tokenizer_from,
         "undo": undo,
         "digests": not no_digests,

@@ -37,11 +37,15 @@ def status_command(ctx: click.Context, path: Path, check: bool, progress_as: str
         if receipt is None:
             output.say(f"{path}: no receipt: loratool has merged nothing into it")
         else:
-            adapters = ", ".join(f"{a.name}@{a.weight:g} ({a.digest[:19]}...)" for a in receipt.adapters)
+            merges = [
+                ", ".join(f"{a.name}@{a.weight:g} ({a.digest[:19]}...)" for a in stage.adapters)
+                for stage in receipt.stages
+            ]
             checked = f"{found.checked:,} digests compared" if check else "not compared (--check)"
             output.facts(
                 [
-                    ("merged", adapters),
+                    *[("earlier", adapters) for adapters in merges[:-1]],
+                    ("merged", merges[-1]),
                     ("by", f"{receipt.tool}, dtype {receipt.dtype}"),
                     ("changed", output.count(len(receipt.tensors), "tensor")),
                     ("dropped", ", ".join(receipt.dropped)),
