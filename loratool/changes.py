@@ -130,7 +130,7 @@ def _earlier(base: Checkpoint) -> Receipt | None:
     found = receipt.find(base)
     if found is not None and len(found.stages) >= receipt.MAX_STAGES:
         what = (
-            f"this is the result of {len(found.stages)} merges one on top of the other, which is the most there can be"
+            f"this is the result of {len(found.stages)} merges one on top of the other, the most there can be"
         )
         raise Mismatch(Problem("E-LIMIT", what, str(base.path), "merge all adapters at once from the original base"))
     return found

@@ -174,7 +174,8 @@ _TEXTS: dict[str, tuple[str, str]] = {
     ),
     "E-MERGED": (
         "The base has the receipt of a merge: merging into it again would add up.",
-        "Merge all adapters at once into the original base, or `loratool unmerge` it first.",
+        "Merge all adapters at once into the original base, or `loratool unmerge` it first. Where an adapter was"
+        " trained on the merged model, merge with --onto-merged puts it on top.",
     ),
     "E-NO-CHANGE": (
         "An adapter, or the whole merge, would change no bit: its scale, weight or factors are zero, or every change is"
