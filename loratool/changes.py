@@ -129,9 +129,7 @@ def _earlier(base: Checkpoint) -> Receipt | None:
         raise Mismatch(Problem("E-WRAPPED", what, str(base.path), hint))
     found = receipt.find(base)
     if found is not None and len(found.stages) >= receipt.MAX_STAGES:
-        what = (
-            f"this is the result of {len(found.stages)} merges one on top of the other, the most there can be"
-        )
+        what = f"this is the result of {len(found.stages)} merges one on top of the other, the most there can be"
         raise Mismatch(Problem("E-LIMIT", what, str(base.path), "merge all adapters at once from the original base"))
     return found
 

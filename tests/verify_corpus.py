@@ -20,9 +20,6 @@ from loratool import Adapter, Target, Targeted, TensorRef
 from loratool.updates import Lora, Scaling
 
 State = dict[str, Tensor]
-import os
-
-SIZES = [float(os.environ["SIZE"])] if "SIZE" in os.environ else []
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 RANK, SCALE, EXPERTS = 8, 1.5, 4
 SHAPES = {
@@ -453,14 +450,19 @@ def judged(fault: Fault, report: loratool.VerifyReport) -> str:
     return "" if fault.text in text else text
 
 
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
 def main() -> int:
     """Print the table; exit code 1 where less than 95 of 100 are named, or a right one is not."""
     named = wrong = false = 0
-    print(f"{'fault':40}" + "".join(f"{name:>18}" for name in DTYPES))
+    say(f"{'fault':40}" + "".join(f"{name:>18}" for name in DTYPES))
     for each in FAULTS:
         cells = []
         for dtype in DTYPES.values():
-            world = World(dtype, *SIZES)
+            world = World(dtype)
             with tempfile.TemporaryDirectory() as folder:
                 report = ask(world, each.make(world), Path(folder))
             why = judged(each, report)
@@ -468,14 +470,14 @@ def main() -> int:
             word = next((f.word for f in [*report.findings, *report.remarks]), report.verdict)
             cells.append(f"{'! ' if why else ''}{word}")
             if why:
-                print(f"  ! {each.name}, {dtype}: {why[:300]}", file=sys.stderr)
-        print(f"{each.name:40}" + "".join(f"{cell:>18}" for cell in cells))
-    print(f"\n{'right merges':40}" + "".join(f"{name:>18}" for name in DTYPES))
+                say(f"  ! {each.name}, {dtype}: {why[:300]}")
+        say(f"{each.name:40}" + "".join(f"{cell:>18}" for cell in cells))
+    say(f"\n{'right merges':40}" + "".join(f"{name:>18}" for name in DTYPES))
     untold = [Right(name, "", make) for name, make in UNTOLD]
     for right in (*RIGHT, *untold):
         cells = []
         for name, dtype in DTYPES.items():
-            world = World(dtype, *SIZES)
+            world = World(dtype)
             with tempfile.TemporaryDirectory() as folder:
                 report = ask(world, right.make(world), Path(folder))
             expected = "can-not-tell" if right in untold and name != "fp32" else "yes"
@@ -484,9 +486,9 @@ def main() -> int:
             false += report.verdict != expected
             cells.append(report.verdict if report.verdict == expected else f"! {report.verdict}")
             if report.verdict != expected:
-                print(f"  ! {right.name}, {dtype}: {report.findings} {report.remarks}"[:400], file=sys.stderr)
-        print(f"{right.name:40}" + "".join(f"{cell:>18}" for cell in cells))
-    print(f"\n{named} of {named + wrong} faults named rightly ({named / (named + wrong):.1%}), {false} false answers")
+                say(f"  ! {right.name}, {dtype}: {report.findings} {report.remarks}"[:400])
+        say(f"{right.name:40}" + "".join(f"{cell:>18}" for cell in cells))
+    say(f"\n{named} of {named + wrong} faults named rightly ({named / (named + wrong):.1%}), {false} false answers")
     return int(false > 0 or named < 0.95 * (named + wrong))
 
 
