@@ -206,7 +206,7 @@ def _component_names(folder: Path) -> list[str]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a side file (config, index), parsed strictly; a byte order mark before it is no part of it."""
     try:
-        text = _readable(path, lambda file: file.read_text(encoding="utf-8-sig"))
+        text = _readable(path, lambda file: file.read_text(encoding="utf-8").removeprefix("\ufeff"))
     except UnicodeDecodeError as error:
         raise InvalidFile(Problem("E-JSON", f"not UTF-8: {error}", str(path))) from None
     document = strict_json(text, str(path), "E-JSON", "")

@@ -44,7 +44,7 @@ def doubts(adapter: Adapter, base: Checkpoint) -> Iterator[str]:
     found = cached(base)
     if adapter.base.revision and found and found[1] and found[1] != adapter.base.revision:
         yield f"it was trained on revision {adapter.base.revision:.60}, and this base is revision {found[1]}"
-    yield "base not proven: this adapter does not hold digests of the base it was trained on"
+    yield "base not proven: it holds no digests of it"
 
 
 def name_of(base: Checkpoint) -> str:

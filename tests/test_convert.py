@@ -425,7 +425,7 @@ def test_whole_tensors_that_are_the_bases_own_are_left_out(tmp_path: Path) -> No
 
 def test_options_that_mean_nothing(kit: Kit, tmp_path: Path) -> None:
     made = adapter_of(a__weight=lora())
-    assert "loratool.load" in refused(made, tmp_path, alpha=3).hint
+    assert "where it is loaded" in refused(made, tmp_path, alpha=3).hint
     error = refused(made, tmp_path, to="plain")
     assert error.message == "plain can be read, not written"
     assert "native, peft" in error.hint

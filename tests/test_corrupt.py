@@ -961,8 +961,8 @@ def test_wrong_types_in_a_manifest_are_refused(attack: Attack, kit: Kit) -> None
         for value in ODD:
             if any(type(value) is type(good) and value == good for good in ACCEPTED.get(path, [])):
                 continue
-            if path == ("features",) and value == []:
-                continue
+            if (path == ("features",) and value == []) or path[:1] == ("info",):
+                continue  # what `info` says is nobody's business: see the next test
             file = kit.native(dumps(put(manifest, path, value)))
             try:
                 loratool.load(file)
@@ -975,10 +975,18 @@ def test_wrong_types_in_a_manifest_are_refused(attack: Attack, kit: Kit) -> None
     assert not wrong, "\n".join(wrong)
 
 
+def test_odd_values_in_info_are_refused_or_shown(attack: Attack, kit: Kit) -> None:
+    manifest = kit.manifest() | {"info": {"title": "t", "config": {"a": 1}, "authors": ["x"], "weight": 1}}
+    for path in [path for path in paths(manifest) if path[:1] == ("info",)]:
+        for value in ODD:
+            attack.run(f"{path} = {value!r:.20}", "adapter", kit.native(dumps(put(manifest, path, value))))
+    attack.done()
+
+
 def test_missing_keys_of_a_manifest_are_refused(attack: Attack, kit: Kit) -> None:
     manifest = kit.manifest()
     for path in [path for path in paths(manifest) if path and isinstance(path[-1], str)]:
-        must_fail = path[0] not in ("provenance", "base") or len(path) == 1
+        must_fail = path[0] not in ("provenance", "base", "info") or path in [("provenance",), ("base",)]
         attack.run(f"without {path}", "adapter", kit.native(without(manifest, path)), must_fail)
     attack.done()
 

@@ -58,7 +58,7 @@ def saved(state: State, file: Path) -> Path:
 
 def merged(base: Path, adapter: Adapter | Path, **options: Any) -> State:
     with tempfile.TemporaryDirectory() as folder:
-        loratool.merge(base, adapter, Path(folder, "out"), **options)
+        loratool.merge(base, adapter, Path(folder, "out"), allow_unchanged=True, **options)
         return tensors_of(Path(folder, "out"))
 
 

@@ -111,7 +111,7 @@ def hyper(out: Path) -> Mapping[str, str]:
 
 def merged(base: Path, adapter: object) -> State:
     with tempfile.TemporaryDirectory() as folder:
-        loratool.merge(base / "model.safetensors", adapter, Path(folder, "out.safetensors"))  # type: ignore[arg-type]
+        loratool.merge(base / "model.safetensors", adapter, Path(folder, "out.safetensors"), allow_unchanged=True)  # type: ignore[arg-type]
         return tensors_of(Path(folder, "out.safetensors"))
 
 

@@ -324,7 +324,7 @@ def test_alpha_is_asked_for(tmp_path: Path, full: State, cli: Cli) -> None:
     assert result.code == 2
     assert "always alpha/rank, not alpha" in result.err
     assert cli("extract", wrapped, "-o", out, "--alpha", 6, "--scaling", "alpha/rank").code == 0
-    assert "extract needs --alpha" in cli("inspect", wrapped).out
+    assert "give --alpha" in cli("inspect", wrapped).out
     assert "--scaling" not in cli("inspect", wrapped).out
 
 

@@ -52,7 +52,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Fresh:
 
 def merged(base: State, parts: Parts, folder: Path, *, shards: int = 1, **options) -> State:
     save_sharded(base, folder / "base", shards)
-    loratool.merge(folder / "base", parts, folder / "out", **options)
+    loratool.merge(folder / "base", parts, folder / "out", allow_unchanged=True, **options)
     return tensors_of(folder / "out")
 
 
@@ -320,7 +320,7 @@ def test_unmerging_with_the_base_gives_its_files_back(case: Case, second: float,
     parts: list[tuple[Adapter, float]] = [(case.adapter, 1.0)]
     if more.updates and more.updates != case.adapter.updates:
         parts.append((more, second))
-    loratool.merge(folder / "base", parts, folder / "merged")
+    loratool.merge(folder / "base", parts, folder / "merged", allow_unchanged=True)
     report = loratool.unmerge(folder / "merged", [p for p, _ in parts], folder / "back", base=folder / "base")
     assert report.exact
     assert report.bound == 0
@@ -337,7 +337,7 @@ def test_unmerging_without_the_base_keeps_within_the_bound(case: Case, more: lis
     save_sharded(case.base, folder / "base")
     extra = [Adapter((item,)) for item in case.adapter.updates]
     parts = [(case.adapter, 1.0), *zip(extra, more, strict=False)]
-    loratool.merge(folder / "base", parts, folder / "merged", dtype=dtype)
+    loratool.merge(folder / "base", parts, folder / "merged", dtype=dtype, allow_unchanged=True)
     report = loratool.unmerge(folder / "merged", [part for part, _ in parts], folder / "back")
     back = tensors_of(folder / "back")
     assert {n: (v.dtype, v.shape) for n, v in back.items()} == {n: (v.dtype, v.shape) for n, v in case.base.items()}
@@ -351,7 +351,7 @@ def within(base: Tensor, parts: list[Adapter], folder: Path) -> None:
     """Merging and unmerging a tensor without its base keeps within the bound that the report gives."""
     state = {"layer.weight": base}
     save_sharded(state, folder / "base")
-    loratool.merge(folder / "base", parts, folder / "merged")
+    loratool.merge(folder / "base", parts, folder / "merged", allow_unchanged=True)
     report = loratool.unmerge(folder / "merged", parts, folder / "back")
     found = worst(state, tensors_of(folder / "back"))
     assert found <= report.bound, f"off by {found:.3g}, the report says at most {report.bound:.3g}"
@@ -389,7 +389,7 @@ def test_the_bound_counts_what_vanished_in_a_narrow_dtype(tmp_path: Path) -> Non
     state = {"layer.weight": torch.full((2, 4), 1e-10)}
     save_sharded(state, tmp_path / "base")
     adapter = difference(torch.zeros(2, 4))
-    loratool.merge(tmp_path / "base", adapter, tmp_path / "merged", dtype="fp16")
+    loratool.merge(tmp_path / "base", adapter, tmp_path / "merged", dtype="fp16", allow_unchanged=True)
     report = loratool.unmerge(tmp_path / "merged", adapter, tmp_path / "back")
     assert not report.exact
     assert worst(state, tensors_of(tmp_path / "back")) <= report.bound

@@ -38,7 +38,7 @@ def base_of(path: Path, dtype: torch.dtype = torch.bfloat16, shape: tuple[int, i
 def test_the_share_is_that_of_a_sample_of_rows(size: float, dtype: torch.dtype, tmp_path: Path) -> None:
     W = base_of(tmp_path / "base.safetensors", dtype).double().numpy()
     adapter = adapter_of(size)
-    report = loratool.merge(tmp_path / "base.safetensors", adapter, tmp_path / "out.safetensors")
+    report = loratool.merge(tmp_path / "base.safetensors", adapter, tmp_path / "out.safetensors", allow_unchanged=True)
     merged = load_file(tmp_path / "out.safetensors")[NAME].double().numpy()
     update = adapter.updates[0].update
     assert isinstance(update, Lora)
@@ -86,11 +86,13 @@ def test_blocks_are_a_sample_too(tmp_path: Path) -> None:
 
 def test_what_asks_for_nothing_has_no_share(tmp_path: Path) -> None:
     W = base_of(tmp_path / "base.safetensors")
-    nothing = loratool.merge(tmp_path / "base.safetensors", adapter_of(0.0), tmp_path / "1.safetensors")
+    nothing = loratool.merge(
+        tmp_path / "base.safetensors", adapter_of(0.0), tmp_path / "1.safetensors", allow_unchanged=True
+    )
     assert nothing.survival == {}
     assert nothing.to_json()["survival"] == {"share": None, "moved": None, "tensors": {}}
     replaced = Adapter((Targeted(Target(NAME, (64, 48)), Replace(TensorRef.of(W + 1))),))
-    report = loratool.merge(tmp_path / "base.safetensors", replaced, tmp_path / "2.safetensors")
+    report = loratool.merge(tmp_path / "base.safetensors", replaced, tmp_path / "2.safetensors", allow_unchanged=True)
     assert report.survival[NAME].share == 1
 
 

@@ -657,7 +657,7 @@ def round_trip(base: Path, parts: Parts, folder: Path, merging: Any = None, unme
     out, record, back = folder / "out", folder / "r.undo.safetensors", folder / "back"
     if base.is_file():
         out, back = folder / "out.safetensors", folder / "back.safetensors"
-    loratool.merge(base, parts, out, undo=record, **(merging or {}))
+    loratool.merge(base, parts, out, undo=record, allow_unchanged=True, **(merging or {}))
     report = loratool.unmerge(out, [adapter for adapter, _ in parts], back, undo=record, **(unmerging or {}))
     assert report.exact
     assert report.to_json()["error_bound"] == 0

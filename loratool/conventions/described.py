@@ -7,6 +7,7 @@ written to. Metadata that describe the file they stood in (its hash, its network
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -113,6 +114,8 @@ def _storable(value: object, depth: int) -> bool:
         return depth > 0 and all(_storable(child, depth - 1) for child in value)
     if isinstance(value, str):
         return not re.search(r"[\ud800-\udfff]", value)
+    if isinstance(value, float):
+        return math.isfinite(value)
     return not isinstance(value, int) or abs(value) < _INTEGERS
 
 
@@ -120,7 +123,7 @@ def _of_card(path: Path) -> dict[str, Any]:
     """A README's licence and trigger words. A card that can not be read says nothing."""
     try:
         with path.open("rb") as file:
-            text = file.read(MAX_CARD).decode("utf-8-sig", "replace")
+            text = file.read(MAX_CARD).decode("utf-8", "replace").removeprefix("\ufeff")
     except OSError:
         return {}
     return dict(_front_matter(text))

@@ -63,7 +63,7 @@ def read_flat_yaml(path: Path) -> FlatYaml | None:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise InvalidFile(Problem("E-LIMIT", f"more than {MAX_BYTES:,} bytes", str(path)))
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8").removeprefix("\ufeff")
     except OSError as error:
         raise InvalidFile(Problem("E-READ", f"can not be read: {error.strerror or error}", str(path))) from error
     except UnicodeDecodeError as error:
