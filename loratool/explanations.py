@@ -166,7 +166,8 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "E-MAP": ("A map of names leads nowhere here, or is not valid.", "Correct the file, or leave out --map."),
     "E-TIED": (
         "Two names are one tensor (embedding and head), and their updates differ or only one was trained.",
-        "Save the base with untied embeddings first: tie_word_embeddings=False in transformers.",
+        "Merge with --allow-new, which gives the head a tensor of its own; where the message does not name it, save the"
+        " base with untied embeddings first: tie_word_embeddings=False in transformers.",
     ),
     "E-WRAPPED": (
         "The base is itself an adapter, or a checkpoint with LoRA layers in it.",

@@ -119,7 +119,7 @@ def _print_problems(summary: Summary) -> None:
     """Why it can not be used as it is: on stdout, because that is what was asked for."""
     unplaced = dict(reasons(summary.unplaced))
     for problem in summary.problems[:SHOWN_PROBLEMS]:
-        output.say(f"problem[{problem.code}]: {problem.message}")
+        output.say(f"problem[{problem.code}]: {problem.message}" + (f" ({problem.rule})" if problem.rule else ""))
         if tensors := unplaced.pop(problem.message, []):
             output.say(f"  not placed: {_tensors(tensors)}")
         if problem.hint:
