@@ -46,7 +46,7 @@ from loratool.updates import RULES, Add, Dora, Loha, Lokr, Lora, Replace, Scalin
 
 NAME = "lycoris"
 TITLE = "LyCORIS adapter"
-KINDS = ("lora", "dora", "loha", "lokr", "add")
+KINDS = ("lora", "dora", "loha", "lokr", "replace", "add")
 TESTED = "lycoris-lora 4.1.3"
 OPTIONS = ("component", "uniform", "base_name")
 ASKS = ("alpha", "scaling", "components")
