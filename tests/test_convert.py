@@ -177,7 +177,7 @@ def test_a_bias_counts_with_its_layers_scale(tmp_path: Path) -> None:
 
 def merged(base: Path, adapter: object, **options: Any) -> State:
     with tempfile.TemporaryDirectory() as folder:
-        loratool.merge(base, adapter, Path(folder, "out.safetensors"), **options)  # type: ignore[arg-type]
+        loratool.merge(base, adapter, Path(folder, "out.safetensors"), allow_unchanged=True, **options)  # type: ignore[arg-type]
         return tensors_of(Path(folder, "out.safetensors"))
 
 
@@ -635,7 +635,7 @@ def test_peft_loads_and_merges_what_was_written(
 
 def merged_folder(made: Built, adapter: Path, tmp_path: Path) -> State:
     if not (tmp_path / "want").exists():
-        loratool.merge(made.base, adapter, tmp_path / "want", allow_unchanged=True)
+        loratool.merge(made.base, adapter, tmp_path / "want")
     return read(tmp_path / "want")
 
 
