@@ -34,8 +34,10 @@ from loratool.tensors import DTYPE_BITS, MERGEABLE, FileState, TensorRef, torch_
 if TYPE_CHECKING:
     import torch
 
+LITTLE = 0.05  # of the elements move: the change is much less than the steps of the dtype
+HALF, MOST = 0.5, 0.9  # of the elements that move; of all elements
 EVIDENCE = 1 << 15  # numbers that are enough to find the weights that were applied
-CLOSELY = 1 << 18  # numbers that are enough to tell what else a change is
+CLOSELY = 1 << 17  # numbers that are enough to tell what else a change is
 OFTEN = 0.001  # of 16-bit elements next to the right one: more than float32 arithmetic leaves
 ROUNDED_DELTA = 2.0**-8  # how far a delta is off, relatively, that was rounded to bfloat16, and again when scaled
 NEAREST = 32  # tensors of the same shape that a change may be of
@@ -61,6 +63,20 @@ class TensorCheck:
     error: float = 0.0
     told: bool = True
     reason: Reason | None = None
+    moved: int = 0  # elements that are to be others than the base's
+    kept: int = 0  # of these, still the base's
+
+    @property
+    def weak(self) -> bool:
+        """Whether next to nothing of the change shows in this dtype: then the base is next to right everywhere."""
+        return self.moved <= self.elements * LITTLE
+
+    @property
+    def suspect(self) -> bool:
+        """Whether elements next to the right ones are more than arithmetic leaves there."""
+        if self.weak or DTYPE_BITS[self.dtype] > 16:
+            return self.differing > self.moved * HALF and self.moved < self.elements * MOST
+        return self.differing > self.elements * OFTEN
 
     @property
     def bad(self) -> bool:
@@ -201,9 +217,10 @@ class Comparison:
     def _compared(self, job: Job) -> TensorCheck:
         """Compare a tensor with the correctly rounded result, block by block; find out why it is another one."""
         check, bad = self._passed(job)
-        often = DTYPE_BITS[check.dtype] <= 16 and check.differing > check.elements * OFTEN
-        if not job.wanted.updates or not (check.wrong or often or (check.differing and not check.told)):
+        if not job.wanted.updates or not (check.wrong or check.suspect):
             return check
+        if check.weak and (not check.wrong or check.kept == check.differing):
+            return self._weakly(job, check)
         reason = self._why(job, bad, check.wrong)
         if self.rounded_delta and reason.word == "rounded-delta":
             reason = reason._replace(fine=True)
@@ -215,6 +232,19 @@ class Comparison:
             reason = diagnosis.damaged(again.wrong) if again.wrong else reason
         return replace(check, reason=reason)
 
+    def _weakly(self, job: Job, check: TensorCheck) -> TensorCheck:
+        """A tensor in which so little shows that elements next to the right ones may mean anything."""
+        asked = self.asked(job.wanted)
+        if len(asked) > 1 and not check.wrong:
+            return replace(check, told=False)  # one after the other, several such adapters may well move nothing
+        names = ", ".join(each.name for each in asked)
+        if check.kept == check.differing:
+            text = "; ".join(map(diagnosis.missing, asked))
+            return replace(check, reason=Reason("missing", text, (0.0,) * len(asked)))
+        return replace(
+            check, reason=Reason("indistinct", f"the little that {names} changes in this dtype is not there")
+        )
+
     def _passed(self, job: Job, slack: float = 0.0, of_terms: bool = False) -> tuple[TensorCheck, list[int]]:
         """One pass over a tensor, and the first and last rows of each block that are wrong.
 
@@ -224,15 +254,22 @@ class Comparison:
         wanted, survival = job.wanted, Survival()
         sink: _Comparing | None = None
         bad: list[int] = []
-        told = wanted.source is None
+        moved = kept = 0
 
         def receive(block: Merged) -> None:
-            nonlocal sink, survival, told
+            nonlocal sink, survival, moved, kept
             sink = sink or _Comparing(matrix_of(job.found, block.values.shape[1]), self.ulps)
             there = sink.rows.narrow(0, block.start, block.stop - block.start).read()
-            if len(wrong := sink.compare(block.values, there, float32_error(block) + _slack(block, slack, of_terms))):
+            found = sink.differing
+            wrong = sink.compare(block.values, there, float32_error(block) + _slack(block, slack, of_terms))
+            found = sink.differing - found
+            if len(wrong):
                 bad.extend((block.start + int(wrong[0]), block.start + int(wrong[-1])))
-            told = told or bool((block.values != block.stored.to(block.values.dtype)).any())
+            if len(block.stored):
+                stored = block.stored.to(block.values.dtype)
+                moves = block.values != stored
+                moved += int(moves.sum())
+                kept += int((moves & (there == stored)).sum()) if found else 0
             sample = sample_of(block) if wanted.source is not None else None
             if sample is not None and block.exact is not None:
                 survival = survival.plus(survival_of(block.stored[sample], block.exact[sample], there[sample]))
@@ -242,19 +279,31 @@ class Comparison:
         if sink is None:
             return TensorCheck(job.name, wanted.dtype, 0, 0, 0, 0, Survival()), []
         check = TensorCheck(
-            job.name, wanted.dtype, sink.elements, sink.furthest, sink.differing, sink.wrong, survival, sink.error, told
+            job.name,
+            wanted.dtype,
+            sink.elements,
+            sink.furthest,
+            sink.differing,
+            sink.wrong,
+            survival,
+            sink.error,
+            told=bool(moved) or wanted.source is None,
+            moved=moved if wanted.source is not None else sink.elements,
+            kept=kept,
         )
         return check, bad or [rows[0] if rows else 0]
 
     def _why(self, job: Job, bad: Sequence[int], wrong: int) -> Reason:
         """The reason, from some rows: the first and the last of those that are wrong, and others."""
         asked = self.asked(job.wanted)
-        explained = diagnosis.explain(self.evidence(job, EVIDENCE, (bad[0], bad[-1])), asked, wrong)
+        some = self.evidence(job, EVIDENCE, (bad[0], bad[-1]))
+        likely = diagnosis.most_likely(some, asked)
+        explained = diagnosis.explain(some, asked, likely, wrong)
         if explained is not None:
             return explained
         found = self.closely(job, bad[0])
         coarse = grids.coarse(found.merged, found.right, found.dtype)
-        known = coarse or misplaced.moved(found) or diagnosis.scaled(found, asked)
+        known = coarse or misplaced.moved(found) or diagnosis.scaled(some, asked, likely)
         return known or misplaced.unknown(found, asked)
 
     def evidence(self, job: Job, numbers: int, rows: Sequence[int] = (0,)) -> Evidence:
@@ -325,28 +374,34 @@ class _Comparing:
         where = differing(wanted, there)  # flat indices, few of them in a right merge
         if not len(where):
             return where
-        one, other, rows = wanted.view(-1)[where], there.view(-1)[where], where // there.shape[1]
+        dense = len(where) > there.numel() // 4
+        rows = where // there.shape[1]
+        if dense:
+            one, other = wanted, there
+        else:
+            one, other = wanted.view(-1)[where], there.view(-1)[where]
         distance = ulps_between(one, other, self.rows.dtype)
-        off = (one.double() - other.double()).abs()
+        off = (other.double() - one.double()).abs_()
         self.differing += int((distance > 0).sum())
-        self.error = max(self.error, self._relative(wanted, off, rows))
-        allowed = error.expand(there.shape)[rows, where - rows * there.shape[1]] if error is not None else 0.0
+        allowed: torch.Tensor | float = 0.0
+        if error is not None:
+            allowed = error if dense else error.expand(there.shape)[rows, where - rows * there.shape[1]]
         unexplained = ~(off <= allowed)
         self.furthest = max(self.furthest, float((distance * unexplained).max()))
         far = (distance > self.ulps) & unexplained
         self.wrong += int(far.sum())
-        found: torch.Tensor = torch.unique_consecutive(rows[far])
-        return found
+        self._note_error(wanted, off, None if dense else rows)
+        return far.any(dim=1).nonzero().view(-1) if dense else torch.unique_consecutive(rows[far])
 
-    @staticmethod
-    def _relative(wanted: torch.Tensor, off: torch.Tensor, rows: torch.Tensor) -> float:
-        """The largest of these errors, relative to the largest number of its row."""
+    def _note_error(self, wanted: torch.Tensor, off: torch.Tensor, rows: torch.Tensor | None) -> None:
+        """The largest error, relative to the largest number of its row; `rows` are those that single errors are in."""
         import torch
 
-        which, of = torch.unique_consecutive(rows, return_inverse=True)
-        largest = wanted[which].double().abs().amax(dim=1).clamp_(min=torch.finfo(torch.float64).tiny)
-        relative = off / largest[of]
-        return float("inf") if relative.isnan().any() else float(relative.max())
+        which, of = (None, None) if rows is None else torch.unique_consecutive(rows, return_inverse=True)
+        largest = (wanted if which is None else wanted[which]).abs().amax(dim=1).double()
+        largest.clamp_(min=torch.finfo(torch.float64).tiny)
+        relative = off.amax(dim=1) / largest if of is None else off / largest[of]
+        self.error = max(self.error, float("inf") if relative.isnan().any() else float(relative.max()))
 
     def write(self, data: memoryview) -> int:
         import torch

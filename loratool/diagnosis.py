@@ -43,45 +43,51 @@ class Reason(NamedTuple):
     fine: bool = False
 
 
-def explain(found: Evidence, asked: Sequence[Asked], wrong: int) -> Reason | None:
+class Likely(NamedTuple):
+    """The coefficients that explain best what is there, and how it was computed with them."""
+
+    factors: tuple[float, ...]
+    replay: Replay
+
+
+def explain(found: Evidence, asked: Sequence[Asked], likely: Likely, wrong: int) -> Reason | None:
     """The coefficients that explain what is there, or the rows; None if none do.
 
     `wrong` are the elements of the whole tensor that are too far from the right ones for any rounding.
     """
     if not found.merged.isfinite().all():
         return Reason("nonfinite", "NaN or infinity is in it")
-    factors, best = _most_likely(found, asked)
-    if best.share < EXPLAINED:
+    if likely.replay.share < EXPLAINED:
         return _part(found)
-    if any(factor != 1 for factor in factors):
-        return _told(factors, asked, best, found.dtype)
-    return _part(found) or _precision(best, found.dtype, wrong)
+    if any(factor != 1 for factor in likely.factors):
+        return _told(likely, asked, found.dtype)
+    return _part(found) or _precision(likely.replay, found.dtype, wrong)
 
 
-def scaled(found: Evidence, asked: Sequence[Asked]) -> Reason | None:
+def scaled(found: Evidence, asked: Sequence[Asked], likely: Likely) -> Reason | None:
     """The coefficients, where arithmetic that is not known leaves next to nothing of the change open; None for 1."""
-    factors, best = _most_likely(found, asked)
-    left = float((found.change - found.sum(factors)).square().sum())
-    away = any(abs(factor - 1) > NEAR for factor in factors)
+    left = float((found.change - found.sum(likely.factors)).square().sum())
+    away = any(abs(factor - 1) > NEAR for factor in likely.factors)
     if not away or left > NOTHING * float(found.change.square().sum()):
         return None
-    return _told(factors, asked, best, found.dtype)
+    return _told(likely, asked, found.dtype)
 
 
-def _most_likely(found: Evidence, asked: Sequence[Asked]) -> tuple[tuple[float, ...], Replay]:
-    """The coefficients that explain what is there, the simplest first; and how it was computed with them."""
+def most_likely(found: Evidence, asked: Sequence[Asked]) -> Likely:
+    """The coefficients of what is there: the simplest that leave the least of it open."""
     scales = [each.factor for each in asked]
-    best_factors = (1.0,) * len(asked)
-    best = closest(found, best_factors, scales)
-    if best.away < PERFECT:
-        return best_factors, best
+    ones = (1.0,) * len(asked)
+    best = Likely(ones, closest(found, ones, scales))
+    if best.replay.away < PERFECT or not found.merged.isfinite().all():
+        return best
     fitted = fit(found)
     known = tuple(_nearest(factor, _known(each)) for factor, each in zip(fitted, asked, strict=True))
     plain = (tuple(map(_plain, fitted, asked, [digits] * len(asked))) for digits in DIGITS)
     for factors in dict.fromkeys((known, *plain, fitted)):
-        if factors != best_factors and _clearly(found, other := closest(found, factors, scales), best):
-            best_factors, best = factors, other
-    return best_factors, best
+        other = Likely(factors, closest(found, factors, scales))
+        if factors != best.factors and _clearly(found, other.replay, best.replay):
+            best = other
+    return best
 
 
 def _plain(factor: float, asked: Asked, digits: int) -> float:
@@ -164,8 +170,9 @@ def _nearest(factor: float, known: Sequence[tuple[float, str]]) -> float:
     return value if abs(factor - value) <= NEAR * (abs(value) or 1.0) else factor
 
 
-def _told(factors: Sequence[float], asked: Sequence[Asked], best: Replay, dtype: str) -> Reason:
+def _told(likely: Likely, asked: Sequence[Asked], dtype: str) -> Reason:
     """What other factors than 1 mean."""
+    factors, best = likely
     if swapped := _swapped(factors, asked):
         return Reason("weights-swapped", swapped, tuple(factors))
     away = [n for n, factor in enumerate(factors) if factor != 1]
@@ -192,9 +199,13 @@ def _alike(one: float, other: float) -> bool:
     return math.isclose(one, other, rel_tol=EXACT)
 
 
+def missing(asked: Asked) -> str:
+    return f"{asked.name}: it was not merged here"
+
+
 def _one_told(factor: float, asked: Asked, best: Replay) -> str:
     if not factor:
-        return f"{asked.name}: it was not merged here"
+        return missing(asked)
     words = [text for value, text in _known(asked) if value == factor]
     if factor == 2 and best.how == "passes":
         words = [f"{words[0]}, in two passes"]

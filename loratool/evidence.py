@@ -229,17 +229,24 @@ def rounded(values: torch.Tensor, dtype: str) -> torch.Tensor:
 
 
 def ulps_between(one: torch.Tensor, other: torch.Tensor, dtype: str) -> torch.Tensor:
-    """How many numbers of `dtype` two of its numbers are apart, in float64; infinity where one of them is NaN."""
+    """How many numbers of `dtype` two of its numbers are apart, as floats; infinity where one of them is NaN."""
     import torch
 
     codes = [_codes(values.to(torch_dtype(dtype))) for values in (one, other)]
-    distance = (codes[0] - codes[1]).abs()
-    return torch.where(one.isnan() ^ other.isnan(), torch.inf, distance)
+    distance = codes[0].sub_(codes[1]).abs_()
+    strange = one.isnan() ^ other.isnan()
+    return distance.masked_fill_(strange, torch.inf) if strange.any() else distance
 
 
 def _codes(values: torch.Tensor) -> torch.Tensor:
-    """Numbers in the order of their size, one apart from each other, both zeros alike; in float64."""
-    code = bits(values).long()
+    """Numbers in the order of their size, one apart from each other, both zeros alike.
+
+    In float32 for 16 bits, which holds them all; else in float64.
+    """
+    import torch
+
     size = values.element_size() * 8
-    magnitude = code & ((1 << (size - 1)) - 1)
-    return magnitude.double().mul_(1.0 - 2.0 * (code < 0))
+    code = bits(values).to(torch.int32 if size <= 16 else torch.int64)
+    negative = code < 0
+    magnitude = code.bitwise_and_((1 << (size - 1)) - 1).to(torch.float32 if size <= 16 else torch.float64)
+    return torch.where(negative, -magnitude, magnitude)

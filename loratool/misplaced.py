@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 SAME = 0.97  # share of elements that another place's change must give, or be one rounding off
+FIRST = 4  # rows that are compared roughly, before all are
 ALIKE = 0.95  # cosine of two rows that are the same one
 WIDE = 512  # columns that are compared with each other
 LOW = 3  # a rank is low where it is less than the numbers of rows and columns divided by this
@@ -84,7 +85,8 @@ def unknown(found: Evidence, asked: Sequence[Asked]) -> Reason:
 
 
 def _same(found: Evidence, numbers: torch.Tensor) -> bool:
-    return found.share(numbers) >= SAME
+    few = float(((numbers[:FIRST] - found.merged[:FIRST]).abs() <= 4 * found.unit[:FIRST]).double().mean())
+    return few >= SAME and found.share(numbers) >= SAME
 
 
 def _transposed(found: Evidence) -> Reason | None:

@@ -19,6 +19,7 @@ NARROW = ("BF16", "F16")  # what deltas are rounded to
 MANY = 4  # additions: with more of them only the order that was asked for is tried, there and back
 PASSES = 3  # merges of the same adapter, at most
 FEWER = 0.7  # of what one explanation leaves open, to believe a less simple one
+FAR, ODD = 2, 2.0**-5  # units off on average, and relative to the change: more than any rounding
 PERFECT = 0.001  # units off on average: no other way explains it better
 
 
@@ -43,10 +44,17 @@ def closest(found: Evidence, factors: Sequence[float], scales: Sequence[float | 
         # Passes of the same merge are twice as much, too, and are not told from that by anything less than this.
         if best is None or replay.away < best.away * (FEWER if how == "passes" else 1.0):
             best = replay
-        if best.away < PERFECT:
+        if best.away < PERFECT or (how == "once" and _hopeless(found, values, factors)):
             break
     assert best is not None, "there is always the sum that is rounded once"
     return best
+
+
+def _hopeless(found: Evidence, values: torch.Tensor, factors: Sequence[float]) -> bool:
+    """Whether what is there is so far off that no rounding brings it closer."""
+    off = found.merged - values
+    units = float(found.away(values).clamp_(max=16).mean())
+    return units > FAR and float(off.square().mean()) > ODD**2 * float(found.sum(factors).square().mean())
 
 
 def _all_ways(

@@ -189,7 +189,7 @@ def _compare_with_others(work: Comparison, jobs: Sequence[Job], checks: dict[str
     misses = 0
     for job in jobs:
         check = checks[job.name]
-        if check.reason is None or not check.reason.word.startswith("other-") or misses >= MISSES:
+        if check.weak or check.reason is None or not check.reason.word.startswith("other-") or misses >= MISSES:
             continue
         reason = work.swapped(job, jobs)
         misses = 0 if reason else misses + 1

@@ -12,6 +12,7 @@ from conftest import Cli
 from hypothesis import given
 from peft_cases import CASES, build
 from peft_cases import Case as PeftCase
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from strategies import Case, cases
 from torch import Tensor
@@ -105,9 +106,9 @@ def test_what_peft_merges(case: PeftCase, tmp_path: Path) -> None:
     built = build(case, tmp_path)
     save_file({name: value.contiguous() for name, value in built.merged.items()}, tmp_path / "merged.safetensors")
     report = loratool.verify(tmp_path / "merged.safetensors", built.base, built.adapter)
-    # PEFT rounds a delta to the adapter's dtype before it adds it.
+    # PEFT multiplies in the adapter's dtype, which may be coarser than the base's.
     assert {finding.word for finding in report.findings} <= {"rounded-delta"}
-    assert report.answer or {case.base_dtype, case.adapter_dtype} != {torch.float32, None}
+    assert report.answer or (case.base_dtype, case.adapter_dtype) != (torch.float32, None) != case.base_dtype
     report = loratool.verify(tmp_path / "merged.safetensors", built.base, built.adapter, rounded_delta=True)
     assert report.answer, report.findings
 
@@ -371,6 +372,94 @@ def test_ulps_between_numbers() -> None:
     other = torch.tensor([1.0078125, 1.0, -0.0, 2.0**-133, 0.0, 1.0, torch.nan, -torch.inf], dtype=torch.bfloat16)
     wanted = [1, 2 * 0x3F80, 0, 1, 1, torch.inf, 0, 2 * 0x7F80]
     assert ulps_between(one, other, "BF16").tolist() == wanted
+
+
+# -- the receipt ------------------------------------------------------------------------------------------------------
+
+
+def test_the_receipt_is_read_first_and_believed_nothing(base: State, cli: Cli, tmp_path: Path) -> None:
+    for n in (1, 2):
+        loratool.save(adapter_of(n), tmp_path / f"{n}.safetensors")
+    one, two, out = tmp_path / "1.safetensors", tmp_path / "2.safetensors", tmp_path / "out.safetensors"
+    loratool.merge(tmp_path / "base.safetensors", [(one, 0.5), two], out)
+
+    def claim(*asked: tuple[Path, float]) -> loratool.VerifyReport:
+        return loratool.verify(out, tmp_path / "base.safetensors", [*asked])
+
+    right = claim((one, 0.5), (two, 1.0))
+    assert right.claim is not None
+    assert (right.claim.agrees, right.answer) == (True, True)
+    for asked, difference in [
+        ([(one, 1.0), (two, 1.0)], "it says 1.safetensors@0.5, not @1"),
+        ([(one, 0.5)], "it also names 2.safetensors@1"),
+    ]:
+        report = claim(*asked)
+        assert report.claim is not None
+        assert report.claim.differences == (difference,)
+        assert not report.answer
+    loratool.save(adapter_of(3), tmp_path / "3.safetensors")
+    report = claim((one, 0.5), (two, 1.0), (tmp_path / "3.safetensors", 1.0))
+    assert report.claim is not None
+    assert report.claim.differences == ("it does not name 3.safetensors",)
+    assert [(finding.word, finding.text) for finding in report.findings] == [
+        ("missing", "3.safetensors: it was not merged at all")
+    ]
+    shown = cli("verify", out, one, two, "--base", tmp_path / "base.safetensors")
+    assert "its receipt says something else (1.safetensors@0.5, 2.safetensors@1): it says 1.safeten" in shown.out
+    assert "1.safetensors: asked with weight 1, merged with 0.5 (3 tensors)" in shown.out
+
+
+def test_a_receipt_that_lies_is_found_out(base: State, tmp_path: Path) -> None:
+    """The numbers decide: it says what was asked for, and they are those of the base."""
+    loratool.save(adapter_of(), tmp_path / "a.safetensors")
+    out = tmp_path / "out.safetensors"
+    loratool.merge(tmp_path / "base.safetensors", tmp_path / "a.safetensors", out)
+    with safe_open(out, "pt") as file:
+        receipt = file.metadata()
+    save_file(base, out, metadata=receipt)
+    report = loratool.verify(out, tmp_path / "base.safetensors", tmp_path / "a.safetensors")
+    assert report.claim is not None
+    assert (report.claim.agrees, report.verdict) == (True, "no")
+    broken = {key: value.replace("keep", "kept") for key, value in receipt.items()}
+    save_file(base, out, metadata=broken)
+    report = loratool.verify(out, tmp_path / "base.safetensors", tmp_path / "a.safetensors")
+    assert report.claim is not None
+    assert "broken" in report.claim.differences[0]
+
+
+def test_no_units_in_the_last_place_beside_a_yes(base: State, cli: Cli, tmp_path: Path) -> None:
+    """Where a sum is next to zero, float32 is thousands of its units off, and right."""
+    wide = {name: value.float() for name, value in base.items()}
+    wide[TARGETS[0]] = -(deltas(adapter_of())[TARGETS[0]] * SCALE).float()
+    save_file(wide, tmp_path / "base.safetensors")
+
+    def in_float32(name: str, W: Tensor, D: Tensor) -> Tensor:
+        (item,) = (item.update for item in adapter_of().updates if item.target.name == name)
+        assert isinstance(item, Lora)
+        return (W.float() + SCALE * (item.B.read() @ item.A.read())).double()
+
+    loratool.save(adapter_of(), tmp_path / "a.safetensors")
+    out = merged_by(in_float32, wide, tmp_path / "out.safetensors")
+    report = verified(tmp_path, out)
+    assert report.answer, report.findings
+    assert report.ulps <= 1
+    shown = cli("verify", out, tmp_path / "a.safetensors", "--base", tmp_path / "base.safetensors")
+    assert "of its row's largest at most" in shown.out
+    assert "last place" not in shown.out
+
+
+def test_two_weak_adapters_can_not_be_told_from_the_base(base: State, tmp_path: Path) -> None:
+    """Together they would move some numbers; one after the other, and rounded in between, they rightly move none."""
+    large = {name: value.sign() for name, value in base.items()}  # no small number that anything moves
+    save_file(large, tmp_path / "base.safetensors")
+    tiny = [adapter_of(n, Scaling("none", RANK, None, 0.012)) for n in (1, 2)]
+    out = tmp_path / "out.safetensors"
+    loratool.merge(tmp_path / "base.safetensors", tiny, out)
+    moved = sum(int((value != large[name]).sum()) for name, value in load_file(out).items())
+    assert 0 < moved < 0.05 * 3 * 96 * 64
+    assert loratool.verify(out, tmp_path / "base.safetensors", tiny).verdict == "yes"
+    report = loratool.verify(tmp_path / "base.safetensors", tmp_path / "base.safetensors", tiny)
+    assert report.verdict == "can-not-tell"
 
 
 # -- status -----------------------------------------------------------------------------------------------------------

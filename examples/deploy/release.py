@@ -94,6 +94,8 @@ def confirm(model: Path, base: Path, adapter: Path, weight: float) -> None:
     """Compare every tensor that was written with what base and adapter give, and its digest with the receipt."""
     checked = loratool.verify(model, base, [(adapter, weight)])
     problems = [Problem("E-VERIFY", finding.text, ", ".join(finding.tensors[:3])) for finding in checked.findings]
+    if checked.verdict == "can-not-tell":
+        problems.append(Problem("E-VERIFY", "the adapter changes nothing that the output's dtype can hold"))
     written = loratool.status(model, check=True)
     problems += [Problem("E-RECEIPT", "is not what was written", name) for name in written.changed]
     if problems:
