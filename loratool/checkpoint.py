@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+from loratool import places
 from loratool.container import Header, read_header, strict_json
 from loratool.errors import ChoiceNeeded, InvalidFile, Problem
 from loratool.gguf import read_gguf
@@ -151,7 +152,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises InvalidFile with what is wrong, ChoiceNeeded if a folder has several unrelated weights files.
     """
     if not path.exists():
-        raise InvalidFile(Problem("E-MISSING", f"{path} does not exist", str(path), "check the path"))
+        raise places.not_here(path)
     if (path / PIPELINE_INDEX).is_file():
         return _open_pipeline(path)
     files, index = (_files_of(path), None) if path.is_file() else _find_weights(path)
@@ -228,6 +229,7 @@ def _files_of(path: Path) -> list[Path]:
         return [path]
     known = ", ".join((".safetensors", *PICKLE_SUFFIXES, *OTHER_SUFFIXES))
     hint = "give the folder itself" if path.name.endswith(".index.json") else f"{known} are read"
+    hint = places.kind_of_suffix(path) or hint
     raise InvalidFile(Problem("E-SUFFIX", f"{path.name} is not a weights file", str(path), hint))
 
 
@@ -238,6 +240,10 @@ def _find_weights(folder: Path) -> tuple[list[Path], Path | None]:
         if len(indexes) == 1:
             return [], indexes[0]
         files = sorted(path for path in folder.iterdir() if path.suffix in kinds and path.is_file())
+        own = [path for path in files if places.is_trainers_own(path.name)]
+        if own == files and own and places.weights_below(folder):
+            continue  # a trainer's folder, whose checkpoints lie below it
+        files = [path for path in files if path not in own] or files
         known = [path for path in files if path.name in PREFERRED] if not indexes else []
         if not (known or indexes) and any((folder / name).is_file() for name in PREFERRED):
             continue  # what lies beside a file of another kind
@@ -253,11 +259,7 @@ def _find_weights(folder: Path) -> tuple[list[Path], Path | None]:
                     "give the path of one file",
                 )
             )
-    below = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
-    hint = f"adapters lie in its subfolders {', '.join(below)}: give one of them" if below else "check the path"
-    raise InvalidFile(
-        Problem("E-MISSING", "no weights (.safetensors, .bin, .pt, .pth) in this folder", str(folder), hint)
-    )
+    raise places.nothing_in(folder)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -306,6 +308,7 @@ def _check_index(index: Path, weight_map: Mapping[str, str], shards: Iterable[Sh
 
 
 def _open_shard(path: Path) -> Shard:
+    places.refuse_stand_in(path)
     if path.suffix == ".safetensors" or _looks_like_safetensors(path):
         header = read_header(path)
         return Shard(path, header.tensors, header.metadata, header)

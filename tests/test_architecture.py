@@ -26,6 +26,7 @@ ROOMS = (
     ("explanations",),
     ("tensors", "rounding", "survival", "workers"),
     ("container", "gguf", "npz", "pickles", "staging", "names", "slicing", "recycling"),
+    ("places",),
     ("updates", "checkpoint", "spans"),
     ("adapter", "quantised"),
     ("maps", "identity"),

@@ -21,15 +21,10 @@ from loratool.conventions.selection import Selection
 from loratool.errors import LoratoolError, Problem, Unsupported
 from loratool.maps import View
 from loratool.names import listed, prefix_rule
+from loratool.places import is_trainers_own
 from loratool.tensors import TensorRef
 from loratool.updates import Replace
 
-# Files that a trainer writes for itself, to go on with: names are shell-style.
-TRAINERS_OWN = (
-    "optimizer*", "*optim_states*", "*_optimizer.*", "scheduler*", "lr_scheduler*", "scaler*", "rng_state*",
-    "random_states*", "training_args*", "trainer_state*", "training_state*", "train_state*", "recipe_state*",
-    "dl_state_dict*", "sampler*", "pytorch_model_fsdp*", "*model_states.pt", "[0-9]*_adapters.safetensors",
-)  # fmt: skip
 # Rows for new tokens, under names of no tensor, as vLLM took them: where they go is in no file.
 NEW_ROWS = {"input_embeddings", "output_embeddings"}
 NOT_A_MODULE = re.compile(r"\.base_layer(?=\.)|\.modules_to_save(\.default)?(?=\.)")
@@ -106,7 +101,7 @@ def _others(source: Checkpoint) -> Iterator[Path]:
 
 
 def _is_trainers(path: Path) -> bool:
-    return any(fnmatch.fnmatchcase(path.name, pattern) for pattern in TRAINERS_OWN)
+    return is_trainers_own(path.name)
 
 
 def _tensors(

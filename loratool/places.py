@@ -1,0 +1,117 @@
+"""Where people point when they mean something near: folders above the weights, and files that stand for others."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator
+from pathlib import Path
+
+from loratool.errors import InvalidFile, Problem, Unsupported
+
+# Files that a trainer writes for itself, to go on with: names are shell-style.
+TRAINERS_OWN = (
+    "optimizer*", "*optim_states*", "*_optimizer.*", "scheduler*", "lr_scheduler*", "scaler*", "rng_state*",
+    "random_states*", "training_args*", "trainer_state*", "training_state*", "train_state*", "recipe_state*",
+    "dl_state_dict*", "sampler*", "pytorch_model_fsdp*", "*model_states.pt", "[0-9]*_adapters.safetensors",
+)  # fmt: skip
+DEPTH = 3  # folders down, in a search for what could be meant: snapshots/HASH/adapter
+LOOKED = 2000  # entries at the most
+SHOWN = 4
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz")
+
+_DISTRIBUTED = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch {} merged.pt"
+_SUFFIXES = {
+    ".nemo": "a NeMo archive (tar): unpack it, and give the weights file in it",
+    ".onnx": "an ONNX graph, which holds no named weights of a model: give the checkpoint it was exported from",
+    ".distcp": "a part of a torch.distributed.checkpoint folder: give the folder",
+    ".msgpack": "Flax weights: save the model with PyTorch",
+    ".h5": "TensorFlow or Keras weights: save the model with PyTorch",
+}
+_LFS, _ANNEX = b"version https://git-lfs.github.com/spec/", b"/annex/objects/"
+
+
+def is_trainers_own(name: str) -> bool:
+    """Whether a file is one that a trainer keeps for itself."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in TRAINERS_OWN)
+
+
+def not_here(path: Path) -> InvalidFile:
+    """The refusal of a path that leads nowhere; a link of git-annex without its content says so."""
+    hint = "check the path"
+    if path.is_symlink() and "annex/objects" in str(path.readlink()):
+        hint = "a link of git-annex whose content is not here: `git annex get` it"
+    elif path.is_symlink():
+        hint = f"it is a link to {path.readlink()}, which is not there"
+    return InvalidFile(Problem("E-MISSING", f"{path} does not exist", str(path), hint))
+
+
+def refuse_stand_in(path: Path) -> None:
+    """Raises for a small file that stands for another one: a pointer of Git LFS or of git-annex."""
+    if path.stat().st_size > 1024:
+        return
+    with path.open("rb") as file:
+        start = file.read(1024)
+    if start.startswith(_LFS):
+        what, hint = "it is a pointer of Git LFS, not the file", "`git lfs pull` fetches the files"
+    elif start.startswith(_ANNEX):
+        what, hint = "it is a pointer of git-annex, not the file", "`git annex get` fetches the files"
+    else:
+        return
+    raise InvalidFile(Problem("E-READ", what, str(path), hint))
+
+
+def kind_of_suffix(path: Path) -> str:
+    """What a file that is no weights file is instead, and what to do; "" if it is nothing known."""
+    return _SUFFIXES.get(path.suffix.lower(), "")
+
+
+def nothing_in(folder: Path) -> InvalidFile | Unsupported:
+    """The refusal of a folder without weights: what it is instead, and what may be meant."""
+    for place in (folder, *_below(folder)):
+        if (place / ".metadata").is_file() and any(place.glob("*.distcp")):
+            what = "a torch.distributed.checkpoint folder: its tensors lie in pieces of several processes"
+            return Unsupported(Problem("E-UNSUPPORTED", what, str(place), _DISTRIBUTED.format(place)))
+        if (place / "zero_to_fp32.py").is_file():
+            hint = "python zero_to_fp32.py . OUT, in that folder, writes one that loads"
+            return Unsupported(Problem("E-UNSUPPORTED", "a checkpoint of DeepSpeed ZeRO, in pieces", str(place), hint))
+        if (place / "common.pt").is_file():
+            hint = "export it with the tool that wrote it (Megatron-Bridge, NeMo)"
+            return Unsupported(Problem("E-UNSUPPORTED", "a Megatron torch_dist checkpoint", str(place), hint))
+    found = weights_below(folder)
+    what = "no weights (.safetensors, .bin, .pt, .pth) in this folder"
+    adapters = [place for place in found if (place / "adapter_config.json").is_file()]
+    shown = adapters or found
+    if not shown:
+        return InvalidFile(Problem("E-MISSING", what, str(folder), "check the path"))
+    names = ", ".join(map(str, shown[:SHOWN])) + (f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else "")
+    kind = "adapters lie" if adapters else "weights lie"
+    return InvalidFile(Problem("E-MISSING", what, str(folder), f"{kind} below it, give one of them: {names}"))
+
+
+def weights_below(folder: Path) -> list[Path]:
+    """The folders below one that hold weights, the nearest first."""
+    return [place for place in _below(folder) if _has_weights(place)]
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(
+        path.suffix in WEIGHTS and not is_trainers_own(path.name) and path.is_file() for path in _entries(folder)
+    )
+
+
+def _below(folder: Path) -> list[Path]:
+    """The folders below one, the nearest first, as far as a search may go."""
+    found, level = [], [folder]
+    for _ in range(DEPTH):
+        level = [child for parent in level for child in _entries(parent) if child.is_dir()][:LOOKED]
+        found += level
+        if len(found) > LOOKED:
+            break
+    return found[:LOOKED]
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    try:
+        yield from sorted(folder.iterdir())[:LOOKED]
+    except OSError:
+        return
