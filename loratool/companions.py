@@ -16,7 +16,7 @@ from blake3 import blake3
 
 from loratool import configs, requantise, tokenizers
 from loratool.checkpoint import Checkpoint, read_json
-from loratool.configs import Edit, Editor, Trained, Weights, as_text
+from loratool.configs import Edit, Editor, Weights, as_text
 from loratool.conventions.peft_folder import FILE_STEM
 from loratool.errors import InvalidFile, Problem
 from loratool.layout import NewTensor
@@ -67,6 +67,7 @@ def merged(
     changes: Mapping[str, NewTensor],
     added: Sequence[NewTensor],
     adapters: Sequence[Path],
+    told: Sequence[Mapping[str, Any]],
     *,
     dtype: str | None,
     dequantised: bool,
@@ -74,10 +75,13 @@ def merged(
 ) -> Companions:
     """The companions of a merge's output; `names` are the base's own. Changes go by stored names.
 
+    `adapters` are those that were given as files, `told` what each adapter says of its training (a PEFT config, or {}).
+
     `dtype` is that of all floats, or None; `dequantised` says that the weights are not quantised any more.
     """
     folders = [path if path.is_dir() else path.parent for path in adapters if path.is_dir() or path.stem == FILE_STEM]
-    trained = [_trained(folder) for folder in folders]
+    trained = [configs.trained_of(config, {}) for config in told]
+    trained += [configs.trained_of({}, _said(folder / CONFIG)) for folder in folders]
     fresh = {new.name: new for new in added}
     bare = requantise.configs_without(base) if dequantised else {}
     found, written, rows = Companions(tuple(names)), dict[Path, bytes](), None
@@ -168,10 +172,6 @@ def _named(folders: Sequence[Path]) -> dict[str, Path]:
     """Folders by a name for people: the last part of their path, if that is theirs alone."""
     names = [folder.name for folder in folders]
     return {folder.name if names.count(folder.name) == 1 else str(folder): folder for folder in folders}
-
-
-def _trained(folder: Path) -> Trained:
-    return configs.trained_of(*(_said(folder / name) for name in ("adapter_config.json", CONFIG)))
 
 
 def _said(path: Path) -> dict[str, Any]:

@@ -162,6 +162,7 @@ def plan_merge(
             changes,
             additions,
             folders,
+            [config if isinstance(config := part.original.info.get("config"), dict) else {} for part in fit.parts],
             dtype=DTYPES[dtype],
             dequantised=bool(dropped),
             tokenizer=tokenizer,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,17 @@ def test_a_resized_vocabulary_loads_with_its_tokenizer(tmp_path: Path, tied: boo
     edit = {"file": "config.json", "key": "vocab_size", "from": str(VOCAB), "to": str(VOCAB + 3)}
     assert edit in document["config_edits"]
     assert document["tokenizer_from"] == "adapter"
+
+
+def test_a_tied_base_with_both_trained_gets_a_head_of_its_own(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base = base_folder(tmp_path / "base", tied=True)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    live = trained(model, tmp_path / "adapter", modules_to_save=["embed_tokens", "lm_head"])
+    report = loratool.merge(base, tmp_path / "adapter", tmp_path / "out", allow_new=True)
+    assert "config.json: tie_word_embeddings true -> false" in report.plan.notes
+    assert_loads(AutoModelForCausalLM, tmp_path / "out", live)
 
 
 def test_a_head_that_was_trained_apart_from_its_embedding_is_untied(tmp_path: Path) -> None:
@@ -342,11 +354,23 @@ def test_bert_with_named_labels_has_their_names(tmp_path: Path) -> None:
     assert not any("what its 3 labels" in note for note in report.plan.notes)
 
 
+def test_a_native_adapter_still_says_what_was_trained(base: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForTokenClassification, LlamaForTokenClassification
+
+    model = LlamaForTokenClassification.from_pretrained(base, num_labels=5)
+    live = trained(model, tmp_path / "adapter", task_type="TOKEN_CLS")
+    loratool.convert(tmp_path / "adapter", tmp_path / "a.lora.safetensors", "native", base=base)
+    loratool.merge(base, tmp_path / "a.lora.safetensors", tmp_path / "out", allow_new=True)
+    assert_loads(AutoModelForTokenClassification, tmp_path / "out", live)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForTokenClassification"]
+
+
 def test_a_class_that_nothing_names_is_left_and_told_of(base: Path, tmp_path: Path) -> None:
     from transformers import LlamaForSequenceClassification
 
     trained(LlamaForSequenceClassification.from_pretrained(base, num_labels=3), tmp_path / "a", task_type="SEQ_CLS")
-    adapter = loratool.load(tmp_path / "a", base=base)
+    adapter = replace(loratool.load(tmp_path / "a", base=base), info={})
     report = loratool.merge(base, adapter, tmp_path / "out", allow_new=True)
     assert any("LlamaForCausalLM" in note and "architectures" in note for note in report.plan.notes)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
