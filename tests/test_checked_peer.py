@@ -9,22 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-from models import assert_float32_close, bert, gpt2, gpt_oss, llama, mixtral
-from safetensors.torch import load_file
+from models import assert_float32_close, bert, changed, gpt2, gpt_oss, llama, mixtral
+from safetensors.torch import load_file, save_file
 from strategies import Maker, make_update
 from torch import nn
 
 import loratool
 import loratool.conventions
-from loratool import Adapter, Target, Targeted
+from loratool import Adapter, Target, Targeted, TensorRef
 from loratool.conventions.checked import CHECKED
+from loratool.updates import Replace
 
 pytestmark = pytest.mark.peers
 diffusers = pytest.importorskip("diffusers")
 
 import peft  # noqa: E402
 import transformers  # noqa: E402
-from diffusers_cases import clip, quiet  # noqa: E402
+from diffusers_cases import clip, quiet, stable_diffusion  # noqa: E402
 
 SMALL = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4,
@@ -169,6 +170,51 @@ def test_pefts_auto_classes_find_the_base(family: str, tmp_path: Path) -> None:
     got = loaded.merge_and_unload().state_dict()
     for name, value in merged(model, base, made, tmp_path / "out").items():
         assert_float32_close(got[name], value, name=name)
+
+
+def test_a_classifier_with_its_head_is_found_by_its_task(tmp_path: Path) -> None:
+    revision, cached = "0123456789" * 4, tmp_path / "hub" / "models--tiny--model"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(revision)
+    model, base = saved("bert", cached / "snapshots" / revision)
+    heads = {name: torch.randn(p.shape) for name, p in model.named_parameters() if name.startswith("classifier.")}
+    head = [Targeted(Target(n, tuple(v.shape)), Replace(TensorRef.of(v))) for n, v in heads.items()]
+    layers = [item for item in adapter_of(model, base).updates if "classifier" not in item.target.name]
+    made = Adapter((*layers, *head))
+    loratool.convert(made, tmp_path / "peft", "peft", base=base)
+    loaded = peft.AutoPeftModelForSequenceClassification.from_pretrained(
+        tmp_path / "peft", cache_dir=tmp_path / "hub", num_labels=len(heads["classifier.bias"])
+    )
+    got = loaded.merge_and_unload().state_dict()
+    for name, value in merged(model, base, made, tmp_path / "out").items():
+        assert_float32_close(got[name], value, name=name)
+
+
+def test_peft_loads_the_folder_of_each_model(tmp_path: Path) -> None:
+    """A kohya file for a UNet and a text encoder, each part loaded into its own model."""
+    torch.manual_seed(0)
+    base, state = stable_diffusion(tmp_path), {}
+    places = {"unet": ("lora_unet_", "to_q"), "text_encoder": ("lora_te_text_model_", "q_proj")}
+    classes = {"unet": diffusers.UNet2DConditionModel, "text_encoder": transformers.CLIPTextModel}
+    for component, (prefix, end) in places.items():
+        for name, module in classes[component].from_pretrained(base / component).named_modules():
+            if name.endswith(end):
+                key, (out, into) = prefix + name.removeprefix("text_model.").replace(".", "_"), module.weight.shape
+                state[f"{key}.lora_down.weight"], state[f"{key}.lora_up.weight"] = (
+                    torch.randn(2, into),
+                    torch.randn(out, 2),
+                )
+                state[f"{key}.alpha"] = torch.tensor(1.0)
+    save_file(state, tmp_path / "kohya.safetensors")
+    loratool.convert(tmp_path / "kohya.safetensors", tmp_path / "peft", "peft", base=base)
+    loratool.merge(base, tmp_path / "kohya.safetensors", tmp_path / "out")
+    for component, kind in classes.items():
+        wrapped = peft.PeftModel.from_pretrained(kind.from_pretrained(base / component), tmp_path / "peft" / component)
+        got, before = wrapped.merge_and_unload().state_dict(), kind.from_pretrained(base / component).state_dict()
+        want = kind.from_pretrained(tmp_path / "out" / component).state_dict()
+        assert changed(before, want)
+        for name, value in want.items():
+            assert_float32_close(got[name], value, name=name)
 
 
 @pytest.mark.parametrize("family", DENOISERS)

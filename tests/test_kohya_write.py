@@ -550,3 +550,93 @@ def test_the_command_takes_the_component(cli: Cli, tmp_path: Path) -> None:
     result = cli("convert", tmp_path / "a.lora.safetensors", "--to", "kohya", "-o", tmp_path / "y.safetensors")
     assert result.code == 2
     assert "say it with --as" in result.err
+
+
+# -- Flux -------------------------------------------------------------------------------------------------------------
+
+_D = 4  # of a tiny Flux, whose single blocks have an MLP of 4 * _D
+_DOUBLE, _SINGLE = "transformer_blocks.0.", "single_transformer_blocks.1."
+FLUX = {
+    **{f"{_DOUBLE}attn.{name}": (_D, _D) for name in ("to_q", "to_k", "to_v", "to_out.0")},
+    **{f"{_DOUBLE}attn.{name}": (_D, _D) for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")},
+    f"{_DOUBLE}ff.net.0.proj": (4 * _D, _D), f"{_DOUBLE}ff_context.net.2": (_D, 4 * _D),
+    f"{_DOUBLE}norm1.linear": (6 * _D, _D),
+    **{f"{_SINGLE}attn.{name}": (_D, _D) for name in ("to_q", "to_k", "to_v")},
+    f"{_SINGLE}proj_mlp": (4 * _D, _D), f"{_SINGLE}proj_out": (_D, 5 * _D), f"{_SINGLE}norm.linear": (3 * _D, _D),
+    "norm_out.linear": (2 * _D, _D), "proj_out": (6, _D), "x_embedder": (_D, 6),
+}  # fmt: skip
+FLUX_TARGETS = {
+    "all": list(FLUX),
+    "one of three": [f"{_DOUBLE}attn.to_k", f"{_SINGLE}proj_mlp"],
+    "halves that change places": ["norm_out.linear", f"{_SINGLE}proj_out"],
+}
+
+
+def flux_base(folder: Path, kind: str = "FluxTransformer2DModel") -> Path:
+    folder.mkdir()
+    state = {f"{name}.weight": torch.randn(shape) for name, shape in FLUX.items()}
+    saved(state, folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"_class_name": kind}))
+    return folder
+
+
+def flux_adapter(names: list[str]) -> Adapter:
+    """Of several ranks and scales; of a range of rows as well."""
+    made: dict[str, list[tuple[Target, Update]]] = {}
+    for number, name in enumerate(names):
+        shape = FLUX[name]
+        whole = lora(number, shape, 1 + number % 3, alpha=0.5 + number)
+        part = lora(number + 50, (2, shape[1]), 2, alpha=3.0)
+        made[f"{name}.weight"] = [(Target("", shape), whole), (Target("", shape, (1, 3)), part)]
+    return adapter_of(made)
+
+
+@pytest.mark.parametrize("to", ["kohya", "lycoris"])
+@pytest.mark.parametrize("case", FLUX_TARGETS)
+def test_flux_goes_by_the_originals_names_and_back(case: str, to: str, tmp_path: Path) -> None:
+    base, made = flux_base(tmp_path / "base"), flux_adapter(FLUX_TARGETS[case])
+    loratool.convert(made, tmp_path / "x.safetensors", to, base=base)
+    modules = {key.partition(".")[0] for key in load_file(tmp_path / "x.safetensors")}
+    original = (
+        "lora_unet_double_blocks_0_",
+        "lora_unet_single_blocks_1_",
+        "lora_unet_final_layer_",
+        "lora_unet_img_in",
+    )
+    assert all(module.startswith(original) for module in modules)
+    assert_close(merged(base, tmp_path / "x.safetensors"), merged(base, made))
+
+
+def test_flux_halves_are_stored_in_the_originals_order(tmp_path: Path) -> None:
+    made = adapter_of({"norm_out.linear.weight": lora(1, (8, 4)), f"{_SINGLE}proj_out.weight": lora(2, (4, 20))})
+    loratool.convert(made, tmp_path / "x.safetensors", "kohya")
+    up = load_file(tmp_path / "x.safetensors")["lora_unet_final_layer_adaLN_modulation_1.lora_up.weight"]  # [out, rank]
+    B = next(item.update for item in made.updates if item.target.name.startswith("norm_out")).components()["B"].read()
+    assert torch.equal(up, torch.cat([B[4:], B[:4]]))
+
+
+def test_names_that_several_models_have_are_not_guessed(tmp_path: Path) -> None:
+    """SD 3 and others have double blocks so, too; and what holds more blocks than Flux is none."""
+    double = adapter_of({f"{_DOUBLE}attn.to_q.weight": lora(1, (4, 4))})
+    error = refused(double, tmp_path, as_component="unet")
+    assert "Flux, SD 3 and others have such names" in str(error)
+    assert "--base BASE" in error.hint
+    deep = adapter_of({f"single_transformer_blocks.{n}.attn.to_q.weight": lora(n, (4, 4)) for n in (0, 39)})
+    assert "Flux, SD 3 and others have such names" in str(refused(deep, tmp_path, as_component="unet"))
+    other = flux_base(tmp_path / "base", "SD3Transformer2DModel")
+    report = loratool.convert(double, tmp_path / "sd3.safetensors", "kohya", base=other)
+    assert {key.partition(".")[0] for key in load_file(tmp_path / "sd3.safetensors")} == {
+        "lora_transformer_transformer_blocks_0_attn_to_q"
+    }
+    assert any("SD3Transformer2DModel is not tested" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("to", ["kohya", "lycoris"])
+def test_what_can_not_be_joined_is_refused(to: str, tmp_path: Path) -> None:
+    base = flux_base(tmp_path / "base")
+    made = adapter_of({f"{_DOUBLE}attn.to_q.weight": of("loha", (4, 4))})
+    error = refused(made, tmp_path, to, base=base)
+    assert "only LoRAs can be joined so" in str(error)
+    assert "--as model" in error.hint
+    loratool.convert(made, tmp_path / "own.safetensors", "lycoris", base=base, as_component="model")
+    assert_close(merged(base, tmp_path / "own.safetensors"), merged(base, made))

@@ -216,7 +216,7 @@ class Reader:
         if len(wanted) > 1 and not present:
             names = ", ".join(component or "one without a name" for component in sorted(wanted))
             what = f"the adapter updates several components ({names}), the base is one model"
-            hint = "give the pipeline's folder as the base"
+            hint = "give the pipeline's folder as the base; into a single file, `loratool convert --to kohya` leads"
             raise Mismatch(Problem("E-TARGET", what, self.where, hint))
         rules = {component: self._rule(component, names, present) for component, names in wanted.items()}
         lost = [
