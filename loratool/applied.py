@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from statistics import mean, median
 from typing import Any
 
-from loratool.comparing import Comparison, Job, TensorCheck
+from loratool.checks import TensorCheck
+from loratool.comparing import Comparison, Job
 from loratool.diagnosis import fit
 from loratool.evidence import Evidence, rounded
 from loratool.replays import FEWER

@@ -6,12 +6,13 @@ import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from loratool import diagnosis, grids, misplaced
 from loratool.blocks import each_block
 from loratool.bounds import float32_error, size_of
 from loratool.changes import Fitted
+from loratool.checks import Finding, Moves, TensorCheck
 from loratool.diagnosis import Reason
 from loratool.evidence import (
     Asked,
@@ -34,84 +35,10 @@ from loratool.tensors import DTYPE_BITS, MERGEABLE, FileState, TensorRef, torch_
 if TYPE_CHECKING:
     import torch
 
-LITTLE = 0.05  # of the elements move: the change is much less than the steps of the dtype
-HALF, MOST = 0.5, 0.9  # of the elements that move; of all elements
 EVIDENCE = 1 << 15  # numbers that are enough to find the weights that were applied
 CLOSELY = 1 << 17  # numbers that are enough to tell what else a change is
-OFTEN = 0.001  # of 16-bit elements next to the right one: more than float32 arithmetic leaves
 ROUNDED_DELTA = 2.0**-8  # how far a delta is off, relatively, that was rounded to bfloat16, and again when scaled
 NEAREST = 32  # tensors of the same shape that a change may be of
-
-
-@dataclass(frozen=True)
-class TensorCheck:
-    """One tensor that the adapters change.
-
-    `error` is the largest distance from the correctly rounded result, relative to the largest number of its row.
-    `differing` counts elements that are not that result, `wrong` those too far from it to be a rounding, and `ulps` is
-    how far those are, in units of their last place. `told` is false where the change is less than the dtype can hold:
-    the right result is the base's tensor, bit for bit.
-    """
-
-    name: str
-    dtype: str
-    elements: int
-    ulps: float
-    differing: int
-    wrong: int
-    survival: Survival
-    error: float = 0.0
-    told: bool = True
-    reason: Reason | None = None
-    moved: int = 0  # elements that are to be others than the base's
-    kept: int = 0  # of these, still the base's
-
-    @property
-    def weak(self) -> bool:
-        """Whether next to nothing of the change shows in this dtype: then the base is next to right everywhere."""
-        return self.moved <= self.elements * LITTLE
-
-    @property
-    def suspect(self) -> bool:
-        """Whether elements next to the right ones are more than arithmetic leaves there."""
-        if self.weak or DTYPE_BITS[self.dtype] > 16:
-            return self.differing > self.moved * HALF and self.moved < self.elements * MOST
-        return self.differing > self.elements * OFTEN
-
-    @property
-    def bad(self) -> bool:
-        return bool(self.wrong) or (self.reason is not None and not self.reason.fine)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "tensor": self.name,
-            "dtype": self.dtype,
-            "elements": self.elements,
-            "error": number(self.error),
-            "ulps": number(self.ulps),
-            "differing": self.differing,
-            "wrong": self.wrong,
-            "told": self.told,
-            "reason": None if self.reason is None else self.reason.word,
-            "factors": [] if self.reason is None else [round(factor, 6) for factor in self.reason.factors],
-        }
-
-
-def number(value: float) -> float | None:
-    """JSON has no infinity."""
-    return value if math.isfinite(value) else None
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One reason for a no, or for a yes that could be better, and the tensors it is about."""
-
-    word: str
-    text: str
-    tensors: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return {"reason": self.word, "text": self.text, "tensors": list(self.tensors)}
 
 
 # -- one tensor -------------------------------------------------------------------------------------------------------
@@ -254,22 +181,19 @@ class Comparison:
         wanted, survival = job.wanted, Survival()
         sink: _Comparing | None = None
         bad: list[int] = []
-        moved = kept = 0
+        moves = Moves(job.found.numel, DTYPE_BITS[job.found.dtype] <= 16)
 
         def receive(block: Merged) -> None:
-            nonlocal sink, survival, moved, kept
+            nonlocal sink, survival
             sink = sink or _Comparing(matrix_of(job.found, block.values.shape[1]), self.ulps)
             there = sink.rows.narrow(0, block.start, block.stop - block.start).read()
-            found = sink.differing
-            wrong = sink.compare(block.values, there, float32_error(block) + _slack(block, slack, of_terms))
-            found = sink.differing - found
-            if len(wrong):
+            error = float32_error(block)
+            if slack:
+                error = error + _slack(block, slack, of_terms)
+            if len(wrong := sink.compare(block.values, there, error)):
                 bad.extend((block.start + int(wrong[0]), block.start + int(wrong[-1])))
-            if len(block.stored):
-                stored = block.stored.to(block.values.dtype)
-                moves = block.values != stored
-                moved += int(moves.sum())
-                kept += int((moves & (there == stored)).sum()) if found else 0
+            if moves.open and len(block.stored):
+                moves.count(block.values, block.stored.to(block.values.dtype), there if sink.differing else None)
             sample = sample_of(block) if wanted.source is not None else None
             if sample is not None and block.exact is not None:
                 survival = survival.plus(survival_of(block.stored[sample], block.exact[sample], there[sample]))
@@ -287,9 +211,9 @@ class Comparison:
             sink.wrong,
             survival,
             sink.error,
-            told=bool(moved) or wanted.source is None,
-            moved=moved if wanted.source is not None else sink.elements,
-            kept=kept,
+            told=bool(moves.moved) or wanted.source is None,
+            moved=moves.moved if moves.open and wanted.source is not None else sink.elements,
+            kept=moves.kept,
         )
         return check, bad or [rows[0] if rows else 0]
 
@@ -344,7 +268,7 @@ class Comparison:
 
 def _slack(block: Merged, slack: float, of_terms: bool) -> torch.Tensor | float:
     """How far a merge may be off that rounds what it adds, and each sum: [rows, columns] in float64."""
-    if not slack or block.exact is None or not len(block.stored):
+    if block.exact is None or not len(block.stored):
         return 0.0
     stored, exact = block.stored.double(), block.exact.double()
     allowed = (exact - stored).abs() * slack

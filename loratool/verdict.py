@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from loratool import grids
-from loratool.comparing import Comparison, Finding, Job, TensorCheck
+from loratool.checks import Finding, TensorCheck
+from loratool.comparing import Comparison, Job
 from loratool.diagnosis import Reason
 
 LOOKED_AT = 8  # tensors that no adapter changes and that are others all the same, to find out why

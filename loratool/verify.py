@@ -19,8 +19,9 @@ from loratool.adapter import Adapter
 from loratool.applied import Applied, measured
 from loratool.changes import fitted
 from loratool.checkpoint import Checkpoint, open_checkpoint
+from loratool.checks import Finding, TensorCheck, number
 from loratool.claims import Claim, claim_of
-from loratool.comparing import Comparison, Finding, Job, TensorCheck, number
+from loratool.comparing import Comparison, Job
 from loratool.conventions.choices import Choices
 from loratool.errors import ChoiceNeeded, Mismatch, Problem
 from loratool.pairing import MergedTensors

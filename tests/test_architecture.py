@@ -48,7 +48,7 @@ ROOMS = (
     ("evidence",),
     ("replays",),
     ("diagnosis",),
-    ("grids", "misplaced"),
+    ("grids", "misplaced", "checks"),
     ("comparing",),
     ("applied", "verdict"),
     ("ondemand",),
