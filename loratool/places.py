@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from loratool.errors import InvalidFile, Problem, Unsupported
@@ -82,10 +82,17 @@ def nothing_in(folder: Path) -> InvalidFile | Unsupported:
     adapters = [place for place in found if (place / "adapter_config.json").is_file()]
     shown = adapters or found
     if not shown:
-        return InvalidFile(Problem("E-MISSING", what, str(folder), "check the path"))
-    names = ", ".join(map(str, shown[:SHOWN])) + (f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else "")
+        inside = _few([place.name for place in _entries(folder) if place.is_dir()])
+        hint = f"check the path; the folders in it, {inside}, hold none either" if inside else "check the path"
+        return InvalidFile(Problem("E-MISSING", what, str(folder), hint))
     kind = "adapters lie" if adapters else "weights lie"
-    return InvalidFile(Problem("E-MISSING", what, str(folder), f"{kind} below it, give one of them: {names}"))
+    return InvalidFile(Problem("E-MISSING", what, str(folder), f"{kind} below it, give one of them: {_few(shown)}"))
+
+
+def _few(names: Sequence[str | Path]) -> str:
+    """The first few of them, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(map(str, names[:SHOWN])) + more
 
 
 def weights_below(folder: Path) -> list[Path]:

@@ -221,7 +221,7 @@ def kohya() -> list[Sample]:
 
 
 def lycoris() -> list[Sample]:
-    base = base_of(*(f"{name}.weight" for name in "qvhkfig"))
+    base = base_of(*(f"{name}.weight" for name in "qvhkfigw"))
     alpha = torch.tensor(ALPHA)
     parts: dict[str, dict[str, Tensor]] = {
         "q": {"lora_down.weight": QA, "lora_up.weight": QB, "alpha": alpha},
@@ -235,6 +235,7 @@ def lycoris() -> list[Sample]:
         "k": {"lokr_w1": W1, "lokr_w2_a": W2A, "lokr_w2_b": W2B, "alpha": alpha.clone()},
         "f": {"diff": values(OUT, IN, seed=14)},
         "i": {"weight": MAGNITUDE, "on_input": torch.tensor(0)},
+        "w": {"set_weight": values(OUT, IN, seed=15)},
         "g": {
             "a1.weight": VA.T,
             "a2.weight": QA,
@@ -252,8 +253,10 @@ def lycoris() -> list[Sample]:
         "f.weight": base["f.weight"].double() + parts["f"]["diff"].double(),
         "i.weight": base["i.weight"].double() * (1 + MAGNITUDE.double()[:, None]),
         "g.weight": plus(base["g.weight"], VA, QB) + SCALE * (base["g.weight"].double() @ VA.T.double() @ QA.double()),
+        "w.weight": parts["w"]["set_weight"].double(),
     }
-    return [Sample(file(state, "a.safetensors"), base, exact, frozenset({"lora", "dora", "loha", "lokr", "add"}))]
+    kinds = frozenset({"lora", "dora", "loha", "lokr", "add", "replace"})
+    return [Sample(file(state, "a.safetensors"), base, exact, kinds)]
 
 
 def diffusers() -> list[Sample]:
