@@ -105,3 +105,29 @@ def test_a_variant_of_lora_is_refused_by_its_part(tmp_path: Path) -> None:
     names = [f"base_model.model.q.{part}" for part in ("lora_A.weight", "lora_B.weight", "lora_diag")]
     with pytest.raises(loratool.Unsupported, match=r"a variant of LoRA \(lora_diag\) is not supported: .*; it is in q"):
         loratool.load(folder("LORA", tmp_path, {name: torch.ones(2, 2) for name in names}, r=2))
+
+
+def test_a_config_of_four_fields_may_be_torchtunes_until_it_is_said(tmp_path: Path) -> None:
+    """On a Qwen base torchtune's export would be wrong. One refusal for all layers, PEFT's merge once it is said."""
+    from models import assert_float32_close, fill, own, read, save_base
+    from peft import LoraConfig, get_peft_model
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=64, **sizes, num_key_value_heads=2))
+    fill(model, 1)
+    base = save_base(model, tmp_path / "base")
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj"], init_lora_weights=False)
+    wrapped = get_peft_model(model, config)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    few = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj"], "peft_type": "LORA"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(few))
+    with pytest.raises(loratool.LoratoolError, match="qwen2") as caught:
+        loratool.merge(base, tmp_path / "adapter", tmp_path / "out")
+    assert len(caught.value.problems) == 1
+    assert "4 modules" in caught.value.message
+    assert "--from peft" in caught.value.hint
+    loratool.merge(base, tmp_path / "adapter", tmp_path / "out", convention="peft")
+    want = own(wrapped.merge_and_unload().state_dict())
+    for name, value in read(tmp_path / "out").items():
+        assert_float32_close(value, want[name], name=name)

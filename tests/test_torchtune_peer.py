@@ -192,7 +192,7 @@ def test_the_dora_it_exports_contradicts_itself(tmp_path: Path) -> None:
     with pytest.raises(loratool.LoratoolError) as caught:
         loratool.merge(base, [epoch / "adapter_model.safetensors"], tmp_path / "out")
     assert {problem.code for problem in caught.value.problems} == {"E-UNSUPPORTED"}
-    assert len(caught.value.problems) == 4  # q and k of two layers
+    assert "4 modules" in str(caught.value)  # q and k of two layers
     assert "adapter_model.pt" in caught.value.hint
     # The same file with a config of PEFT's own is taken at its word, and shows that the refusal is right.
     config = json.loads((epoch / "adapter_config.json").read_text())
@@ -224,10 +224,8 @@ def test_the_rows_it_exports_for_qwen_are_refused(tmp_path: Path) -> None:
     epoch, base = made.epoch(), made.transformers_base()
     with pytest.raises(loratool.LoratoolError, match="qwen2") as caught:
         loratool.merge(base, [epoch / "adapter_model.safetensors"], tmp_path / "out")
-    assert len(caught.value.problems) == 4
-    config = json.loads((epoch / "adapter_config.json").read_text())
-    (epoch / "adapter_config.json").write_text(json.dumps({**config, "use_rslora": False}))
-    loratool.merge(base, [epoch / "adapter_model.safetensors"], tmp_path / "out")
+    assert "4 modules" in str(caught.value)
+    loratool.merge(base, [epoch / "adapter_model.safetensors"], tmp_path / "out", convention="peft")
     got, want = read(tmp_path / "out"), to_transformers("qwen2", made.exact)
     wrong = {name for name, value in got.items() if not torch.allclose(value.double(), want[name], atol=1e-5)}
     assert len(wrong) == 4

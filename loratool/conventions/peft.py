@@ -110,6 +110,7 @@ class PeftReader:
         copies = self._replicated()
         self.rename = self._match(wrapped, whole)
         self.choices.check_used([name for module in wrapped for name in self._names(module)], self.where)
+        self.problems += self._torchtunes_rows(wrapped)
         updates = [Targeted(Target(name, ref.shape), Replace(ref)) for name, ref in copies.items()]
         if self.base is not None:  # a whole tensor in the adapter is what its deltas were trained on
             self.base = {**self.base, **{self._renamed(name): ref for name, ref in whole.items()}}
@@ -267,7 +268,6 @@ class PeftReader:
         if experts is not None:
             yield self._moe(module, parameter, name, A, B, experts)
             return
-        self._refuse_torchtunes_rows(module.name, magnitude)
         out, rank, *_ = B.shape
         B = B.reshape(out, rank)
         scaling = self.scales.of(module.name if parameter == "weight" else f"{module.name}.{parameter}", rank)
@@ -359,23 +359,24 @@ class PeftReader:
     def _tensor(self, module: Module) -> str:
         return f"{self.rename(module.name)}.weight"
 
-    def _refuse_torchtunes_rows(self, module: str, magnitude: TensorRef | None) -> None:
+    def _torchtunes_rows(self, modules: list[Module]) -> Iterator[Problem]:
         """torchtune's export reorders the rows of lora_B of q_proj and k_proj, for Llama's rotary embeddings.
 
         It leaves their magnitudes as they were, and does it for Qwen as well, whose weights have no such order
-        (torchtune/models/convert_weights.py, tune_to_peft_adapter_weights). Raises Unsupported.
+        (torchtune/models/convert_weights.py, tune_to_peft_adapter_weights). Its config is four fields of PEFT's: one
+        that is written by hand looks the same.
         """
-        if self.config is None or not self.config.from_torchtune or not module.endswith(("q_proj", "k_proj")):
+        if self.config is None or not self.config.from_torchtune or self.choices.convention == NAME:
             return
+        reordered = [module for module in modules if module.name.endswith(("q_proj", "k_proj"))]
         model = model_type_of(self.base) if self.base is not None else ""
-        if magnitude is not None:
-            what = f"{module}: torchtune exports lora_B with its rows in another order than lora_magnitude_vector"
-        elif model in torchtune.PLAIN:
-            what = f"{module}: torchtune exports lora_B in Llama's order of rows, which {model} does not have"
+        if any("lora_magnitude_vector" in module.parts for module in reordered):
+            what = "torchtune exports lora_B with its rows in another order than lora_magnitude_vector"
+        elif reordered and model in torchtune.PLAIN:
+            what = f"torchtune exports lora_B in Llama's order of rows, which {model} does not have"
         else:
             return
-        hint = (
-            "merge the adapter_model.pt beside it; if torchtune did not write it, say so with any other field of PEFT's"
-            ' in adapter_config.json, like "bias": "none"'
-        )
-        raise Unsupported(Problem("E-UNSUPPORTED", what, self.where, hint))
+        hint = "merge the adapter_model.pt beside it; if torchtune did not write it, --from peft takes it as it is"
+        count = f"{len(reordered)} module{'s' * (len(reordered) != 1)}, {reordered[0].name} the first"
+        what = f"its adapter_config.json has the fields of torchtune's exports alone, and {what}: {count}"
+        yield Problem("E-UNSUPPORTED", what, self.where, hint)
