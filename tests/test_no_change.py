@@ -136,3 +136,13 @@ def test_the_way_back_of_a_merge_that_changed_nothing(kit: Kit) -> None:
         loratool.merge(kit / "base", adapter, kit / "out")
     loratool.merge(kit / "base", adapter, kit / "out", allow_unchanged=True)
     assert loratool.unmerge(kit / "out", adapter, kit / "back", base=kit / "base").exact
+
+
+@pytest.mark.parametrize("pattern", ["", "*q*="])
+def test_a_negative_alpha_leads_to_a_weight(kit: Kit, cli: Cli, pattern: str) -> None:
+    bare = load_file(kit / "adapter" / "adapter_model.safetensors")
+    save_file(bare, kit / "bare.safetensors")
+    options = ["--alpha", f"{pattern}-8", "--scaling", "alpha/rank", "-o", kit / "out"]
+    code, _, text = cli("merge", kit / "base", kit / "bare.safetensors", *options)
+    assert (code, "E-OPTION" in text, "@-1" in text) == (2, True, True)
+    assert not (kit / "out").exists()

@@ -51,6 +51,9 @@ class Choices:
     def __post_init__(self) -> None:
         if wrong_alpha := [alpha for alpha in self.alpha.values() if not math.isfinite(alpha)]:
             raise ChoiceNeeded(Problem("E-OPTION", f"alpha {wrong_alpha[0]} is not a finite number"))
+        if negative := [alpha for alpha in self.alpha.values() if alpha < 0]:  # no trainer has one
+            hint = "an adapter that is to be taken away gets the weight -1: ADAPTER@-1"
+            raise ChoiceNeeded(Problem("E-OPTION", f"alpha {negative[0]:g} is negative", hint=hint))
         if self.scaling is not None and self.scaling not in RULES:
             raise ChoiceNeeded(Problem("E-OPTION", f"scaling {self.scaling!r} is not one of {', '.join(RULES)}"))
         if wrong := [value for value in self.layout.values() if value not in ("in_out", "out_in")]:
