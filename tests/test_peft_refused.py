@@ -131,3 +131,23 @@ def test_a_config_of_four_fields_may_be_torchtunes_until_it_is_said(tmp_path: Pa
     want = own(wrapped.merge_and_unload().state_dict())
     for name, value in read(tmp_path / "out").items():
         assert_float32_close(value, want[name], name=name)
+
+
+def test_stacks_of_experts_with_a_shared_factor_can_be_left_out(tmp_path: Path) -> None:
+    """As Tinker trains them: lora_A [1, rank, in] for all experts, lora_B [experts, out, rank]. The hint works."""
+    name = "base_model.model.model.layers.{}.{}.lora_{}.weight"
+    tensors = {}
+    for layer in range(2):
+        tensors[name.format(layer, "mlp.experts.w1", "A")] = torch.ones(1, 2, 8)
+        tensors[name.format(layer, "mlp.experts.w1", "B")] = torch.ones(4, 6, 2)
+        tensors[name.format(layer, "q_proj", "A")] = torch.ones(2, 8)
+        tensors[name.format(layer, "q_proj", "B")] = torch.ones(8, 2)
+    adapter = folder("LORA", tmp_path / "adapter", tensors, r=2, lora_alpha=2)
+    base = {f"model.layers.{layer}.q_proj.weight": torch.ones(8, 8) for layer in range(2)}
+    save_file(base, tmp_path / "base.safetensors")
+    with pytest.raises(loratool.LoratoolError) as caught:
+        loratool.merge(tmp_path / "base.safetensors", adapter, tmp_path / "out.safetensors")
+    assert caught.value.code == "E-SHAPE"
+    pattern = caught.value.hint.split("'")[3]
+    report = loratool.merge(tmp_path / "base.safetensors", adapter, tmp_path / "out.safetensors", skip=pattern)
+    assert report.changed == 2

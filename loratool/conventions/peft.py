@@ -258,9 +258,12 @@ class PeftReader:
             hint = "gather the parameters before saving (DeepSpeed ZeRO-3 saves them empty)"
             raise InvalidFile(Problem("E-EMPTY", what, self.where, hint))
         if len(A.shape) < 2 or len(A.shape) != len(B.shape) or any(dim != 1 for dim in B.shape[2:]):
-            raise InvalidFile(
-                Problem("E-SHAPE", f"{module.name}: lora_A is {list(A.shape)}, lora_B {list(B.shape)}", self.where)
-            )
+            hint = ""
+            if max(len(A.shape), len(B.shape)) == 3:
+                hint = "factors of three dimensions are one expert's after the other (Tinker's): let its tool merge it;"
+                hint += f" --skip '*{alike(module.name)}' leaves them out, if the model can do without"
+            what = f"{module.name}: lora_A is {list(A.shape)}, lora_B {list(B.shape)}"
+            raise InvalidFile(Problem("E-SHAPE", what, self.where, hint))
         parameter = self.facts.parameter(module, self.rename(module.name), A, B)
         name = self.rename(module.name) + "." + parameter
         stored = self.facts.stored(name)
