@@ -138,7 +138,29 @@ def test_a_model_or_another_adapter_beside_it_is_not_read(kit: Kit) -> None:
     torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
     adapter = loratool.load(folder)
     assert [item.target.name for item in adapter.updates] == ["l.0.q.weight"]
-    assert [note.split()[0] for note in adapter.notes] == ["anything.pt", "native.lora.safetensors"]
+    assert {note.split()[0] for note in adapter.notes} == {"anything.pt", "native.lora.safetensors"}
+
+
+def test_no_shard_of_a_model_beside_it_is_read(kit: Kit, cli: Cli) -> None:
+    """Also none that holds nothing of what the adapter changes: another base's norm must not replace this one's."""
+    state = load_file(kit / "base" / "model.safetensors")
+    other = {"norm.weight": state.pop("norm.weight") + 1}
+    mixed = kit / "mixed"
+    shutil.copytree(kit / "adapter", mixed)
+    weight_map = dict.fromkeys(state, "model-00001-of-00002.safetensors") | {
+        "norm.weight": "model-00002-of-00002.safetensors"
+    }
+    save_file(state, mixed / "model-00001-of-00002.safetensors")
+    save_file(other, mixed / "model-00002-of-00002.safetensors")
+    kit.write("mixed/model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    code, _, text = cli("merge", kit / "base", mixed, "-o", kit / "out")
+    assert (code, "E-CONVENTION" in text) == (2, True)
+    adapter = mixed / "adapter_model.safetensors"
+    assert str(adapter) in text
+    report = loratool.merge(kit / "base", adapter, kit / "out")
+    assert any("model-*-of-00002.safetensors beside it" in note for note in report.plan.notes)
+    got, expected = (load_file(kit / name / "model.safetensors") for name in ("out", "merged"))
+    assert all(torch.equal(expected[name], value) for name, value in got.items())
 
 
 def test_a_tensor_that_both_files_have_is_one_update_and_two_values_are_refused(kit: Kit) -> None:

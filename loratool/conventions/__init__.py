@@ -166,15 +166,11 @@ def choose(source: Checkpoint, name: str | None = None) -> Convention:
     found = find(source, name)
     if found is None:
         names = ", ".join([*source.tensors][:3])
-        whole = [*source.folder.glob("adapter_model.*")] if source.path.is_file() else []
-        raise Unsupported(
-            Problem(
-                "E-CONVENTION",
-                f"no adapter in it that loratool knows; its tensors are named like {names}",
-                str(source.path),
-                f"give the adapter that it lies beside, {source.folder}: it is read with that"
-                if whole
-                else "is it a plain checkpoint? `loratool inspect` shows what it is",
-            )
-        )
+        what = f"no adapter in it that loratool knows; its tensors are named like {names}"
+        hint = "is it a plain checkpoint? `loratool inspect` shows what it is"
+        if beside := sorted(source.folder.glob("adapter_model.*")):
+            hint = f"give the adapter that it lies beside, {source.folder}: it is read with that"
+            if source.path.is_dir():
+                hint = f"give the adapter that lies beside the model: {beside[0]}"
+        raise Unsupported(Problem("E-CONVENTION", what, str(source.path), hint))
     return found

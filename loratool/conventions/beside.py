@@ -66,6 +66,8 @@ def joined(
     found = Beside()
     trained = {item.target.name for item in adapter.updates if item.update.role != "replace"}
     whole = {item.target.name: item for item in adapter.updates if isinstance(item.update, Replace)}
+    models: dict[str, str] = {}  # shards of one checkpoint -> a name in them that the adapter changes
+    read: list[tuple[Path, dict[str, TensorRef]]] = []
     for path in files_beside(source):
         if skipping := [pattern for pattern in selection.skip if fnmatch.fnmatchcase(path.name, pattern)]:
             found.used.update(skipping)
@@ -78,8 +80,13 @@ def joined(
             found.problems += [_refused(path, problem) for problem in error.problems]
             continue
         if known := [name for name in named if name in trained]:
-            what = f"{path.name} beside it holds {known[0]}, which the adapter changes: it is a model, and is not read"
-            found.notes.append(what)
+            models.setdefault(_checkpoint_of(path), known[0])
+        read.append((path, named))
+    for path, named in read:
+        if (name := models.get(_checkpoint_of(path))) is not None:
+            what = f"{_checkpoint_of(path)} beside it holds {name}, which the adapter changes: it is a model"
+            if (note := f"{what}, and is not read") not in found.notes:
+                found.notes.append(note)
             continue
         added = {name: ref for name, ref in named.items() if not _has_it(whole.get(name), ref)}
         found.updates += [Targeted(Target(name, ref.shape), Replace(ref)) for name, ref in added.items()]
@@ -98,6 +105,11 @@ def _others(source: Checkpoint) -> Iterator[Path]:
     for path in sorted(source.folder.iterdir()):
         if path.suffix in (".safetensors", *PICKLE_SUFFIXES) and path.name not in own and path.is_file():
             yield path
+
+
+def _checkpoint_of(path: Path) -> str:
+    """One name for all shards of a checkpoint: ``model-00001-of-00003.safetensors`` -> ``model-*-of-00003...``."""
+    return re.sub(r"-\d+(?=-of-\d+\.)", "-*", path.name)
 
 
 def _is_trainers(path: Path) -> bool:
