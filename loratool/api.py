@@ -168,6 +168,7 @@ def extract(
     *,
     base: PathLike | None = None,
     base_out: PathLike | None = None,
+    force: bool = False,
     progress: ProgressCallback | None = None,
     **reading: Unpack[Reading],
 ) -> ExtractReport:
@@ -175,7 +176,8 @@ def extract(
 
     `base` is that of a file without base weights, whose names and digests the adapter gets. With `base_out`, also write
     the clean base checkpoint as a folder. `already_merged` says that its weights hold the
-    delta: the base is then what is left without it, to rounding. Raises ChoiceNeeded where alpha is not stored.
+    delta: the base is then what is left without it, to rounding. `force` replaces outputs that are there. Raises
+    ChoiceNeeded where alpha is not stored.
     """
     return run_extract(
         Path(wrapped),
@@ -183,6 +185,7 @@ def extract(
         _choices(reading),
         base_path=None if base is None else Path(base),
         base_out=None if base_out is None else Path(base_out),
+        force=force,
         progress=progress,
     )
 
@@ -201,6 +204,7 @@ def convert(
     revision: str = "",
     bake: bool = False,
     pin: bool = False,
+    force: bool = False,
     **reading: Unpack[Reading],
 ) -> ConvertReport:
     """Write an adapter in another convention, `to` ("peft", "native"), whole or not at all. Every delta is kept.
@@ -210,7 +214,8 @@ def convert(
     is for. `base_name` and `revision` say where the base is published, `task_type` what PEFT calls the task; what the
     source's own config says of these stays. What the convention can not hold is refused, all of it at once, or with
     `bake` replaced by the whole tensors that a merge into `base` would give. `pin` notes the
-    digests of the base's tensors in a native file. What the source leaves open is said as in `load`.
+    digests of the base's tensors in a native file, `force` replaces an output that is there. What the source leaves
+    open is said as in `load`.
 
     Raises Unsupported for what does not fit, ChoiceNeeded, Mismatch, and OutputRefused if `out` exists.
 
@@ -225,19 +230,22 @@ def convert(
         options=Options(uniform, as_component, task_type, base_name, revision),
         bake=bake,
         pin=pin,
+        force=force,
     )
     return run_convert(planned)
 
 
 @_typed
-def pin(source: AdapterLike, out: PathLike, base: PathLike, **reading: Unpack[Reading]) -> ConvertReport:
+def pin(
+    source: AdapterLike, out: PathLike, base: PathLike, *, force: bool = False, **reading: Unpack[Reading]
+) -> ConvertReport:
     """Write an adapter as a native file that holds the digests of the base's tensors that it changes.
 
     It is refused on any other base then, and `require_pinned` of `merge` takes it. Raises what `convert` raises.
 
     >>> loratool.pin("adapter/", "pinned.lora.safetensors", "base/")  # doctest: +SKIP
     """
-    return convert(source, out, "native", base=base, pin=True, **reading)
+    return convert(source, out, "native", base=base, pin=True, force=force, **reading)
 
 
 @_typed
@@ -257,6 +265,8 @@ def plan(
     undo: PathLike | None = None,
     link: bool = False,
     resume: bool = False,
+    force: bool = False,
+    form: str = "",
     threads: int | None = None,
     max_memory: int | None = None,
     device: str = "cpu",
@@ -279,6 +289,8 @@ def plan(
         undo=None if undo is None else Path(undo),
         link=link,
         resume=resume,
+        force=force,
+        form=form,
         tokenizer=str(tokenizer_from),
         threads=threads,
         max_memory=max_memory,
@@ -303,6 +315,8 @@ def merge(
     undo: PathLike | None = None,
     link: bool = False,
     resume: bool = False,
+    force: bool = False,
+    form: str = "",
     threads: int | None = None,
     max_memory: int | None = None,
     device: str = "cpu",
@@ -324,7 +338,10 @@ def merge(
     write, with which `unmerge` gives the base back bit for bit. `digests=False` leaves the digests of changed tensors
     out of the receipt, which then proves less. `reproducible` rounds as if computed exactly, to the same bits on every
     machine, in about twice the time. `link` makes untouched files hard links instead of copies. `resume`
-    keeps the finished files of an interrupted run of the same merge, after verifying them. `threads` workers (all
+    keeps the finished files of an interrupted run of the same merge, after verifying them. `force` replaces an output
+    (and an undo record) that is there, at once when the new one is complete. An output named `NAME.safetensors` is one
+    file, `NAME.pth` (.pt, .bin) a pickle like the base with everything that is in it, any other name a folder; `form`
+    "pth" writes the pickle into a folder. `threads` workers (all
     cores, at most 8) use at most `max_memory` bytes beside the interpreter and torch; `device` "cuda" moves their
     arithmetic to a GPU. `progress` is called from the
     workers, one call at a time. Every problem is raised before a byte is written. The options of `Reading` hold for all
@@ -353,6 +370,8 @@ def merge(
         undo=undo,
         link=link,
         resume=resume,
+        force=force,
+        form=form,
         threads=threads if executor is None else 1,  # its workers' memory is counted by task
         max_memory=max_memory,
         device=device,
@@ -431,6 +450,7 @@ def plan_of_unmerge(
     base: PathLike | None = None,
     undo: PathLike | None = None,
     exact: bool = False,
+    force: bool = False,
     threads: int | None = None,
     max_memory: int | None = None,
     device: str = "cpu",
@@ -446,6 +466,7 @@ def plan_of_unmerge(
         base_path=base_path,
         undo_path=undo_path,
         exact=exact,
+        force=force,
         choices=_choices(reading),
         threads=threads,
         max_memory=max_memory,
@@ -462,6 +483,7 @@ def unmerge(
     base: PathLike | None = None,
     undo: PathLike | None = None,
     exact: bool = False,
+    force: bool = False,
     threads: int | None = None,
     max_memory: int | None = None,
     device: str = "cpu",
@@ -471,7 +493,8 @@ def unmerge(
     """Take merged adapters out again. With the merge's `undo` record or the `base` bit for bit; with neither to
     rounding, and the report says how far.
 
-    Raises AnswerIsNo where that is impossible (a replaced tensor), or with `exact`, where it would not be exact.
+    `force` replaces an output that is there. Raises AnswerIsNo where that is impossible (a replaced tensor), or with
+    `exact`, where it would not be exact.
     """
     planned = plan_of_unmerge(
         merged,
@@ -480,6 +503,7 @@ def unmerge(
         base=base,
         undo=undo,
         exact=exact,
+        force=force,
         threads=threads,
         max_memory=max_memory,
         device=device,

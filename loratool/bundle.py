@@ -19,10 +19,7 @@ from loratool.tensors import TensorRef
 
 
 class Content(Protocol):
-    """One file. A new container is one class here: its size beforehand, its bytes, and the suffixes it goes by."""
-
-    @property
-    def suffixes(self) -> tuple[str, ...]: ...  # of its name; () for any
+    """One file. A new container is one class here: its size beforehand, and its bytes."""
 
     @property
     def nbytes(self) -> int: ...  # about: for the check of free space
@@ -36,7 +33,6 @@ class Safetensors:
 
     tensors: Mapping[str, TensorRef]
     metadata: Mapping[str, str] = field(default_factory=dict)
-    suffixes: tuple[str, ...] = (".safetensors",)
 
     @property
     def nbytes(self) -> int:
@@ -62,7 +58,6 @@ class Gguf:
 
     tensors: Mapping[str, TensorRef]
     keys: Mapping[str, gguf.Key]
-    suffixes: tuple[str, ...] = (".gguf",)
 
     @property
     def nbytes(self) -> int:
@@ -82,7 +77,6 @@ class Plain:
     """Bytes as they are: YAML, text, anything small."""
 
     data: bytes
-    suffixes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -97,7 +91,6 @@ class Copied:
     """A file of the base's, taken over as it is."""
 
     path: Path
-    suffixes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -116,7 +109,6 @@ class Pickle:
     """
 
     tree: Mapping[str, Any]
-    suffixes: tuple[str, ...] = (".pt", ".pth", ".bin", ".ckpt")
 
     @property
     def nbytes(self) -> int:
@@ -142,7 +134,7 @@ def _read(tree: Any) -> Any:
 
 def document(content: Mapping[str, Any]) -> Plain:
     """A JSON file, indented, in the order given."""
-    return Plain((json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(), (".json",))
+    return Plain((json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from loratool import places
+from loratool import archives, places
 from loratool.container import Header, read_header, strict_json
 from loratool.errors import ChoiceNeeded, InvalidFile, Problem
 from loratool.gguf import read_gguf
@@ -317,7 +317,7 @@ def _open_shard(path: Path) -> Shard:
         return Shard(path, parsed.tensors, parsed.metadata, None)
     if path.suffix == ".npz":
         return Shard(path, read_npz(path), {}, None)
-    return Shard(path, _state_dict(read_tree(path), path), {}, None)
+    return Shard(path, _state_dict(read_tree(path), path), archives.metadata(path), None)
 
 
 def _looks_like_safetensors(path: Path) -> bool:

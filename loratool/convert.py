@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from loratool import conventions, folding, maps
+from loratool import conventions, folding, maps, outputs
 from loratool.adapter import Adapter, Targeted
 from loratool.binding import Binding, Part, led
 from loratool.bundle import Bundle
@@ -21,7 +21,7 @@ from loratool.format import unknown_alpha
 from loratool.names import listed
 from loratool.pinning import pinned
 from loratool.quantised import logical
-from loratool.staging import refuse_existing, refuse_small_disk, staged
+from loratool.staging import refuse_small_disk, staged
 from loratool.tensors import FileState
 from loratool.updates import Replace
 from loratool.version import TOOL
@@ -51,6 +51,7 @@ class Conversion:
     notes: tuple[str, ...]
     inputs: tuple[FileState, ...]
     view: maps.View | None  # of the base, where one is given
+    force: bool  # replace what is there
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,12 @@ def plan_convert(
     options: Options,
     bake: bool = False,
     pin: bool = False,
+    force: bool = False,
 ) -> Conversion:
     """All checks of a conversion. Raises what is wrong with the inputs, the output, and the updates that do not fit."""
     writer = _writer(to, options)
-    if (problem := refuse_existing(out)) is not None:
-        raise OutputRefused(problem)
+    read, suffixes = [path for path in (source, base) if isinstance(path, Path)], tuple(writer.SUFFIXES)
+    outputs.refuse(outputs.problems(out, f"a {writer.TITLE}", suffixes, not suffixes, force=force, inputs=read))
     if bake and base is None:
         raise ChoiceNeeded(
             Problem("E-OPTION", "baking merges into the base's tensors", hint="give it with --base BASE")
@@ -123,8 +125,8 @@ def plan_convert(
     if pin and opened is not None and view is not None:
         adapter = pinned(adapter, opened, view)
     bundle = luggage.packed(writer.write(adapter, opened, options), adapter, stored, writer.TITLE)
-    if refused := [*_bad_output(out, bundle, writer)]:
-        raise OutputRefused(refused)
+    if (problem := refuse_small_disk(out, bundle.nbytes)) is not None:
+        raise OutputRefused(problem)
     if opened is not None:
         inputs = (*inputs, *(FileState.of(shard.path) for shard in opened.shards))
     if copies:
@@ -132,13 +134,13 @@ def plan_convert(
     if baked:
         notes = (*notes, f"{listed(baked)}: baked in, as whole tensors of this base: no other base fits them any more")
     notes = (*notes, *bundle.notes, *checked.notes(writer.NAME, adapter, opened))
-    return Conversion(adapter, read_as, writer, bundle, out, baked, notes, inputs, view)
+    return Conversion(adapter, read_as, writer, bundle, out, baked, notes, inputs, view, force)
 
 
 def run_convert(conversion: Conversion) -> ConvertReport:
     """Write what was planned: the output appears whole, or not at all."""
     out = conversion.out
-    with staged(out) as place:
+    with staged(out, conversion.force) as place:
         for name, content in conversion.bundle.files.items():
             path = place / name if name else place
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -271,16 +273,6 @@ def _refusal(misfit: Misfit, writer: Writer, adapter: Adapter, bake: bool) -> Pr
     what = f"{writer.NAME} can not hold the {' and '.join(kinds)} updates of {listed(misfit.names)}: {misfit.why}"
     baking = "--bake --base BASE replaces them by whole merged tensors" if misfit.bakeable and not bake else ""
     return Problem("E-UNSUPPORTED", what, hint="; or ".join(filter(None, (misfit.help, baking))))
-
-
-def _bad_output(out: Path, bundle: Bundle, writer: Writer) -> Iterator[Problem]:
-    """Why the output can not be written under this name."""
-    single = bundle.files.get("")
-    if single is not None and single.suffixes and not out.name.endswith(single.suffixes):
-        what = f"{out.name}: a {writer.TITLE} is one file, whose name ends in {' or '.join(single.suffixes)}"
-        yield Problem("E-OUTPUT", what, str(out), f"say -o {out.name}{single.suffixes[0]}")
-    if (problem := refuse_small_disk(out, bundle.nbytes)) is not None:
-        yield problem
 
 
 def _check_readable(place: Path, conversion: Conversion) -> None:

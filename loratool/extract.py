@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loratool import conventions
+from loratool import conventions, outputs
 from loratool import format as native_format
 from loratool.adapter import Adapter, TensorIdentity
 from loratool.binding import Binding, Part, led
@@ -16,14 +16,14 @@ from loratool.companions import Companions
 from loratool.conventions import Convention, of_base
 from loratool.conventions.choices import Choices
 from loratool.conventions.load import load_source
-from loratool.errors import ChoiceNeeded, Mismatch, OutputRefused, Problem, Unsupported
+from loratool.errors import ChoiceNeeded, Mismatch, Problem, Unsupported
 from loratool.identity import identity_of
 from loratool.layout import output_files, output_index
 from loratool.maps import View, shipped
 from loratool.merge import run_copy
 from loratool.plan import Plan, settled
 from loratool.quantised import Foreign, logical
-from loratool.staging import refuse_existing, take_back
+from loratool.staging import take_back
 from loratool.tensors import Computed, TensorRef
 from loratool.updates import Replace
 from loratool.version import TOOL
@@ -59,17 +59,18 @@ def run_extract(
     *,
     base_path: Path | None = None,
     base_out: Path | None = None,
+    force: bool = False,
     progress: ProgressCallback | None = None,
 ) -> ExtractReport:
     """Write the adapter of a wrapped checkpoint as a native file, and with `base_out` its clean base as a folder.
 
     `base_path` is the base of a file that holds no base weights: the adapter is bound to its names and digests.
     """
-    problems = [p for path in (out, base_out) if path is not None and (p := refuse_existing(path)) is not None]
-    if base_out is not None and base_out.absolute() == out.absolute():
-        problems.append(Problem("E-OUTPUT", "the adapter and its base can not have one name", str(out)))
-    if problems:
-        raise OutputRefused(problems)
+    read = [wrapped, *([base_path] if base_path is not None else [])]
+    outputs.refuse(
+        outputs.problems(out, "a native adapter", (".safetensors",), False, force=force, inputs=read),
+        () if base_out is None else _base_out_problems(base_out, out, read, force),
+    )
     source = open_checkpoint(wrapped)
     inputs = {ref.data.state for ref in source.tensors.values() if ref.data.state is not None}
     chosen = conventions.choose(source, choices.convention)
@@ -82,23 +83,31 @@ def run_extract(
         hint = choices.unknown_scale_hint(min(rules)) + config
         raise ChoiceNeeded(replace(native_format.unknown_alpha(unknown), where=str(wrapped), hint=hint))
     known = _known(adapter, logical(replace(source, tensors=base)).tensors if inside else base)
-    copy = None if base_out is None else settled(_base_plan(source, base, base_out))
+    copy = None if base_out is None else settled(replace(_base_plan(source, base, base_out), force=force))
+    replaced = base_out is not None and base_out.exists()
     meter = Meter(sum(ref.nbytes for ref in known.values()) + (copy.nbytes if copy else 0), progress)
     identity = replace(adapter.base, tensors=_identities(known, meter))
     adapter = replace(adapter, base=identity, provenance={**adapter.provenance, "tool": TOOL})
     looked, written = meter.done, None
     try:
-        with native_format.writing(adapter, out):  # appears last: if the base can not be written, neither is there
+        with native_format.writing(adapter, out, force):  # appears last: without the base it does not
             if copy is not None:
                 run_copy(copy, lambda step: meter.step(looked + step.done - meter.done, step.what))
                 written = copy.out.stat()
             for state in inputs:
                 state.check()
     except BaseException:
-        if base_out is not None and written is not None:
+        if base_out is not None and written is not None and not replaced:
             take_back(base_out, written)
         raise
     return ExtractReport(adapter, chosen.NAME, chosen.TITLE, out, base_out)
+
+
+def _base_out_problems(base_out: Path, out: Path, read: Sequence[Path], force: bool) -> Iterator[Problem]:
+    """Why the clean base can not be written there."""
+    yield from outputs.problems(base_out, "a clean base", (), True, force=force, inputs=read)
+    if base_out.absolute() in (out.absolute(), *out.absolute().parents) and (force or not base_out.exists()):
+        yield Problem("E-OUTPUT", "the adapter and its base can not have one name", str(out), "name another with -o")
 
 
 def _bound(

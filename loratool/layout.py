@@ -196,8 +196,12 @@ def _append_copy(tasks: list[Copy | Change], source: TensorRef, offset: int) -> 
 
 
 def _span(data: FileSpan, nbytes: int) -> TensorRef:
-    """Raw bytes of a file."""
     return TensorRef(data.path.name, "U8", (nbytes,), data, (nbytes,))
+
+
+def raw(path: Path, offset: int, nbytes: int) -> TensorRef:
+    """Bytes of a file."""
+    return _span(FileSpan(path, offset), nbytes)
 
 
 def names_clash(base: Checkpoint) -> Iterator[Problem]:

@@ -24,7 +24,7 @@ from loratool.receipt import ChangedTensor, Receipt
 from loratool.remote import Site
 from loratool.requantise import Requantiser
 from loratool.resume import Journal, Kept, kept_files
-from loratool.staging import flush, staged
+from loratool.staging import flush, given_back, staged
 from loratool.survival import Survival, loss, survival_json
 from loratool.tasks import Settings, run_task
 from loratool.tensors import CHUNK, open_to_read, reading
@@ -112,25 +112,28 @@ def run_merge(plan: Plan, progress: ProgressCallback | None = None, executor: Ex
     import torch  # noqa: F401  # before the clock starts: seconds are those of the work
 
     started = time.monotonic()
-    if plan.single:  # the receipt is in the header, which comes before the digests are known: keep its place
+    if plan.single and plan.repacked is None:  # its receipt is in the header, before the digests are known
         blank = Written(_BLANK, _BLANK, 0.0) if plan.digests else Written("", "", 0.0)
         placeholder = _receipt(plan, {tensor.name: blank for tensor in plan.changes})
         plan = replace(plan, files=(_with_receipt(plan.files[0], placeholder),))
     recorded = False
+    had_record = plan.undo is not None and plan.undo.exists()
     try:
         with ExitStack() as stack:
+            if plan.undo is not None:
+                stack.enter_context(given_back(plan.undo))
             kept = stack.enter_context(kept_files(plan)) if plan.resume else {}
             folder = stack.enter_context(_output(plan))
             if plan.undo is None:
                 done, written = _fill(plan, folder, progress, kept, None, executor)
             else:
                 # The record appears first: there is never a merge that promised one and has none.
-                with undo.writing(plan.undo) as (writer, record):
+                with undo.writing(plan.undo, plan.force) as (writer, record):
                     done, written = _fill(plan, folder, progress, kept, writer, executor)
                     writer.finish(record, done)
                 recorded = True
     except BaseException:
-        if recorded and plan.undo is not None:
+        if recorded and plan.undo is not None and not had_record:
             plan.undo.unlink(missing_ok=True)
         raise
     survival = {name: found.survival for name, found in written.items() if found.survival.asked}
@@ -153,12 +156,14 @@ def _fill(
         hint = "a wider --dtype keeps more of the change; --allow-unchanged writes it all the same"
         raise Mismatch(Problem("E-NO-CHANGE", what, str(plan.source), hint))
     done = _receipt(plan, written)
-    if plan.single:
+    if plan.repacked is not None:
+        _finish_archive(plan, folder, done if plan.single else None)
+    if plan.single and plan.repacked is None:
         header = _with_receipt(plan.files[0], done).header
         assert len(header) == len(plan.files[0].header), "digests have one length"
         with (folder / plan.files[0].name).open("r+b") as file:
             file.write(header)
-    else:
+    elif not plan.single:
         (folder / receipt.FILE_NAME).write_text(done.dumps(), encoding="utf-8")
     return done, written
 
@@ -175,10 +180,19 @@ def run_unmerge(plan: Plan, progress: ProgressCallback | None = None) -> Unmerge
         wrong = {name: found.bound for name, found in written.items() if found.after != known[name].base}
         if plan.exact and any(known[name].base for name in wrong):
             raise Mismatch([*_blamed(plan, wrong)])
+        if plan.repacked is not None:
+            _finish_archive(plan, folder, plan.previous if plan.single else None)
         if plan.previous is not None and not plan.single:
             (folder / receipt.FILE_NAME).write_text(plan.previous.dumps(), encoding="utf-8")
     seconds = time.monotonic() - started
     return UnmergeReport(plan, len(written) - len(wrong), len(written), max(wrong.values(), default=0.0), seconds)
+
+
+def _finish_archive(plan: Plan, folder: Path, known: Receipt | None) -> None:
+    """Close a pickle that was written again, with a receipt in it."""
+    assert plan.repacked is not None
+    text = None if known is None else known.dumps().encode("utf-8")
+    plan.repacked.archive.finish(folder / plan.repacked.file.name, plan.repacked.storages, text)
 
 
 def _blamed(plan: Plan, wrong: Iterable[str]) -> Iterator[Problem]:
@@ -232,7 +246,7 @@ def run_copy(plan: Plan, progress: ProgressCallback | None = None) -> None:
 @contextmanager
 def _output(plan: Plan) -> Iterator[Path]:
     """The folder to write weights files into; what is in it is at `plan.out` when the block ends well."""
-    with staged(plan.out) as place:
+    with staged(plan.out, plan.force) as place:
         if plan.single:
             yield place.parent  # the one file is written under the output's own name
         else:

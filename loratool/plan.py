@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loratool import companions, receipt, staging
+from loratool import companions, outputs, receipt, repacked, staging
 from loratool.adapter import Adapter
 from loratool.changes import DTYPES, Fitted, fitted, inputs
 from loratool.checkpoint import Checkpoint
@@ -24,6 +24,7 @@ from loratool.maps.cutting import Derived
 from loratool.matrices import BLOCK_BYTES, compute_dtype
 from loratool.pinning import unpinned
 from loratool.receipt import MergedAdapter, Receipt
+from loratool.repacked import Repacked
 from loratool.tensors import CHUNK, DTYPE_BITS, FileState, TensorRef
 from loratool.undo import UndoRecord
 from loratool.workers import WORKERS, worker_count
@@ -56,6 +57,8 @@ class Plan:
     record: UndoRecord | None = None  # the record to read
     previous: Receipt | None = None  # of a base that is itself the result of a merge
     allow_unchanged: bool = False  # write a merge that changes nothing as well
+    force: bool = False  # the output, and the undo record, replace what is there
+    repacked: Repacked | None = None  # the one file, where it is a pickle like the input
     dropped: tuple[TensorRef, ...] = ()  # stored tensors that only served a quantisation which is gone
 
     @property
@@ -142,16 +145,26 @@ def plan_merge(
     undo: Path | None = None,
     link: bool = False,
     resume: bool = False,
+    force: bool = False,
+    form: str = "",
     threads: int | None = None,
     max_memory: int | None = None,
     device: str = "cpu",
     tokenizer: str = "",
 ) -> Plan:
-    """Check everything about a merge and lay out its files. Raises the errors of `loratool.errors`, all at once."""
+    """Check everything about a merge and lay out its files. Raises the errors of `loratool.errors`, all at once.
+
+    What is wrong with the outputs' names is raised before anything is read.
+    """
+    folders = [Path(adapter) for adapter, _ in adapters if not isinstance(adapter, Adapter)]
+    form = form or ("pth" if outputs.is_pickle(out) else "")
+    outputs.refuse(
+        output_problems(base_path, out, folders, force), _undo_problems(undo, out, digests, resume, force),
+        _form_problems(base_path, out, form),
+    )  # fmt: skip
     fit = fitted(base_path, adapters, dtype, choices or Choices(), allow_new, undo is not None, onto_merged)
     base, changes, additions, dropped = fit.base, fit.changes, fit.additions, fit.dropped
-    folders = [Path(adapter) for adapter, _ in adapters if not isinstance(adapter, Adapter)]
-    single = is_single(base, out)
+    single = outputs.is_file(out)
     touched = [*changes, *(new.name for new in additions)]
     beside = (
         Companions()
@@ -169,9 +182,9 @@ def plan_merge(
         )
     )
     if problems := [
-        *output_problems(base, out, folders),
-        *_undo_problems(undo, out, digests, resume),
+        *names_clash(base),
         *fit.problems,
+        *(repacked.misfits(base, changes, bool(additions or dropped)) if form and not fit.problems else ()),
         *beside.problems,
         *(() if allow_unchanged else fit.idle),
         *(_unpinned(fit) if require_pinned else ()),
@@ -184,12 +197,13 @@ def plan_merge(
         notes.append(f"not in the output, because nothing was merged into them: {names}")
     if single:
         files = (replace(files[0], name=out.name),)
+    again = repacked.repacked(base.shards[0], changes, out.name if single else base.path.name) if form else None
     plan = Plan(
         "merge",
         base.path,
         out,
         single,
-        files,
+        files if again is None else (again.file,),
         beside,
         output_index(base, files),
         fit.merged,
@@ -203,6 +217,8 @@ def plan_merge(
         dropped=dropped,
         allow_unchanged=allow_unchanged,
         previous=fit.previous,
+        force=force,
+        repacked=again,
     )
     return settled(plan, threads, max_memory, device)
 
@@ -213,7 +229,20 @@ def _unpinned(fit: Fitted) -> Iterator[Problem]:
         yield from unpinned(part.original, fit.base, fit.view, part.name)
 
 
-def _undo_problems(undo: Path | None, out: Path, digests: bool, resume: bool) -> Iterator[Problem]:
+def _form_problems(base: Path, out: Path, form: str) -> Iterator[Problem]:
+    """Why the output can not be a pickle."""
+    named = outputs.is_pickle(out)
+    if form not in ("", "pth"):
+        yield Problem("E-OPTION", f"{form!r} is no form of an output", hint="--as pth, or leave it out")
+    elif form and base.exists() and not (base.is_file() and outputs.is_pickle(base)):
+        what = "a pickle is written only where the base is one, a .pth, .pt or .bin file"
+        yield Problem("E-OUTPUT", what, str(out), "name a folder with -o" if named else "leave out --as pth")
+    elif form and outputs.is_file(out) and not named:
+        what = f"{out.name} is no name of a pickle"
+        yield Problem("E-OUTPUT", what, str(out), "say -o NAME.pth, or leave out --as pth")
+
+
+def _undo_problems(undo: Path | None, out: Path, digests: bool, resume: bool, force: bool) -> Iterator[Problem]:
     """Options that do not go together: an undo record is proven by digests, and so is what is resumed."""
     if resume and not digests:
         yield Problem("E-OPTION", "only digests can verify what is resumed", hint="leave out --no-digests or --resume")
@@ -221,8 +250,10 @@ def _undo_problems(undo: Path | None, out: Path, digests: bool, resume: bool) ->
         yield Problem("E-OPTION", "an undo record is written in one run", hint="leave out --resume")
     if undo is None:
         return
-    if (problem := staging.refuse_existing(undo)) is not None:
-        yield replace(problem, hint="name another with --undo")
+    if (problem := staging.refuse_existing(undo, force)) is not None:
+        yield replace(problem, hint=problem.hint.replace("-o", "--undo"))
+    elif undo.is_dir():
+        yield Problem("E-EXISTS", f"{undo} is a folder, and a record is a file", str(undo), "name another with --undo")
     place = undo.resolve()
     if out.resolve() in (place, *place.parents):
         yield Problem("E-OUTPUT", "the undo record would lie inside the output", str(undo), "write it somewhere else")
@@ -277,10 +308,6 @@ def _copied(plan: Plan) -> list[Path]:
     return [path for path in origins if path is not None]
 
 
-def is_single(base: Checkpoint, out: Path) -> bool:
-    return base.path.is_file() and out.suffix == ".safetensors"
-
-
 def companions_of(base: Checkpoint, touched: Iterable[str]) -> list[Path]:
     return [path for path in base.companions(_components(base, touched)) if path.name != receipt.FILE_NAME]
 
@@ -290,14 +317,14 @@ def _components(base: Checkpoint, touched: Iterable[str]) -> set[str]:
     return {name.partition(".")[0] for name in touched} & base.components.keys()
 
 
-def output_problems(source: Checkpoint, out: Path, folders: Sequence[Path]) -> Iterator[Problem]:
+def output_problems(source: Path, out: Path, folders: Sequence[Path], force: bool) -> Iterator[Problem]:
+    """Why a checkpoint made of `source` can not be written under this name. Nothing of it is read yet."""
     above = out.absolute().resolve().parents
-    for folder in {source.path, *folders}:
+    for folder in {source, *folders}:
         if folder.is_dir() and folder.resolve() in above:
             what = f"the output would lie inside the input folder {folder}"
             yield Problem("E-OUTPUT", what, str(out), "write it somewhere else")
-    if (problem := staging.refuse_existing(out)) is not None:
-        yield problem
-    if out.suffix == ".safetensors" and source.path.is_dir():
-        yield Problem("E-OUTPUT", "the input is a folder, so the output is one too", str(out), "give a folder with -o")
-    yield from names_clash(source)
+    suffixes = (".safetensors", *((source.suffix, *outputs.PICKLES) if outputs.is_pickle(source) else ()))
+    what = "the output of a folder" if source.is_dir() else "the output of a file"
+    alone = source.is_file() or not source.exists()
+    yield from outputs.problems(out, what, suffixes if alone else (), True, force=force, inputs=[source, *folders])

@@ -11,13 +11,14 @@ from typing import Any
 
 from blake3 import blake3
 
+from loratool import archives
 from loratool.checkpoint import Checkpoint, read_json
 from loratool.container import strict_json
 from loratool.errors import InvalidFile, Problem, Unsupported
 from loratool.tensors import DTYPE_BITS
 
 FILE_NAME = "loratool_receipt.json"  # beside a folder's weights
-METADATA_KEY = "loratool.receipt"  # in the header of a single file
+METADATA_KEY = archives.RECEIPT  # in the header of a single file
 FORMAT_NAME = "loratool-receipt"
 VERSION = "1.0"
 MAX_STAGES = 10  # merges one on top of the other: a receipt is JSON, whose depth is bounded

@@ -13,10 +13,10 @@ from blake3 import blake3
 
 from loratool import staging
 from loratool.errors import InvalidFile
-from loratool.layout import Copy, OutputFile
+from loratool.layout import Copy, OutputFile, raw
 from loratool.plan import Plan
 from loratool.survival import Survival
-from loratool.tensors import FileSpan, TensorRef
+from loratool.tensors import TensorRef
 from loratool.undoing import Written
 from loratool.version import TOOL
 
@@ -117,25 +117,19 @@ def _is_right(path: Path, file: OutputFile, written: Mapping[str, Written]) -> b
 def _is_equal(path: Path, file: OutputFile, written: Mapping[str, Written]) -> bool:
     """Whether a file is, byte for byte, what the plan would write: header, copies, and the digests of the rest, which
     must have been computed from the very tensors that are there now."""
-    if path.stat().st_size != file.size or not _equal(
-        _span(path, 0, len(file.header)), iter([memoryview(file.header)])
-    ):
+    if path.stat().st_size != file.size or not _equal(raw(path, 0, len(file.header)), iter([memoryview(file.header)])):
         return False
     for task in file.tasks:
         if isinstance(task, Copy):
-            if not _equal(_span(path, task.offset, task.nbytes), task.source.chunks()):
+            if not _equal(raw(path, task.offset, task.nbytes), task.source.chunks()):
                 return False
         else:
             known, original = written.get(task.tensor.name), task.tensor.original
             if known is None or known.before != (original.digest() if original else None):
                 return False
-            if _span(path, task.offset, task.nbytes).digest() != known.after:
+            if raw(path, task.offset, task.nbytes).digest() != known.after:
                 return False
     return True
-
-
-def _span(path: Path, offset: int, nbytes: int) -> TensorRef:
-    return TensorRef(path.name, "U8", (nbytes,), FileSpan(path, offset), (nbytes,))
 
 
 def _equal(mine: TensorRef, theirs: Iterator[memoryview]) -> bool:

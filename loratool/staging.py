@@ -3,36 +3,70 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import glob
 import os
+import re
+import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from loratool.errors import OutputRefused, Problem
 
+# What at least one file of a folder looks like that --force may take away.
+_OURS = re.compile(
+    r".*\.(?:safetensors|pt|pth|bin|ckpt|lora|gguf|npz)|(?:adapter_)?config\.json|model_index\.json"
+    r"|loratool_receipt\.json|.*\.index\.json"
+)
 
-def refuse_existing(path: Path) -> Problem | None:
-    """A problem if `path` is taken or its parent is missing; checked in the plan and again before the rename."""
+
+def refuse_existing(path: Path, force: bool = False) -> Problem | None:
+    """A problem if `path` is taken or its parent is missing; checked in the plan and again before the rename.
+
+    An empty folder takes nothing. With `force` a file or a folder that looks like a model or an adapter is replaced.
+    """
+    parent = path.absolute().parent
     if path.exists() or path.is_symlink():
-        return Problem("E-EXISTS", f"the output {path} exists already", str(path), "remove it, or name another with -o")
-    if not path.absolute().parent.is_dir():
-        return Problem("E-EXISTS", f"the folder {path.absolute().parent} does not exist", str(path), "create it first")
-    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
-        return Problem("E-DISK", f"the folder {path.absolute().parent} is not writable", str(path), "write elsewhere")
+        why, replaceable = _kept(path)
+        if why and not (force and replaceable):
+            hint = (
+                "--force replaces it; or name another with -o" if replaceable else "remove it, or name another with -o"
+            )
+            return Problem("E-EXISTS", f"the output {path} {why}", str(path), hint)
+    if not parent.is_dir():
+        return Problem("E-EXISTS", f"the folder {parent} does not exist", str(path), "create it first")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        return Problem("E-DISK", f"the folder {parent} is not writable", str(path), "write elsewhere")
     return None
 
 
+def _kept(path: Path) -> tuple[str, bool]:
+    """Why what stands there stays, "" for nothing, and whether --force may replace it."""
+    if path.is_symlink():
+        return f"is a link to {path.readlink()}", False
+    if not path.is_dir():
+        return ("exists already", True) if path.is_file() else ("is neither a file nor a folder", False)
+    place, here = path.resolve(), Path.cwd()
+    if place in (here, *here.parents):
+        return "is the folder you are in" if place == here else "holds the folder you are in", False
+    names = [child.name for child in path.iterdir()]
+    if names and not any(map(_OURS.fullmatch, names)):
+        return f"exists already, and holds no model and no adapter (but {min(names)})", False
+    return ("exists already", True) if names else ("", True)
+
+
 @contextlib.contextmanager
-def staged(path: Path) -> Iterator[Path]:
+def staged(path: Path, force: bool = False) -> Iterator[Path]:
     """A scratch folder beside `path`; what the block makes at the yielded place is renamed to `path` at the end.
 
-    On any exception the folder is removed and `path` does not exist. The yielded place has `path`'s own name inside
-    the scratch folder, and is a file or a folder as the block likes.
+    On any exception the folder is removed and `path` is as it was. The yielded place has `path`'s own name inside
+    the scratch folder, and is a file or a folder as the block likes. With `force` it replaces what is there.
     """
-    if (problem := refuse_existing(path)) is not None:
+    if (problem := refuse_existing(path, force)) is not None:
         raise OutputRefused(problem)
     parent = path.absolute().parent
     prefix = f".{path.name}.partial-"
@@ -44,8 +78,11 @@ def staged(path: Path) -> Iterator[Path]:
             place = scratch / path.name
             yield place
             flush_tree(place)
-            if (problem := refuse_existing(path)) is not None:
+            if (problem := refuse_existing(path, force)) is not None:
                 raise OutputRefused(problem)
+            if force and path.exists():
+                _replace(place, path)
+                return
             made = place.stat()
             try:
                 _move(place, path)
@@ -120,6 +157,67 @@ def _move(place: Path, path: Path) -> None:
         if error.errno == errno.EEXIST:
             raise
         place.rename(path)  # a file system without links
+
+
+def _replace(place: Path, path: Path) -> None:
+    """Give a finished output the name of an older one, which is gone afterwards; on a failure it has its name again."""
+    if place.is_dir() != path.is_dir():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    if _exchanged(place, path):  # at no moment is there neither
+        try:
+            flush(path.absolute().parent)
+        except BaseException:
+            _exchanged(place, path)
+            raise
+        return  # the old one lies in the scratch folder, and goes with it
+    shelter = Path(tempfile.mkdtemp(prefix=f".{path.name}.replaced-", dir=path.absolute().parent))
+    old = shelter / path.name
+    try:
+        path.rename(old)  # into a folder that no other run takes for abandoned
+        place.rename(path)
+        flush(path.absolute().parent)
+    except BaseException:
+        if old.exists():
+            if path.exists():
+                path.rename(place)
+            old.rename(path)
+        shelter.rmdir()
+        raise
+    shutil.rmtree(shelter, ignore_errors=True)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Swap two names at once; False where the system or the file system can not."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
+
+
+@contextlib.contextmanager
+def given_back(path: Path) -> Iterator[None]:
+    """A file that the block replaces is what it was, if the block fails after that."""
+    if not path.is_file():
+        yield
+        return
+    before, old = path.stat(), path.with_name(f".{path.name}.replaced-{secrets.token_hex(4)}")
+    try:
+        old.hardlink_to(path)
+    except OSError:  # a file system without links
+        shutil.copyfile(path, old)
+    try:
+        yield
+    except BaseException:
+        if not path.exists() or not os.path.samestat(before, path.stat()):
+            old.replace(path)
+        raise
+    finally:
+        with contextlib.suppress(OSError):  # by now all is done
+            old.unlink(missing_ok=True)
 
 
 def _lock(folder: Path) -> int | None:

@@ -245,9 +245,9 @@ def _copy(source: BinaryIO, out: BinaryIO, left: int) -> None:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[tuple[UndoWriter, Path]]:
+def writing(path: Path, force: bool = False) -> Iterator[tuple[UndoWriter, Path]]:
     """A writer, and the place where its finished record must be when the block ends."""
-    with staged(path) as place:
+    with staged(path, force) as place:
         scratch = place.parent / f"{path.name}.blocks"
         scratch.touch()
         yield UndoWriter(scratch), place

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from loratool import companions, quantised, receipt
+from loratool import companions, outputs, quantised, receipt, repacked
 from loratool.adapter import Adapter
 from loratool.binding import Binding, Part
 from loratool.checkpoint import Checkpoint, open_checkpoint
@@ -16,9 +16,9 @@ from loratool.conventions import of_base
 from loratool.conventions.choices import Choices
 from loratool.errors import AnswerIsNo, InvalidFile, Mismatch, Problem
 from loratool.format import content_digest
-from loratool.layout import NewTensor, Weighted, output_files, output_index
+from loratool.layout import NewTensor, Weighted, names_clash, output_files, output_index
 from loratool.names import listed
-from loratool.plan import Plan, companions_of, is_single, output_problems, settled
+from loratool.plan import Plan, companions_of, output_problems, settled
 from loratool.receipt import Receipt
 from loratool.tensors import TensorRef
 from loratool.undo import UndoRecord
@@ -37,8 +37,12 @@ def plan_unmerge(
     threads: int | None = None,
     max_memory: int | None = None,
     device: str = "cpu",
+    force: bool = False,
 ) -> Plan:
     """Check everything about an unmerge. With a base it is exact; without one, additive updates are subtracted."""
+    folders = [Path(adapter) for adapter, _ in adapters if not isinstance(adapter, Adapter)]
+    inputs = [*folders, *(path for path in (base_path, undo_path) if path is not None)]
+    outputs.refuse(output_problems(merged_path, out, inputs, force))
     merged = open_checkpoint(merged_path)
     found = receipt.find(merged)
     if found is None:
@@ -50,8 +54,7 @@ def plan_unmerge(
                 f"a merge by loratool leaves {receipt.FILE_NAME}",
             )
         )
-    folders = [Path(adapter) for adapter, _ in adapters if not isinstance(adapter, Adapter)]
-    problems = list(output_problems(merged, out, [*folders, *([base_path] if base_path else [])]))
+    problems = [*names_clash(merged)]
     base = open_checkpoint(base_path) if base_path is not None else None
     against = quantised.logical(base or _unmerged_view(merged, found))
     given = [(adapter, math.nan if weight is None else weight) for adapter, weight in adapters]
@@ -98,14 +101,20 @@ def plan_unmerge(
     changes, dropped = _old_tensors(merged, found, base, parts, exact=record is not None)
     is_exact = base is not None or record is not None
     earlier = found.previous if is_exact else None  # of something approximate it would be a claim that does not hold
-    single = is_single(merged, out)
+    single = outputs.is_file(out)
     folder = base.path if base is not None and base.path.is_dir() else None
     beside = companions.unmerged(merged.path, companions_of(merged, found.tensors), found, folder)
     if base is not None and found.dropped:
         merged, dropped = base, []  # parts that a merge left out have their places in the base's files
         beside = Companions(tuple(companions_of(merged, found.tensors)))
     files = output_files(merged, changes, dropped=frozenset(dropped))
-    if single:
+    again = None
+    if outputs.is_pickle(out):
+        if wrong := [*repacked.misfits(merged, changes, bool(dropped))]:
+            raise Mismatch(wrong)
+        again = repacked.repacked(merged.shards[0], changes, out.name)
+        files = (again.file,)
+    elif single:
         bare = {key: value for key, value in files[0].metadata.items() if key != receipt.METADATA_KEY}
         if earlier is not None:
             bare[receipt.METADATA_KEY] = earlier.dumps()
@@ -125,6 +134,8 @@ def plan_unmerge(
         found,
         record=record,
         previous=earlier,
+        force=force,
+        repacked=again,
     )
     return settled(plan, threads, max_memory, device)
 

@@ -25,14 +25,14 @@ ROOMS = (
     ("errors", "version"),
     ("explanations",),
     ("tensors", "rounding", "survival", "workers"),
-    ("container", "gguf", "npz", "pickles", "staging", "names", "slicing", "recycling"),
+    ("container", "gguf", "npz", "pickles", "archives", "staging", "names", "slicing", "recycling"),
     ("places",),
     ("updates", "checkpoint", "spans"),
-    ("adapter", "quantised"),
+    ("adapter", "quantised", "outputs"),
     ("maps", "identity"),
     ("format",),
     ("receipt", "layout"),
-    ("undo", "rows"),
+    ("undo", "rows", "repacked"),
     ("matrices",),
     ("bounds",),
     ("undoing",),
@@ -71,7 +71,7 @@ LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 
 # Narrower than the list: what these rooms must know nothing of, wherever they stand.
 IGNORANT = {
-    "updates": {"container", "pickles", "staging", "names", "version"},
+    "updates": {"container", "pickles", "archives", "staging", "names", "version"},
     "checkpoint": {"updates", "staging", "names"},
     "conventions": {"staging"},
     "receipt": {"updates", "format", "conventions"},

@@ -23,7 +23,7 @@ import click
 import pytest
 import torch
 from conftest import PREFIX, Cli, Kit, tree
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import loratool
 from loratool.cli import COMMANDS, cli, run
@@ -151,6 +151,7 @@ def test_examples_of_the_help_run(kit: Kit, cli: Cli, monkeypatch: pytest.Monkey
     for name in ("my", "task"):
         shutil.copy(kit / "native.lora.safetensors", work / f"{name}.lora.safetensors")
     shutil.copy(kit / ("peft.pth" if "--config" in arguments else "plain.pth"), work / "wrapped.pth")
+    torch.save(load_file(kit / "base" / "model.safetensors"), work / "model.pth")
     merged = work / "merged"
     loratool.merge(work / "base", work / "my.lora.safetensors", merged, undo=work / "merged.undo.safetensors")
     if "--config" in arguments:
@@ -354,7 +355,15 @@ def everyday(kit: Kit) -> dict[str, list[object]]:
         "inspect base": ["inspect", kit / "sharded"],
         "inspect merged": ["inspect", kit / "merged"],
         "inspect wrapped": ["inspect", kit / "plain.pth"],
-        "extract": ["extract", kit / "plain.pth", "-o", kit / "new", *scale, "--base-out", kit / "new base"],
+        "extract": [
+            "extract",
+            kit / "plain.pth",
+            "-o",
+            kit / "new.safetensors",
+            *scale,
+            "--base-out",
+            kit / "new base",
+        ],
         "merge": ["merge", base, native, "-o", kit / "new"],
         "merge two": ["merge", base, f"{native}@0.5", f"{adapter}@-0.25", "-o", kit / "new", "--dtype", "bf16"],
         "merge --dry-run": ["merge", base, native, "-o", kit / "new", "--dry-run"],
@@ -397,7 +406,7 @@ def test_json_is_one_document(kit: Kit, cli: Cli, name: str) -> None:
         (["merge", "nowhere", "adapter", "-o", "out"], 2),
         (["merge", "base", "adapter", "-o", "base"], 2),
         (["merge", "base", "plain.pth", "-o", "out"], 2),
-        (["extract", "plain.pth", "-o", "out"], 2),
+        (["extract", "plain.pth", "-o", "out.safetensors"], 2),
         (["unmerge", "merged", "adapter", "-o", "out", "--exact"], 1),
         (["unmerge", "base", "adapter", "-o", "out"], 2),
     ],
@@ -669,8 +678,8 @@ def test_messages_say_what_where_and_what_helps(kit: Kit, cli: Cli, monkeypatch:
         (["merge", "plain.pth", "adapter", *out], "E-WRAPPED", ["extract", "--base-out", "in: plain.pth"]),
         (["merge", "base", "plain.pth", *out], "E-ALPHA", ["l.0.q.weight", "--scaling", "--alpha"]),
         (["merge", "base", "base", *out], "E-CONVENTION", ["in: base", "l.0.q.weight", "help: "]),
-        (["extract", "plain.pth", *out], "E-ALPHA", ["--alpha", "--scaling", "in: plain.pth"]),
-        (["extract", "adapter", *out], "E-NO-BASE", ["in: adapter", "help: "]),
+        (["extract", "plain.pth", "-o", "new.safetensors"], "E-ALPHA", ["--alpha", "--scaling", "in: plain.pth"]),
+        (["extract", "adapter", "-o", "new.safetensors"], "E-NO-BASE", ["in: adapter", "help: "]),
         (["unmerge", "base", "adapter", *out], "E-RECEIPT", ["in: base", "help: "]),
         (["unmerge", "merged", "adapter@0.5", *out], "E-RECEIPT", ["weight 1, not 0.5", "help: "]),
         (["unmerge", "merged", "adapter", "--exact", *out], "E-NOT-EXACT", ["--base", "in: merged"]),
@@ -699,7 +708,9 @@ def test_near_commands_are_suggested(cli: Cli, typed: str, meant: str) -> None:
 def test_near_choices_are_suggested(kit: Kit, cli: Cli) -> None:
     convention = cli("inspect", kit / "adapter", "--from", "pft").err
     assert "peft" in convention.split("help: ")[1]
-    scaling = cli("extract", kit / "plain.pth", "-o", kit / "new", "--alpha", "1", "--scaling", "alpha/r").err
+    scaling = cli(
+        "extract", kit / "plain.pth", "-o", kit / "new.safetensors", "--alpha", "1", "--scaling", "alpha/r"
+    ).err
     assert "alpha/rank" in scaling
     layout = cli("merge", kit / "base", kit / "adapter", "-o", kit / "new", "--layout", "out").err
     assert "out_in" in layout
@@ -717,9 +728,11 @@ def test_many_problems_are_counted(llama: Llama, cli: Cli, monkeypatch: pytest.M
 
 
 def test_alpha_without_scaling_says_which_of_the_two_is_missing(kit: Kit, cli: Cli) -> None:
-    text = message("extract", kit / "plain.pth", "-o", kit / "new", "--alpha", "4", cli=cli, code="E-ALPHA")
+    text = message("extract", kit / "plain.pth", "-o", kit / "new.safetensors", "--alpha", "4", cli=cli, code="E-ALPHA")
     assert "--scaling" in text.split("help: ")[1].split("--alpha")[0], "the user did give --alpha"
-    text = message("extract", kit / "plain.pth", "-o", kit / "new", "--scaling", "alpha", cli=cli, code="E-ALPHA")
+    text = message(
+        "extract", kit / "plain.pth", "-o", kit / "new.safetensors", "--scaling", "alpha", cli=cli, code="E-ALPHA"
+    )
     assert "--alpha" in text.split("help: ")[1]
 
 
@@ -727,14 +740,16 @@ def test_help_of_a_missing_alpha_helps(kit: Kit, cli: Cli) -> None:
     """What the message proposes must work for the file it is about."""
     config = kit / "adapter" / "adapter_config.json"
     for name in ("plain.pth", "peft.pth"):
-        text = message("extract", kit / name, "-o", kit / "new", cli=cli, code="E-ALPHA")
+        text = message("extract", kit / name, "-o", kit / "new.safetensors", cli=cli, code="E-ALPHA")
         if "--config" in text:
-            assert cli("extract", kit / name, "-o", kit / f"{name}.new", "--config", config).code == 0, name
+            assert cli("extract", kit / name, "-o", kit / f"{name}.safetensors", "--config", config).code == 0, name
 
 
 def test_options_that_do_nothing_are_refused(kit: Kit, cli: Cli) -> None:
     for options in (["--config", kit / "adapter" / "adapter_config.json"], ["--adapter", "nobody"]):
-        result = cli("extract", kit / "plain.pth", "-o", kit / "new", "--alpha", "4", "--scaling", "alpha", *options)
+        result = cli(
+            "extract", kit / "plain.pth", "-o", kit / "new.safetensors", "--alpha", "4", "--scaling", "alpha", *options
+        )
         assert result.code == 2, f"{options} was ignored"
 
 

@@ -450,11 +450,13 @@ def test_writers_are_those_with_the_verbs() -> None:
 def test_an_output_that_exists_stays(kit: Kit, tmp_path: Path) -> None:
     for name in ("folder", "file.safetensors"):
         path = tmp_path / name
-        path.write_text("mine") if path.suffix else path.mkdir()
+        if not path.suffix:
+            path.mkdir()
+        (path if path.suffix else path / "notes").write_text("mine")
         with pytest.raises(loratool.OutputRefused, match="exists already"):
             loratool.convert(kit / "adapter", path, "native" if path.suffix else "peft")
     assert (tmp_path / "file.safetensors").read_text() == "mine"
-    assert not [*(tmp_path / "folder").iterdir()]
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["notes"]
 
 
 @pytest.mark.parametrize("to", ["peft", "native"])
@@ -466,7 +468,7 @@ def test_a_full_disk_leaves_nothing(to: str, kit: Kit, tmp_path: Path, monkeypat
     monkeypatch.setattr(Safetensors, "write", fail)
     before = tree(tmp_path)
     with pytest.raises(loratool.OutputRefused, match="No space left") as caught:
-        loratool.convert(kit / "adapter", tmp_path / "out.safetensors", to)
+        loratool.convert(kit / "adapter", tmp_path / ("out" if to == "peft" else "out.safetensors"), to)
     assert caught.value.code == "E-DISK"
     assert tree(tmp_path) == before
 

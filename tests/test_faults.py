@@ -182,6 +182,10 @@ def child(order: dict[str, Any]) -> int:
         os.setgroups([])
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
+    if order["faults"].pop("plain", False):
+        from loratool import staging
+
+        staging._exchanged = lambda one, other: False  # as where no call swaps two names
     if (limit := order.get("fsize")) is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     else:  # its log would be limited as well
@@ -1474,3 +1478,51 @@ def test_the_memory_that_is_allowed_is_not_exceeded(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     serve()
+
+
+# --- replacing an output --------------------------------------------------------------------------------------------
+
+FORCED = ("merge-undo", "merge-file", "merge-file-undo", "unmerge", "extract-base")
+
+
+def with_old(act: str, world: World, out: Path) -> dict[str, dict[str, bytes]]:
+    """A folder in which every output of a command is there already, an older one."""
+    out.mkdir()
+    for name, parts in world.outputs(act).items():
+        if [*parts] == [""]:
+            (out / name).write_bytes(b"old")
+        else:
+            (out / name).mkdir()
+            (out / name / "config.json").write_bytes(b"old")
+    return {path.name: contents(path) for path in out.iterdir()}
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
+@pytest.mark.parametrize("act", FORCED)
+def test_what_is_replaced_is_there_until_the_new_one_is_whole(
+    act: str, exchange: bool, world: World, tmp_path: Path
+) -> None:
+    """A disk that is full at any moment leaves the old outputs; a kill leaves each of them old or new."""
+    good, how = world.outputs(act), {} if exchange else {"plain": True}
+    alone = tmp_path / "alone"
+    with_old(act, world, alone)
+    done = world.server.run(*world.argv(act, alone), "--force", **how)
+    assert (done.code, done.err) == (0, "")
+    assert {path.name: contents(path) for path in alone.iterdir()} == good
+    for n in spots(done.calls, 3):
+        for cause in ("ENOSPC", "kill"):
+            out = tmp_path / f"{n}-{cause}"
+            old = with_old(act, world, out)
+            found = world.server.run(*world.argv(act, out), "--force", at=n, how=cause, **how)
+            now = {name: contents(out / name) if (out / name).exists() else None for name in old}
+            aside = [path for path in out.iterdir() if ".replaced-" in path.name]
+            for name, content in now.items():
+                if content is None:  # killed between two renames: the old one lies beside, whole
+                    assert (cause, exchange) == ("kill", False)
+                    assert any(contents(path / name) == old[name] for path in aside if path.is_dir())
+                else:
+                    assert content in (old[name], good[name]), (name, n, cause)
+            if cause == "ENOSPC" and found.code:
+                assert now == old or act == "extract-base", (n, found)
+                assert not aside
+        world.untouched()

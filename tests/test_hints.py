@@ -19,6 +19,8 @@ QUOTED = re.compile(r"`loratool ([a-zA-Z]+)([^`]*)`")
 VERB = re.compile(rf"\b({'|'.join(COMMANDS)})\b")
 READING = {"merge", "verify", "unmerge", "inspect", "extract", "convert"}
 
+WRITING = {"merge", "unmerge", "extract", "convert", "pin"}
+
 # Which commands show the messages of a room; those of any other are shown by all that read adapters.
 SHOWN_BY = {
     "plan": {"merge"},
@@ -43,6 +45,9 @@ SHOWN_BY = {
     "diagnosis": {"verify"},
     "receipt": {"merge", "unmerge", "status", "inspect", "verify"},
     "status": {"status"},
+    "outputs": WRITING,
+    "staging": WRITING,
+    "repacked": {"merge", "unmerge"},
     "live": set(),  # a library's
 }
 FOREIGN = {"--outtype", "--scheduler-file", "--dequantize"}  # llama.cpp's converter, Dask

@@ -143,7 +143,7 @@ CASES = [
     Case("explain", "explain"),
     Case("error", "inspect", 2),
     Case("error", "inspect nowhere", 2),
-    Case("error", "extract plain.pth -o out", 2),
+    Case("error", "extract plain.pth -o out.lora.safetensors", 2),
     Case("error", "convert loha.lora.safetensors --to mlx -o out", 2),
     Case("error", "merge base lora.lora.safetensors loha.lora.safetensors -o base --dtype bf16", 2),
     Case("error", "merge base bad.lora.safetensors -o out", 2),
@@ -370,7 +370,7 @@ def test_every_option_has_a_case() -> None:
         "--base-name",
         "--revision",
     }
-    told |= {"--alpha", "--scaling", "--dask", "--only", "--skip"}
+    told |= {"--force", "--alpha", "--scaling", "--dask", "--only", "--skip"}
     for name in COMMANDS:
         lines = " ".join(case.line for case in CASES if case.line.split()[0] == name)
         assert {flag for flag in flags(name) - told if flag not in lines} == set(), name
@@ -391,7 +391,7 @@ def flags(name: str) -> set[str]:
         f"{MERGE} out",
         "unmerge merged native.lora.safetensors --base base -o out",
         f"verify merged {VERIFY}",
-        f"extract plain.pth -o out {ALPHA} --base-out b",
+        f"extract plain.pth -o out.lora.safetensors {ALPHA} --base-out b",
         "status merged --check",
     ],
 )

@@ -23,6 +23,7 @@ Examples:
 @click.argument("source", type=click.Path(path_type=Path), metavar="ADAPTER")
 @click.option("--to", required=True, type=click.Choice([*conventions.writers()]), help="The convention to write.")
 @options.out("The adapter to write: a file or a folder, as the convention has it.")
+@options.force
 @click.option("--base", type=click.Path(path_type=Path), help="The adapter's base, for what only it can tell.")
 @click.option("--uniform", is_flag=True, help="One rank and one scale for all LoRA updates, for consumers like vLLM.")
 @click.option(
@@ -44,6 +45,7 @@ def convert_command(
     source: Path,
     to: str,
     out: Path,
+    force: bool,
     base: Path | None,
     uniform: bool,
     as_component: str,
@@ -73,6 +75,7 @@ def convert_command(
         revision=revision,
         bake=bake,
         pin=pin,
+        force=force,
         **given,
     )
     if as_json:

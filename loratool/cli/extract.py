@@ -20,6 +20,7 @@ Examples:
 )
 @click.argument("wrapped", type=click.Path(path_type=Path))
 @options.out("The adapter file to write, usually NAME.lora.safetensors.")
+@options.force
 @options.reading
 @click.option("--base", type=click.Path(path_type=Path), help="The base, where the file holds no base weights.")
 @click.option("--base-out", type=click.Path(path_type=Path), help="Also write the clean base checkpoint, as a folder.")
@@ -29,6 +30,7 @@ Examples:
 def extract_command(
     wrapped: Path,
     out: Path,
+    force: bool,
     given: dict[str, Any],
     base: Path | None,
     base_out: Path | None,
@@ -47,6 +49,7 @@ def extract_command(
             **given,
             base=base,
             base_out=base_out,
+            force=force,
             progress=callback,
         )
     if as_json:

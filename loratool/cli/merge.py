@@ -22,11 +22,15 @@ from loratool.plan import Plan
 Examples:
   loratool merge base/ my.lora.safetensors -o merged/
   loratool merge base/ my.lora.safetensors -o merged/ --undo merged.undo.safetensors
+  loratool merge model.pth my.lora.safetensors -o merged.pth
   loratool merge base/ style/@0.8 task.lora.safetensors@0.5 -o merged/ --dry-run""",
 )
 @click.argument("base", type=click.Path(path_type=Path))
 @options.adapters
-@options.out("The checkpoint to write: a folder, or a .safetensors file if the base is one file.")
+@options.out(
+    "The checkpoint to write: a folder, or if the base is one file also NAME.safetensors (of a pickle, NAME.pth)."
+)
+@options.force
 @click.option(
     "--dtype",
     type=click.Choice([*DTYPES], case_sensitive=False),
@@ -44,6 +48,7 @@ Examples:
     default="",
     help="Whose tokenizer and chat template to write; without it, what the weights need.",
 )
+@click.option("--as", "form", type=click.Choice(["pth"]), help="Write a pickle, as the base is one.")
 @click.option("--undo", type=click.Path(path_type=Path), help="Also write the record that makes unmerge exact.")
 @click.option("--no-digests", is_flag=True, help="Leave digests of the changed tensors out of the receipt.")
 @click.option(
@@ -66,12 +71,14 @@ def merge_command(
     base: Path,
     adapters: tuple[tuple[Path, float | None], ...],
     out: Path,
+    force: bool,
     dtype: str,
     allow_new: bool,
     allow_unchanged: bool,
     require_pinned: bool,
     onto_merged: bool,
     tokenizer_from: str,
+    form: str | None,
     undo: Path | None,
     no_digests: bool,
     reproducible: bool,
@@ -105,6 +112,8 @@ def merge_command(
         "reproducible": reproducible,
         "link": link,
         "resume": resume,
+        "force": force,
+        "form": form or "",
         **given,
         "threads": threads,
         "max_memory": max_memory,

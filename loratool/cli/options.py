@@ -77,6 +77,12 @@ def out(help: str) -> Callable[[F], F]:
     return click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help=help)
 
 
+def force(function: F) -> F:
+    return click.option("--force", is_flag=True, help="Replace an output that is there, once the new one is complete.")(
+        function
+    )
+
+
 def layout(function: F) -> F:
     return click.option(
         "--layout",

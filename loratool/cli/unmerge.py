@@ -24,7 +24,8 @@ Examples:
 )
 @click.argument("merged", type=click.Path(path_type=Path))
 @options.adapters
-@options.out("The checkpoint to write: a folder, or a .safetensors file if the merged one is.")
+@options.out("The checkpoint to write: a folder, or one file like the merged one.")
+@options.force
 @click.option("--base", type=click.Path(path_type=Path), help="The base: its tensors are restored bit for bit.")
 @click.option("--undo", type=click.Path(path_type=Path), help="The record of `merge --undo`: exact, without the base.")
 @click.option("--exact", is_flag=True, help="Refuse (exit 1) unless the result is bit-exact.")
@@ -38,6 +39,7 @@ def unmerge_command(
     merged: Path,
     adapters: tuple[tuple[Path, float | None], ...],
     out: Path,
+    force: bool,
     base: Path | None,
     undo: Path | None,
     exact: bool,
@@ -59,6 +61,7 @@ def unmerge_command(
         "base": base,
         "undo": undo,
         "exact": exact,
+        "force": force,
         **given,
         "threads": threads,
         "max_memory": max_memory,

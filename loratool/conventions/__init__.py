@@ -10,6 +10,7 @@ unwrap(source, ...) the base checkpoint inside it, by the base's own names; empt
 and, in those that `convert --to` can write,
 
 OPTIONS             the fields of `writing.Options` that it knows
+SUFFIXES            of the one file that it writes; () where it writes a folder
 CONDITIONS          the kinds of `Adapter.when` that it has a place for
 misfits(adapter, ...) which updates the layout can not hold, and why
 write(adapter, ...)   the adapter in this layout, as files that are still to be written
@@ -82,6 +83,9 @@ class Writer(Convention, Protocol):
 
     @property
     def OPTIONS(self) -> Sequence[str]: ...
+
+    @property
+    def SUFFIXES(self) -> Sequence[str]: ...
 
     @property
     def CONDITIONS(self) -> Sequence[str]: ...

@@ -50,6 +50,7 @@ TITLE = "diffusers adapter"
 KINDS = ("lora", "dora", "replace", "add")
 TESTED = "diffusers 0.42.1"
 OPTIONS = ("component",)
+SUFFIXES: tuple[str, ...] = ()
 ASKS = ("alpha", "scaling", "components")
 CONDITIONS: tuple[str, ...] = ()
 misfits, write = diffusers_write.misfits, diffusers_write.write

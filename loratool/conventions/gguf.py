@@ -45,6 +45,7 @@ TITLE = "llama.cpp adapter (GGUF)"
 KINDS = ("lora",)
 TESTED = "gguf 0.19.0; llama.cpp in xllamacpp 2026.10.11549"
 OPTIONS: tuple[str, ...] = ()
+SUFFIXES = (".gguf",)
 ASKS = ()
 CONDITIONS = ("tokens",)
 misfits, write = gguf_write.misfits, gguf_write.write

@@ -35,6 +35,7 @@ TITLE = "kohya sd-scripts LoRA"
 KINDS = ("lora",)
 TESTED = "diffusers 0.42.1 as consumer"
 OPTIONS = ("component", "uniform", "base_name")
+SUFFIXES = (".safetensors",)
 ASKS = ("alpha", "scaling", "components")
 CONDITIONS: tuple[str, ...] = ()
 misfits, write = kohya_write.misfits, kohya_write.write

@@ -44,6 +44,7 @@ TITLE = "litgpt LoRA checkpoint"
 KINDS = ("lora",)
 TESTED = "litgpt 0.5.13"
 OPTIONS = ()
+SUFFIXES: tuple[str, ...] = ()
 ASKS = ("alpha", "scaling", "enable_lora")
 CONDITIONS: tuple[str, ...] = ()
 misfits, write = litgpt_write.misfits, litgpt_write.write

@@ -49,6 +49,7 @@ TITLE = "LyCORIS adapter"
 KINDS = ("lora", "dora", "loha", "lokr", "replace", "add")
 TESTED = "lycoris-lora 4.1.3"
 OPTIONS = ("component", "uniform", "base_name")
+SUFFIXES = (".safetensors",)
 ASKS = ("alpha", "scaling", "components")
 CONDITIONS: tuple[str, ...] = ()
 misfits, write = lycoris_write.misfits, lycoris_write.write

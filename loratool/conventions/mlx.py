@@ -35,6 +35,7 @@ TITLE = "mlx-lm adapter"
 KINDS = ("lora", "dora", "replace")
 TESTED = "mlx-lm 0.32.2"
 OPTIONS = ("base_name",)
+SUFFIXES: tuple[str, ...] = ()
 ASKS = ("alpha", "scaling", "config")
 CONDITIONS: tuple[str, ...] = ()
 misfits, write = mlx_write.misfits, mlx_write.write

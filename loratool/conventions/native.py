@@ -19,6 +19,7 @@ TITLE = "loratool adapter"
 KINDS = ("lora", "dora", "loha", "lokr", "replace", "add", "replace_rows")
 TESTED = "its own conformance vectors"
 OPTIONS = ("uniform", "base_name", "revision")
+SUFFIXES = (".safetensors",)
 ASKS = ()  # it says everything itself
 CONDITIONS = native_format.CONDITIONS
 

@@ -38,6 +38,7 @@ TITLE = "PEFT adapter"
 KINDS = ("lora", "dora", "loha", "lokr", "replace", "add", "replace_rows")
 TESTED = "peft 0.21.2"
 OPTIONS = ("uniform", "task_type", "base_name", "revision")
+SUFFIXES: tuple[str, ...] = ()
 ASKS = ("alpha", "scaling", "config", "layout")
 CONDITIONS = ("tokens",)
 misfits, write = peft_components.misfits, peft_components.write

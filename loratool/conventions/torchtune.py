@@ -34,6 +34,7 @@ TITLE = "torchtune checkpoint"
 KINDS = ("lora", "dora")
 TESTED = "torchtune 0.6.1"
 OPTIONS = ("base_name",)
+SUFFIXES: tuple[str, ...] = ()
 ASKS = ("alpha", "scaling", "config")
 CONDITIONS: tuple[str, ...] = ()
 PLAIN = torchtune_names.PLAIN

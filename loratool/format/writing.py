@@ -32,9 +32,9 @@ def write(adapter: Adapter, path: Path) -> None:
 
 
 @contextmanager
-def writing(adapter: Adapter, path: Path) -> Iterator[None]:
+def writing(adapter: Adapter, path: Path, force: bool = False) -> Iterator[None]:
     """Write an adapter that appears at `path` when the block ends well, and not at all if it does not."""
-    with staged(path) as place:
+    with staged(path, force) as place:
         with place.open("wb") as file:
             _write_to(adapter, file)
         read(place)  # nothing leaves that a reader would refuse
