@@ -108,7 +108,7 @@ CASES = [
     Case("merge", "merge carded head.lora.safetensors -o m13 --allow-new"),
     Case("merge", "merge carded native.lora.safetensors -o m12 --tokenizer-from asked --dtype bf16"),
     Case("merge", "merge fp8 lora.lora.safetensors -o m11 --dtype bf16"),
-    *[Case("merge", f"merge layer {form}.lora.safetensors -o m.{form}") for form in FORMS],
+    *[Case("merge", f"merge layer {form}.lora.safetensors -o m-{form}") for form in FORMS],
     Case("plan", f"{MERGE} p --dry-run --undo p.undo.safetensors"),
     Case("plan", f"{MERGE} p --dry-run --no-digests --dtype fp16"),
     Case("plan", "merge fp8 lora.lora.safetensors -o p --dry-run --dtype fp32"),
