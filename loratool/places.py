@@ -18,8 +18,7 @@ DEPTH = 3  # folders down, in a search for what could be meant: snapshots/HASH/a
 LOOKED = 2000  # entries at the most
 SHOWN = 4
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz")
-
-_DISTRIBUTED = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch {} merged.pt"
+METADATA, PIECES = ".metadata", ".distcp"  # of a torch.distributed.checkpoint folder
 _SUFFIXES = {
     ".nemo": "a NeMo archive (tar): unpack it, and give the weights file in it",
     ".onnx": "an ONNX graph, which holds no named weights of a model: give the checkpoint it was exported from",
@@ -28,6 +27,18 @@ _SUFFIXES = {
     ".h5": "TensorFlow or Keras weights: save the model with PyTorch",
 }
 _LFS, _ANNEX = b"version https://git-lfs.github.com/spec/", b"/annex/objects/"
+
+
+def is_distributed(folder: Path) -> bool:
+    """Whether a folder is one of torch.distributed.checkpoint."""
+    return (folder / METADATA).is_file() and any(folder.glob(f"*{PIECES}"))
+
+
+def refuse_distributed(folder: Path) -> None:
+    """Raises Unsupported for such a folder whose tensors are not a model's own: they are named and cut otherwise."""
+    if (folder / "common.pt").is_file():
+        hint = "export it with the tool that wrote it (Megatron-Bridge, NeMo)"
+        raise Unsupported(Problem("E-UNSUPPORTED", "a Megatron torch_dist checkpoint", str(folder), hint))
 
 
 def is_trainers_own(name: str) -> bool:
@@ -68,15 +79,13 @@ def kind_of_suffix(path: Path) -> str:
 def nothing_in(folder: Path) -> InvalidFile | Unsupported:
     """The refusal of a folder without weights: what it is instead, and what may be meant."""
     for place in (folder, *_below(folder)):
-        if (place / ".metadata").is_file() and any(place.glob("*.distcp")):
-            what = "a torch.distributed.checkpoint folder: its tensors lie in pieces of several processes"
-            return Unsupported(Problem("E-UNSUPPORTED", what, str(place), _DISTRIBUTED.format(place)))
         if (place / "zero_to_fp32.py").is_file():
             hint = "python zero_to_fp32.py . OUT, in that folder, writes one that loads"
             return Unsupported(Problem("E-UNSUPPORTED", "a checkpoint of DeepSpeed ZeRO, in pieces", str(place), hint))
-        if (place / "common.pt").is_file():
-            hint = "export it with the tool that wrote it (Megatron-Bridge, NeMo)"
-            return Unsupported(Problem("E-UNSUPPORTED", "a Megatron torch_dist checkpoint", str(place), hint))
+        if any(place.glob(f"__*_0{PIECES}")) and not is_distributed(place):
+            what = "a torch.distributed.checkpoint folder without its .metadata, which says what is where"
+            hint = "incomplete download? a save without collectives has no common one: save with them"
+            return Unsupported(Problem("E-UNSUPPORTED", what, str(place), hint))
     found = weights_below(folder)
     what = "no weights (.safetensors, .bin, .pt, .pth) in this folder"
     adapters = [place for place in found if (place / "adapter_config.json").is_file()]
@@ -101,6 +110,8 @@ def weights_below(folder: Path) -> list[Path]:
 
 
 def _has_weights(folder: Path) -> bool:
+    if is_distributed(folder):
+        return not folder.name.startswith("optimizer")
     return any(
         path.suffix in WEIGHTS and not is_trainers_own(path.name) and path.is_file() for path in _entries(folder)
     )

@@ -101,7 +101,7 @@ def joined(
 def _others(source: Checkpoint) -> Iterator[Path]:
     if not (source.path.is_dir() or source.path.stem == FILE_STEM):
         return
-    own = {shard.path.name for shard in source.shards}
+    own = {path.name for path in source.files}
     for path in sorted(source.folder.iterdir()):
         if path.suffix in (".safetensors", *PICKLE_SUFFIXES) and path.name not in own and path.is_file():
             yield path
