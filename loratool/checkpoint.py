@@ -103,10 +103,10 @@ class Checkpoint:
         return [path for path in self._files() if self._stays(path, changed)]
 
     def left_out(self, changed: Collection[str] = ()) -> list[Path]:
-        """Weights of a pipeline's folder that an output with those components changed has no more, relative to it."""
-        if not self.components:
+        """Weights of the folder that an output with those components changed does not have, relative to it."""
+        if not self.path.is_dir():
             return []
-        read = {shard.path.relative_to(self.path) for shard in self.shards}
+        read = {path.relative_to(self.path) for path in self.files}
         stay = {*self.companions(changed), *read}
         return [path for path in self._files() if path not in stay and path.name.endswith(WEIGHT_SUFFIXES)]
 
@@ -276,9 +276,10 @@ def _find_weights(folder: Path) -> tuple[list[Path], Path | None]:
             return [], indexes[0]
         files = sorted(path for path in folder.iterdir() if path.suffix in kinds and path.is_file())
         own = [path for path in files if places.is_trainers_own(path.name)]
-        if own == files and own and places.weights_below(folder):
+        ranks = places.of_ranks(files, folder) if own == files else []
+        if own == files and own and not ranks and places.weights_below(folder):
             continue  # a trainer's folder, whose checkpoints lie below it
-        files = [path for path in files if path not in own] or files
+        files = [path for path in files if path not in own] or ranks or files
         known = [path for path in files if path.name in PREFERRED] if not indexes else []
         if not (known or indexes) and any((folder / name).is_file() for name in PREFERRED):
             continue  # what lies beside a file of another kind

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from loratool.errors import InvalidFile, Problem, Unsupported
+from loratool.pickles import GATHER
 
 # Files that a trainer writes for itself, to go on with: names are shell-style.
 TRAINERS_OWN = (
     "optimizer*", "*optim_states*", "*_optimizer.*", "scheduler*", "lr_scheduler*", "scaler*", "rng_state*",
     "random_states*", "training_args*", "trainer_state*", "training_state*", "train_state*", "recipe_state*",
     "dl_state_dict*", "sampler*", "pytorch_model_fsdp*", "*model_states.pt", "[0-9]*_adapters.safetensors",
+    "extra_state_*", "*_rank_[0-9]*.pt", "*_rank[0-9]*.bin",
+)  # fmt: skip
+# And folders of its: checkpoints on the way, optimizers, logs.
+TRAINERS_FOLDERS = (
+    ".*", "__pycache__", "checkpoint-*", "checkpoint_*", "tmp-checkpoint-*", "global_step*", "optimizer*", "optim",
+    "pytorch_model_fsdp*", "runs", "logs", "wandb",
 )  # fmt: skip
 DEPTH = 3  # folders down, in a search for what could be meant: snapshots/HASH/adapter
 LOOKED = 2000  # entries at the most
 SHOWN = 4
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz")
+_RANK = re.compile(r"(?:pytorch_)?model.*_rank_?\d+\.(?:pt|bin)")
 METADATA, PIECES = ".metadata", ".distcp"  # of a torch.distributed.checkpoint folder
 _SUFFIXES = {
     ".nemo": "a NeMo archive (tar): unpack it, and give the weights file in it",
@@ -44,6 +53,36 @@ def refuse_distributed(folder: Path) -> None:
 def is_trainers_own(name: str) -> bool:
     """Whether a file is one that a trainer keeps for itself."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in TRAINERS_OWN)
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Weights in the folders below one, those of a trainer's folders excepted: files, and distributed checkpoints."""
+    found: list[Path] = []
+    level = [folder]
+    for _ in range(DEPTH):
+        level = [child for parent in level for child in _entries(parent) if child.is_dir() and not _is_own(child)]
+        for place in level[:LOOKED]:
+            files = [path for path in _entries(place) if path.suffix in WEIGHTS and not is_trainers_own(path.name)]
+            found += [place] if is_distributed(place) else [path for path in files if path.is_file()]
+    return found[:LOOKED]
+
+
+def _is_own(folder: Path) -> bool:
+    return any(fnmatch.fnmatchcase(folder.name, pattern) for pattern in TRAINERS_FOLDERS)
+
+
+def of_ranks(files: Iterable[Path], folder: Path) -> list[Path]:
+    """Those of a folder's files that hold the pieces which single ranks have of a model's tensors: one that may be
+    read, if it is the only one.
+
+    Raises Unsupported for several, and for one above other weights.
+    """
+    found, below = [path for path in files if _RANK.fullmatch(path.name)], weights_below(folder)
+    if len(found) < 2 and not (found and below):
+        return found
+    hint = f"weights lie below it: {_few(below)}; or {GATHER}" if below else GATHER
+    what = f"files of {len(found)} rank{'s' * (len(found) > 1)}, with pieces of the tensors, as {found[0].name}"
+    raise Unsupported(Problem("E-UNSUPPORTED", what, str(folder), hint))
 
 
 def not_here(path: Path) -> InvalidFile:
