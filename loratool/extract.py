@@ -78,9 +78,8 @@ def run_extract(
     adapter, base = _bound(source, inside, chosen, choices, base_path, base_out)
     inputs |= files_of(base.values())
     if unknown := adapter.unknown_scales():
-        config = "; or --config adapter_config.json" if chosen is conventions.peft_wrapped else ""
         rules = {item.update.scaling.rule for item in unknown if item.update.scaling}
-        hint = choices.unknown_scale_hint(min(rules)) + config
+        hint = choices.unknown_scale_hint(min(rules), chosen.ASKS)
         raise ChoiceNeeded(replace(native_format.unknown_alpha(unknown), where=str(wrapped), hint=hint))
     known = _known(adapter, logical(replace(source, tensors=base)).tensors if inside else base)
     copy = None if base_out is None else settled(replace(_base_plan(source, base, base_out), force=force))

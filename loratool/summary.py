@@ -241,7 +241,7 @@ def _notes(source: Checkpoint, chosen: Convention | None, found: list[Seen], fit
         return
     unknown = [item for adapter in adapters for item in adapter.unknown_scales()]
     if unknown:
-        config = " (or --config)" if chosen is conventions.peft_wrapped else ""
+        config = " (or --config)" if chosen and "config" in chosen.ASKS else ""
         rule = " with --scaling" if "none" in {u.update.scaling.rule for u in unknown if u.update.scaling} else ""
         yield f"alpha is not stored in it: give --alpha{rule}{config}"
 
