@@ -259,7 +259,7 @@ def test_trained_weights_below_the_adapter_are_refused_by_name(kit: Kit, cli: Cl
     assert f"--skip '{name}' leaves it out" in said.err
     skipped = cli("merge", kit / "base", adapter, "-o", kit / "out", "--skip", name)
     assert skipped.code == 0
-    assert f"below it lie, not read with it: {name} (left out, as --skip says)" in skipped.out
+    assert f"below it lie, and are not read with it: {name} (left out, as --skip says)" in skipped.out
     assert same(kit / "out", kit / "merged")
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from torch import Tensor, distributed
 import loratool
 from loratool import distcp, pieces
 from loratool.checkpoint import open_checkpoint
-from loratool.errors import InvalidFile
+from loratool.errors import InvalidFile, LoratoolError
 from loratool.remote import lies_in_files
 
 if not distributed.is_available():
@@ -170,6 +171,9 @@ def test_any_tiling_is_read_in_any_part(
     if len(boxes) > 1:
         assert isinstance(ref.data, pieces.Pieces)
         assert torch.equal(ref.data.rows(low, low + 1, columns), value.reshape(-1, columns)[low : low + 1])
+    if len(boxes) > 1 and count:
+        assert isinstance(part.data, pieces.Pieces)
+        assert torch.equal(part.data.rows(0, 1, columns), value[start:].reshape(-1, columns)[:1])
 
 
 # --- several processes -----------------------------------------------------------------------------------------------
@@ -579,3 +583,21 @@ def test_a_file_that_changes_meanwhile_is_noticed(sharded: Path, tmp_path: Path)
     changed = next(state for state in plan.inputs if state.path.name == "__1_0.distcp")
     with pytest.raises(InvalidFile, match="E-CHANGED"):
         changed.check()
+
+
+def test_flipped_bits_are_errors_of_the_file_or_nothing(good: Path) -> None:
+    random = Random(0)
+    for path in (good / ".metadata", good / "__0_0.distcp"):
+        content = path.read_bytes()
+        codes = set()
+        for _ in range(150):
+            changed = bytearray(content)
+            changed[random.randrange(len(changed))] = random.randrange(256)
+            path.write_bytes(changed[: random.choice([None, None, None, random.randrange(len(changed))])])
+            try:
+                read(good)
+            except LoratoolError as error:
+                codes |= {problem.code for problem in error.problems}
+        assert codes & {"E-PICKLE", "E-LAYOUT"}
+        assert "E-READ" not in codes
+        path.write_bytes(content)

@@ -334,7 +334,7 @@ class _View(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         origin = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.length}[whence]
         if origin + offset < 0:
-            raise OSError("before the beginning")
+            raise ValueError("a place before its beginning")
         self.position = origin + offset
         return self.position
 
