@@ -11,7 +11,7 @@ from typing import NamedTuple
 from loratool import maps
 from loratool.adapter import Adapter, Target, Targeted, is_part, overlaps
 from loratool.checkpoint import Checkpoint, open_checkpoint
-from loratool.conventions import of_base
+from loratool.conventions import CONVENTIONS, of_base
 from loratool.conventions.choices import Choices
 from loratool.conventions.load import load_part
 from loratool.errors import LoratoolError, Problem
@@ -133,8 +133,10 @@ class Binding:
             )
             yield Problem("E-CONDITIONAL", what, part.name, hint, "R-047")
         if unknown := part.adapter.unknown_scales():
-            hint = choices.unknown_scale_hint(min(item.update.scaling.rule for item in unknown if item.update.scaling))
-            yield replace(unknown_alpha(unknown), where=part.name, hint=hint)
+            rule = min(item.update.scaling.rule for item in unknown if item.update.scaling)
+            name = part.original.provenance.get("convention")
+            asked = next((convention.ASKS for convention in CONVENTIONS if name == convention.NAME), ())
+            yield replace(unknown_alpha(unknown), where=part.name, hint=choices.unknown_scale_hint(rule, asked))
         for doubt in part.adapter.doubts:
             yield Problem("E-LAYOUT", doubt, part.name, "read it with its base")
         for problem in part.original.check():

@@ -19,7 +19,7 @@ from loratool.maps import View
 from loratool.pinning import unpinned
 from loratool.quantised import Dequantised
 from loratool.receipt import MergedAdapter, Receipt
-from loratool.tensors import MERGEABLE, FileState, TensorRef
+from loratool.tensors import MERGEABLE, FileState, TensorRef, files_of
 
 DTYPES = {"keep": None, "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
@@ -108,7 +108,7 @@ def inputs(made_of: TensorRef | NewTensor) -> set[FileState]:
         refs += [ref for item, _ in made_of.updates for ref in item.update.components().values()]
         refs += [made_of.source] if made_of.source else []
         refs += quantised.parts(made_of.source)
-    return {ref.data.state for ref in refs if ref.data.state is not None}
+    return files_of(refs)
 
 
 def _earlier(base: Checkpoint) -> Receipt | None:

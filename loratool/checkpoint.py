@@ -4,47 +4,51 @@ pickles. Lazy, with no idea of LoRA."""
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from loratool import archives, places
+from loratool import archives, distcp, places
 from loratool.container import Header, read_header, strict_json
 from loratool.errors import ChoiceNeeded, InvalidFile, Problem
 from loratool.gguf import read_gguf
 from loratool.npz import read_npz
 from loratool.pickles import STATE_KEYS, Pickled, Tree, read_tree
 from loratool.tensors import InMemory, TensorRef
+from loratool.wrappers import cleaned
 
 T = TypeVar("T")
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".lora")  # the last is litgpt's lit_model.pth.lora
 OTHER_SUFFIXES = (".npz", ".gguf")  # adapters of mlx-lm before 2024-05, and of llama.cpp
 # Weights in other formats beside the ones that are read: stale after a merge, so they are not companions.
-WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES, ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz", ".tflite")
+WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES, ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz", ".tflite",
+                   places.PIECES)  # fmt: skip
 PREFERRED = (
     "model.safetensors", "diffusion_pytorch_model.safetensors", "adapter_model.safetensors", "adapters.safetensors",
     "pytorch_model.bin", "diffusion_pytorch_model.bin", "adapter_model.bin", "adapters.npz",
 )  # fmt: skip
 PIPELINE_INDEX = "model_index.json"  # names the components of a diffusers pipeline, each a folder of its own
 _INDEX = re.compile(r"\.index(\.\w+)?\.json$")  # diffusers puts a variant's name inside: .index.fp16.json
-# Segments that wrappers leave in names: torch.compile, FSDP1, activation checkpointing.
-WRAPPER_SEGMENTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-EMA_COUNTER = "n_averaged"  # of torch's AveragedModel
 SKIPPED_FOLDERS = {".git", ".cache", "__pycache__"}
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One weights file. `header` is safetensors' only; `tensors` goes by stored names, in stored order."""
+    """One weights file. `header` is safetensors' only; `tensors` goes by stored names, in stored order.
+
+    Of a torch.distributed.checkpoint, it is what goes to one file of an output, whose name begins with `stem`; its
+    tensors lie in `pieces`.
+    """
 
     path: Path
     tensors: Mapping[str, TensorRef]
     metadata: Mapping[str, str]
     header: Header | None
+    stem: str = ""
+    pieces: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,11 @@ class Checkpoint:
         return self.path if self.path.is_dir() else self.path.parent
 
     @property
+    def files(self) -> list[Path]:
+        """The weights files: those of the shards, with those that their pieces lie in."""
+        return sorted({path for shard in self.shards for path in (shard.path, *shard.pieces)})
+
+    @property
     def nbytes(self) -> int:
         """Bytes of tensor data."""
         return sum(tensor.nbytes for shard in self.shards for tensor in shard.tensors.values())
@@ -94,10 +103,10 @@ class Checkpoint:
         return [path for path in self._files() if self._stays(path, changed)]
 
     def left_out(self, changed: Collection[str] = ()) -> list[Path]:
-        """Weights of a pipeline's folder that an output with those components changed has no more, relative to it."""
-        if not self.components:
+        """Weights of the folder that an output with those components changed does not have, relative to it."""
+        if not self.path.is_dir():
             return []
-        read = {shard.path.relative_to(self.path) for shard in self.shards}
+        read = {path.relative_to(self.path) for path in self.files}
         stay = {*self.companions(changed), *read}
         return [path for path in self._files() if path not in stay and path.name.endswith(WEIGHT_SUFFIXES)]
 
@@ -111,6 +120,8 @@ class Checkpoint:
         )
 
     def _stays(self, path: Path, changed: Collection[str]) -> bool:
+        if path.name == places.METADATA and places.is_distributed((self.path / path).parent):
+            return False
         if not path.name.endswith(WEIGHT_SUFFIXES) and not _INDEX.search(path.name):
             return True
         component = path.parts[0]
@@ -155,6 +166,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise places.not_here(path)
     if (path / PIPELINE_INDEX).is_file():
         return _open_pipeline(path)
+    if path.name == places.METADATA and places.is_distributed(path.parent):
+        return _open_distributed(path.parent)
+    if places.is_distributed(path):
+        _refuse_others(path)
+        return _open_distributed(path)
     files, index = (_files_of(path), None) if path.is_file() else _find_weights(path)
     if index is not None:
         weight_map = _weight_map(index)
@@ -167,6 +183,25 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not tensors:
         raise InvalidFile(Problem("E-EMPTY", "there is no tensor in it", str(path)))
     return Checkpoint(path, shards, tensors, index, notes)
+
+
+def _open_distributed(folder: Path) -> Checkpoint:
+    """A folder of torch.distributed.checkpoint."""
+    places.refuse_distributed(folder)
+    found = distcp.read(folder)
+    path = folder / places.METADATA
+    shards = tuple(Shard(path, tensors, {}, None, stem, found.files) for stem, tensors in found.shards())
+    tensors, notes = cleaned([*found.tensors.items()], folder)
+    return Checkpoint(folder, shards, tensors, None, (*found.notes, *notes))
+
+
+def _refuse_others(folder: Path) -> None:
+    """Raises ChoiceNeeded for a folder in which a checkpoint of another kind lies beside the distributed one."""
+    others = [name for name in PREFERRED if (folder / name).is_file()] or [p.name for p in folder.glob("*.index.json")]
+    if others:
+        what = f"there are a torch.distributed.checkpoint and {others[0]} in this folder"
+        hint = f"give one of them: {folder / places.METADATA} or {folder / others[0].removesuffix('.index.json')}"
+        raise ChoiceNeeded(Problem("E-AMBIGUOUS", what, str(folder), hint))
 
 
 def _open_pipeline(folder: Path) -> Checkpoint:
@@ -241,9 +276,10 @@ def _find_weights(folder: Path) -> tuple[list[Path], Path | None]:
             return [], indexes[0]
         files = sorted(path for path in folder.iterdir() if path.suffix in kinds and path.is_file())
         own = [path for path in files if places.is_trainers_own(path.name)]
-        if own == files and own and places.weights_below(folder):
+        ranks = places.of_ranks(files, folder) if own == files else []
+        if own == files and own and not ranks and places.weights_below(folder):
             continue  # a trainer's folder, whose checkpoints lie below it
-        files = [path for path in files if path not in own] or files
+        files = [path for path in files if path not in own] or ranks or files
         known = [path for path in files if path.name in PREFERRED] if not indexes else []
         if not (known or indexes) and any((folder / name).is_file() for name in PREFERRED):
             continue  # what lies beside a file of another kind
@@ -353,26 +389,3 @@ def _state_dict(tree: Tree, path: Path) -> dict[str, TensorRef]:
     if not filled:
         raise InvalidFile(Problem("E-EMPTY", f"no state dict in it; its keys are {[*map(str, tree)][:8]}", str(path)))
     return next(iter(filled.values()))
-
-
-def cleaned(stored: list[tuple[str, TensorRef]], path: Path) -> tuple[dict[str, TensorRef], tuple[str, ...]]:
-    """Names without what wrappers add: marked segments anywhere, a leading `module.` only if every name has it."""
-    names = {name: ".".join(s for s in name.split(".") if s not in WRAPPER_SEGMENTS) for name, _ in stored}
-    if all(name.startswith("module.") or name == EMA_COUNTER for name in names.values()):
-        names.pop(EMA_COUNTER, None)  # beside an averaged model, not part of it
-    while names and all(name.startswith("module.") for name in names.values()):
-        names = {name: clean.removeprefix("module.") for name, clean in names.items()}
-    for name in names:
-        if not name.isascii() and name != name.encode("utf-8", "ignore").decode("utf-8"):
-            raise InvalidFile(Problem("E-NAMES", f"the tensor name {name!a} is not Unicode", str(path)))
-    by_clean: dict[str, list[str]] = defaultdict(list)
-    for name, clean in names.items():
-        by_clean[clean].append(name)
-    clashes = [f"{' and '.join(group)}" for group in by_clean.values() if len(group) > 1]
-    if clashes:
-        raise InvalidFile(
-            Problem("E-NAMES", f"names differ only in wrapper prefixes: {'; '.join(clashes[:3])}", str(path))
-        )
-    changed = sum(name != clean for name, clean in names.items())
-    notes = (f"{changed} names cleaned of wrapper prefixes (module., _orig_mod., FSDP)",) if changed else ()
-    return {names[name]: tensor for name, tensor in stored if name in names}, notes

@@ -30,7 +30,7 @@ from loratool.pairing import MergedTensors, stored_of
 from loratool.requantise import Requantiser
 from loratool.rounding import differing
 from loratool.survival import Survival, survival_of
-from loratool.tensors import DTYPE_BITS, MERGEABLE, FileState, TensorRef, torch_dtype
+from loratool.tensors import DTYPE_BITS, MERGEABLE, FileState, TensorRef, files_of, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -102,7 +102,7 @@ class Comparison:
 
     def inputs(self) -> set[FileState]:
         refs = [*self.merged.stored.values(), *(ref for _, ref in stored_of(self.fit.base))]
-        return {ref.data.state for ref in refs if ref.data.state is not None}
+        return files_of(refs)
 
     def look_at(self, job: Job) -> tuple[Job, TensorCheck | bool]:
         return job, self.look(job)

@@ -22,7 +22,7 @@ from loratool.names import listed
 from loratool.pinning import pinned
 from loratool.quantised import logical
 from loratool.staging import refuse_small_disk, staged
-from loratool.tensors import FileState
+from loratool.tensors import FileState, files_of
 from loratool.updates import Replace
 from loratool.version import TOOL
 
@@ -128,7 +128,7 @@ def plan_convert(
     if (problem := refuse_small_disk(out, bundle.nbytes)) is not None:
         raise OutputRefused(problem)
     if opened is not None:
-        inputs = (*inputs, *(FileState.of(shard.path) for shard in opened.shards))
+        inputs = (*inputs, *(FileState.of(path) for path in opened.files))
     if copies:
         notes = (*notes, f"{listed(copies)}: whole tensors that are the base's own are left out")
     if baked:
@@ -195,7 +195,7 @@ def _files_of(adapter: Adapter, stored: Checkpoint | None) -> tuple[FileState, .
     """The files that an adapter lies in, as they were when they were first read: its own, and those beside it."""
     refs = [] if stored is None else [*stored.tensors.values()]
     refs += [ref for item in adapter.updates for ref in item.update.components().values()] if stored else []
-    return tuple({ref.data.state for ref in refs if ref.data.state is not None})
+    return tuple(files_of(refs))
 
 
 def _unfit(adapter: Adapter, choices: Choices, base: Checkpoint | None) -> tuple[list[Problem], tuple[str, ...]]:

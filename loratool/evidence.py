@@ -12,7 +12,7 @@ from loratool.blocks import each_block
 from loratool.layout import NewTensor, Weighted
 from loratool.matrices import Merged, matrices_of, row_count
 from loratool.rounding import bits, round_once
-from loratool.tensors import DTYPE_BITS, FLOATS, FileSpan, TensorRef, torch_dtype
+from loratool.tensors import DTYPE_BITS, FLOATS, TensorRef, torch_dtype
 from loratool.updates import Scaling
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def _joined(places: Iterable[tuple[int, int, int]]) -> Ranges:
 
 def matrix_of(ref: TensorRef, columns: int) -> TensorRef:
     """A tensor as [rows, columns], of which some rows can be read: from its file, or from memory."""
-    if not isinstance(ref.data, FileSpan) or ref.views:
+    if not ref.in_order:
         ref = TensorRef.of(ref.read(), ref.name)
     return ref.reshape(ref.numel // max(1, columns), columns)
 

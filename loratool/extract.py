@@ -11,7 +11,7 @@ from loratool import conventions, outputs
 from loratool import format as native_format
 from loratool.adapter import Adapter, TensorIdentity
 from loratool.binding import Binding, Part, led
-from loratool.checkpoint import Checkpoint, Shard, open_checkpoint
+from loratool.checkpoint import Checkpoint, open_checkpoint
 from loratool.companions import Companions
 from loratool.conventions import Convention, of_base
 from loratool.conventions.choices import Choices
@@ -24,7 +24,7 @@ from loratool.merge import run_copy
 from loratool.plan import Plan, settled
 from loratool.quantised import Foreign, logical
 from loratool.staging import take_back
-from loratool.tensors import Computed, TensorRef
+from loratool.tensors import Computed, TensorRef, files_of
 from loratool.updates import Replace
 from loratool.version import TOOL
 from loratool.workers import Meter, ProgressCallback
@@ -72,15 +72,14 @@ def run_extract(
         () if base_out is None else _base_out_problems(base_out, out, read, force),
     )
     source = open_checkpoint(wrapped)
-    inputs = {ref.data.state for ref in source.tensors.values() if ref.data.state is not None}
+    inputs = files_of(source.tensors.values())
     chosen = conventions.choose(source, choices.convention)
     inside = chosen.unwrap(source, choices)
     adapter, base = _bound(source, inside, chosen, choices, base_path, base_out)
-    inputs |= {ref.data.state for ref in base.values() if ref.data.state is not None}
+    inputs |= files_of(base.values())
     if unknown := adapter.unknown_scales():
-        config = "; or --config adapter_config.json" if chosen is conventions.peft_wrapped else ""
         rules = {item.update.scaling.rule for item in unknown if item.update.scaling}
-        hint = choices.unknown_scale_hint(min(rules)) + config
+        hint = choices.unknown_scale_hint(min(rules), chosen.ASKS)
         raise ChoiceNeeded(replace(native_format.unknown_alpha(unknown), where=str(wrapped), hint=hint))
     known = _known(adapter, logical(replace(source, tensors=base)).tensors if inside else base)
     copy = None if base_out is None else settled(replace(_base_plan(source, base, base_out), force=force))
@@ -170,7 +169,12 @@ def _base_plan(source: Checkpoint, base: Mapping[str, TensorRef], out: Path) -> 
     """The clean base, in shards like the wrapped checkpoint's."""
     stored = {ref.name: clean for clean, ref in base.items()}
     shards = tuple(
-        Shard(shard.path, {stored[name]: base[stored[name]] for name in shard.tensors if name in stored}, {}, None)
+        replace(
+            shard,
+            tensors={stored[name]: base[stored[name]] for name in shard.tensors if name in stored},
+            metadata={},
+            header=None,
+        )
         for shard in source.shards
     )
     checkpoint = Checkpoint(source.path, shards, base, source.index)

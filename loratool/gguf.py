@@ -58,8 +58,8 @@ class Q8Span:
         return self.span.path
 
     @property
-    def state(self) -> FileState | None:
-        return self.span.state
+    def states(self) -> tuple[FileState, ...]:
+        return self.span.states
 
     def load(self, dtype: str, shape: Shape) -> torch.Tensor:
         import torch

@@ -176,9 +176,7 @@ def _output_file(
         position += nbytes
     untouched = kept and not any(isinstance(task, Change) for task in tasks)
     same_as = shard.path if untouched else None
-    return OutputFile(
-        output_name(shard.path), header, position, tuple(tasks), tensors, metadata, same_as, tuple(planned)
-    )
+    return OutputFile(output_name(shard), header, position, tuple(tasks), tensors, metadata, same_as, tuple(planned))
 
 
 def _append_copy(tasks: list[Copy | Change], source: TensorRef, offset: int) -> None:
@@ -206,13 +204,17 @@ def raw(path: Path, offset: int, nbytes: int) -> TensorRef:
 
 def names_clash(base: Checkpoint) -> Iterator[Problem]:
     """Two weights files can not have one name in an output."""
-    names = [output_name(shard.path) for shard in base.shards]
+    names = [output_name(shard) for shard in base.shards]
     if len({(shard.path.parent, name) for shard, name in zip(base.shards, names, strict=True)}) < len(names):
         yield Problem("E-OUTPUT", f"two weights files would have one name: {', '.join(names)}", str(base.path))
 
 
-def output_name(path: Path) -> str:
+def output_name(shard: Shard) -> str:
     """The name a weights file gets in the output: pickles become safetensors, under the name loaders look for."""
+    return f"{shard.stem}.safetensors" if shard.stem else _safetensors_name(shard.path)
+
+
+def _safetensors_name(path: Path) -> str:
     if path.suffix == ".safetensors":
         return path.name
     return re.sub(r"^pytorch_model", "model", path.stem) + ".safetensors"
@@ -220,10 +222,13 @@ def output_name(path: Path) -> str:
 
 def output_index(base: Checkpoint, files: Sequence[OutputFile]) -> tuple[str, bytes] | None:
     """The index file (name, content) of a sharded output: the base's own bytes where they still hold."""
-    if base.index is None:
+    if base.index is None and (base.components or len(files) == 1):
         return None
     weight_map = {name: file.name for file in files for name, _, _ in file.tensors}
     total = sum(file.size - len(file.header) for file in files)
+    if base.index is None:  # pieces of a torch.distributed.checkpoint, in several files now
+        made = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        return "model.safetensors.index.json", (json.dumps(made, indent=2) + "\n").encode("utf-8")
     document = read_json(base.index)
     metadata = document.get("metadata")
     if document["weight_map"] == weight_map and isinstance(metadata, dict) and metadata.get("total_size") == total:
@@ -233,4 +238,4 @@ def output_index(base: Checkpoint, files: Sequence[OutputFile]) -> tuple[str, by
     document["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), "total_size": total}
     document["metadata"].pop("total_parameters", None)  # not recounted
     stem = base.index.name.removesuffix(".index.json")
-    return output_name(Path(stem)) + ".index.json", (json.dumps(document, indent=2) + "\n").encode("utf-8")
+    return _safetensors_name(Path(stem)) + ".index.json", (json.dumps(document, indent=2) + "\n").encode("utf-8")

@@ -117,6 +117,10 @@ class Engine:
             else:  # not worth a worker
                 for job in jobs:
                     job()
+        elif made_of.in_order and bounds:  # in pieces
+            (start, stop), *others = bounds
+            rows = made_of.narrow(0, start, stop - start).read()
+            out.copy_(rows[(slice(None), *(slice(*bound) for bound in others))])
         else:  # a pickle's, which can only be read whole
             out.copy_(made_of.read()[tuple(slice(*bound) for bound in bounds)])
 

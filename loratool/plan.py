@@ -22,6 +22,7 @@ from loratool.errors import ChoiceNeeded, Mismatch, OutputRefused, Problem
 from loratool.layout import Change, NewTensor, OutputFile, names_clash, output_files, output_index
 from loratool.maps.cutting import Derived
 from loratool.matrices import BLOCK_BYTES, compute_dtype
+from loratool.names import listed
 from loratool.pinning import unpinned
 from loratool.receipt import MergedAdapter, Receipt
 from loratool.repacked import Repacked
@@ -183,6 +184,7 @@ def plan_merge(
     )
     if problems := [
         *names_clash(base),
+        *_link_problems(base, link),
         *fit.problems,
         *(repacked.misfits(base, changes, bool(additions or dropped)) if form and not fit.problems else ()),
         *beside.problems,
@@ -192,6 +194,7 @@ def plan_merge(
         raise Mismatch(problems)
     notes = [*fit.notes, *beside.notes, *(problem.message for problem in fit.idle)]
     files = output_files(base, changes, additions, frozenset(ref.name for ref in dropped))
+    notes += _rewritten(base, files)
     if stale := base.left_out(_components(base, touched)):
         names = ", ".join(map(str, stale[:3])) + (" ..." if stale[3:] else "")
         notes.append(f"not in the output, because nothing was merged into them: {names}")
@@ -259,6 +262,21 @@ def _undo_problems(undo: Path | None, out: Path, digests: bool, resume: bool, fo
         yield Problem("E-OUTPUT", "the undo record would lie inside the output", str(undo), "write it somewhere else")
     if not digests:
         yield Problem("E-OPTION", "an undo record needs the digests that prove it", str(undo), "leave out --no-digests")
+
+
+def _link_problems(base: Checkpoint, link: bool) -> Iterator[Problem]:
+    if link and all(shard.header is None for shard in base.shards):
+        what = "there is nothing to link: no file of this base is a file of the output, which is safetensors"
+        yield Problem("E-OPTION", what, str(base.path), "leave out --link")
+
+
+def _rewritten(base: Checkpoint, files: Sequence[OutputFile]) -> Iterator[str]:
+    """What is said of an output whose files are not those of its base."""
+    if not any(shard.stem for shard in base.shards):
+        return
+    yield f"the base's tensors lie in pieces; the output has them whole, in {listed([file.name for file in files])}"
+    if base.side_json(companions.CONFIG) is None:
+        yield f"there is no {companions.CONFIG} in the base's folder, and so none in the output: add that of the model"
 
 
 def settled(plan: Plan, threads: int | None = None, max_memory: int | None = None, device: str = "cpu") -> Plan:

@@ -25,12 +25,13 @@ from loratool.errors import InvalidFile, LoratoolError, OutputRefused, Problem
 from loratool.gguf import Q8Span
 from loratool.layout import Change, Copy
 from loratool.pickles import Pickled
+from loratool.pieces import Pieces
 from loratool.plan import refuse_device
 from loratool.quantised import Dequantised
 from loratool.requantise import Requantiser
 from loratool.resume import Journal
 from loratool.tasks import Settings, run_task
-from loratool.tensors import CHUNK, FileSpan, FileState, Shape, TensorRef, torch_dtype
+from loratool.tensors import CHUNK, FileSpan, FileState, Shape, TensorRef, files_of, torch_dtype
 from loratool.undo import TensorRecorder
 from loratool.undoing import Written
 from loratool.version import TOOL
@@ -51,7 +52,7 @@ class Carried:
 
     raw: bytes = field(repr=False)
     path: None = None
-    state: None = None
+    states: tuple[FileState, ...] = ()
 
     def load(self, dtype: str, shape: Shape) -> torch.Tensor:
         import torch
@@ -70,6 +71,8 @@ def lies_in_files(ref: TensorRef) -> bool:
     """Whether a path and an offset (or a key) are enough to read a tensor on another machine."""
     if isinstance(ref.data, Dequantised):
         return all(map(lies_in_files, ref.data.scheme.parts))
+    if isinstance(ref.data, Pieces):
+        return all(lies_in_files(piece.ref) for piece in ref.data.pieces)
     return isinstance(ref.data, FileSpan | Q8Span | Pickled)
 
 
@@ -215,9 +218,9 @@ def _performed(call: _Call) -> Report:
     requantiser = Requantiser()  # scales and codes of a weight in two files are two calls: each computes the scales
     with _one_thread(), _opened(call.path) as out:
         for task in call.tasks:
-            for ref in (*sources(task), *factors(task)):
-                if ref.data.state is not None and not _is_there(ref.data.state):
-                    raise InvalidFile(Problem("E-CHANGED", "it was changed while it was read", str(ref.data.path)))
+            for state in files_of((*sources(task), *factors(task))):
+                if not _is_there(state):
+                    raise InvalidFile(Problem("E-CHANGED", "it was changed while it was read", str(state.path)))
             known, recorder = run_task(task, out, lambda _: None, call.settings, requantiser)
             if isinstance(task, Change) and known is not None:
                 written[task.tensor.name] = known

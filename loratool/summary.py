@@ -175,8 +175,8 @@ def inspect_path(path: Path, base_path: Path | None = None, choices: Choices | N
         convention=chosen.NAME if chosen else None,
         title=chosen.TITLE if chosen else f"{what}: diffusers pipeline" if source.components else what,
         format_version=native_format.VERSION if chosen is conventions.native else None,
-        files=len(source.shards),
-        file_bytes=sum(shard.path.stat().st_size for shard in source.shards),
+        files=len(source.files),
+        file_bytes=sum(path.stat().st_size for path in source.files),
         header_bytes=sum(known) if len(known) == len(headers) else None,
         tensor_bytes=source.nbytes,
         tensors=len(source.tensors),
@@ -241,7 +241,7 @@ def _notes(source: Checkpoint, chosen: Convention | None, found: list[Seen], fit
         return
     unknown = [item for adapter in adapters for item in adapter.unknown_scales()]
     if unknown:
-        config = " (or --config)" if chosen is conventions.peft_wrapped else ""
+        config = " (or --config)" if chosen and "config" in chosen.ASKS else ""
         rule = " with --scaling" if "none" in {u.update.scaling.rule for u in unknown if u.update.scaling} else ""
         yield f"alpha is not stored in it: give --alpha{rule}{config}"
 
@@ -268,7 +268,7 @@ def _beside(source: Checkpoint) -> Iterator[Beside]:
     """The other files of a folder of its own."""
     if not (source.path.is_dir() or source.path.stem == FILE_STEM):
         return
-    own, trainers = {shard.path.name for shard in source.shards}, {*trainers_own(source)}
+    own, trainers = {path.name for path in source.files}, {*trainers_own(source)}
     for path in sorted(source.folder.iterdir()):
         if path.is_file() and path.name not in own:
             kind = next((what for what, kind in KINDS.items() if kind.match(path.name)), "other")

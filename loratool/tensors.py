@@ -11,7 +11,7 @@ import hashlib
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from io import FileIO
@@ -150,13 +150,13 @@ class FileState(NamedTuple):
 
 
 class Data(Protocol):
-    """Where the bytes of a stored tensor are: in a file (`path`, in a `state` where that is known), or not."""
+    """Where the bytes of a stored tensor are: in files (`path` is the first, `states` are as they were), or not."""
 
     @property
     def path(self) -> Path | None: ...
 
     @property
-    def state(self) -> FileState | None: ...
+    def states(self) -> tuple[FileState, ...]: ...
 
     def load(self, dtype: str, shape: Shape) -> torch.Tensor: ...
 
@@ -171,6 +171,14 @@ class ByRows(Protocol):
         """Rows start:stop of the tensor seen as a matrix of `columns`, contiguous."""
 
 
+@runtime_checkable
+class InOrder(Protocol):
+    """Data of which a part can be read without the rest."""
+
+    def after(self, elements: int, dtype: str) -> Data:
+        """What comes after so many elements, in row-major order."""
+
+
 @dataclass(frozen=True)
 class FileSpan:
     """Bytes of a file, from `offset` on."""
@@ -178,6 +186,13 @@ class FileSpan:
     path: Path
     offset: int
     state: FileState | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def states(self) -> tuple[FileState, ...]:
+        return () if self.state is None else (self.state,)
+
+    def after(self, elements: int, dtype: str) -> FileSpan:
+        return replace(self, offset=self.offset + elements * DTYPE_BITS[dtype] // 8)
 
     def load(self, dtype: str, shape: Shape) -> torch.Tensor:
         tensor = empty(shape, torch_dtype(dtype))
@@ -206,7 +221,7 @@ class InMemory:
     tensor: torch.Tensor
     storage: tuple[Any, ...] = ()
     path: None = None
-    state: None = None
+    states: tuple[FileState, ...] = ()
 
     def load(self, dtype: str, shape: Shape) -> torch.Tensor:
         return self.tensor.detach().cpu().reshape(shape)
@@ -221,7 +236,7 @@ class Computed:
 
     make: Callable[[], torch.Tensor]
     path: None = None
-    state: None = None
+    states: tuple[FileState, ...] = ()
 
     def load(self, dtype: str, shape: Shape) -> torch.Tensor:
         return self.make().reshape(shape)
@@ -282,6 +297,11 @@ class TensorRef:
         return math.prod(self.shape)
 
     @property
+    def in_order(self) -> bool:
+        """Whether `narrow` along dim 0 is to read so many rows, and no others."""
+        return not self.views and isinstance(self.data, InOrder)
+
+    @property
     def nbytes(self) -> int:
         return self.numel * DTYPE_BITS[self.dtype] // 8
 
@@ -302,9 +322,9 @@ class TensorRef:
 
     def narrow(self, dim: int, start: int, length: int) -> TensorRef:
         shape = (*self.shape[:dim], length, *self.shape[dim + 1 :])
-        if dim == 0 and not self.views and isinstance(self.data, FileSpan):  # only these rows are then read
-            offset = self.data.offset + start * self.nbytes // max(1, self.shape[0])
-            return replace(self, shape=shape, stored_shape=shape, data=replace(self.data, offset=offset))
+        if dim == 0 and not self.views and isinstance(self.data, InOrder):  # only these rows are then read
+            data = self.data.after(start * math.prod(self.shape[1:]), self.dtype)
+            return replace(self, shape=shape, stored_shape=shape, data=data)
         return replace(self, shape=shape, views=(*self.views, ("narrow", (dim, start, length))))
 
     def select(self, index: int) -> TensorRef:
@@ -333,3 +353,8 @@ class TensorRef:
         for chunk in self.chunks():
             hasher.update(chunk)
         return f"{function}:{hasher.hexdigest()}"
+
+
+def files_of(refs: Iterable[TensorRef]) -> set[FileState]:
+    """The files that tensors come from, as they were when they were first read."""
+    return {state for ref in refs for state in ref.data.states}

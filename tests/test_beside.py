@@ -237,3 +237,67 @@ def test_a_real_trainer_s_checkpoint_is_its_adapter(tmp_path: Path, cli: Cli) ->
     merged = cli("merge", tmp_path / "base", checkpoint, "-o", tmp_path / "out", "--json")
     assert merged.code == 0
     assert merged.json["tensors_changed"] == 1
+
+
+# --- folders below ---------------------------------------------------------------------------------------------------
+
+
+def below(kit: Kit, name: str, tensors: dict[str, torch.Tensor]) -> Path:
+    (kit / "adapter" / name).parent.mkdir(parents=True, exist_ok=True)
+    return beside(kit, name, tensors) and kit / "adapter"
+
+
+@pytest.mark.parametrize("name", ["value_head/model.safetensors", "2_Dense/pytorch_model.bin", "a/b/vit.safetensors"])
+def test_trained_weights_below_the_adapter_are_refused_by_name(kit: Kit, cli: Cli, name: str) -> None:
+    adapter = below(kit, name, {"summary.weight": NORM})
+    (adapter / name).with_name("config.json").write_text('{"in_features": 4}')
+    assert name in cli("inspect", adapter).out
+    said = cli("merge", kit / "base", adapter, "-o", kit / "out")
+    assert said.code == 2
+    assert "error[E-BESIDE]" in said.err
+    assert f"{name} lies below the adapter" in said.err
+    assert f"--skip '{name}' leaves it out" in said.err
+    skipped = cli("merge", kit / "base", adapter, "-o", kit / "out", "--skip", name)
+    assert skipped.code == 0
+    assert f"below it lie, and are not read with it: {name} (left out, as --skip says)" in skipped.out
+    assert same(kit / "out", kit / "merged")
+
+
+def same(one: Path, other: Path) -> bool:
+    got, expected = (load_file(folder / "model.safetensors") for folder in (one, other))
+    return got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in got)
+
+
+def test_other_adapters_and_models_below_are_named(kit: Kit, cli: Cli) -> None:
+    shutil.copytree(kit / "adapter", kit / "sales")
+    shutil.copytree(kit / "sales", kit / "adapter" / "sales")
+    shutil.copytree(kit / "base", kit / "adapter" / "merged")
+    (kit / "adapter" / "torn").mkdir()
+    (kit / "adapter" / "torn" / "x.safetensors").write_bytes(b"x")
+    said = cli("merge", kit / "base", kit / "adapter", "-o", kit / "out")
+    assert said.code == 0, said.err
+    for words in (
+        "sales/adapter_model.safetensors (adapters of their own)",
+        "merged/model.safetensors (models)",
+        "torn/x.safetensors (not readable)",
+    ):
+        assert words in said.out
+        assert words in cli("inspect", kit / "adapter").out
+    assert same(kit / "out", kit / "merged")
+
+
+def test_a_trainers_folders_below_are_not_worth_a_word(kit: Kit, cli: Cli) -> None:
+    for place in ("checkpoint-500", "global_step500", "pytorch_model_fsdp_0", "runs/a", ".cache/x"):
+        below(kit, f"{place}/model.safetensors", {"other.weight": NORM})
+    below(kit, "state/optimizer.bin", {"other.weight": NORM})
+    said = cli("merge", kit / "base", kit / "adapter", "-o", kit / "out")
+    assert said.code == 0, said.err
+    assert "below it" not in said.out + cli("inspect", kit / "adapter").out
+
+
+def test_what_lies_below_a_single_file_is_none_of_its_business(kit: Kit, cli: Cli) -> None:
+    (kit / "value_head").mkdir()
+    save_file({"summary.weight": NORM}, kit / "value_head" / "model.safetensors")
+    shutil.copy(kit / "adapter" / "adapter_model.safetensors", kit / "mine.safetensors")
+    config = ("--config", kit / "adapter" / "adapter_config.json")
+    assert cli("merge", kit / "base", kit / "mine.safetensors", "-o", kit / "out", *config).code == 0

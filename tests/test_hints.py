@@ -50,7 +50,7 @@ SHOWN_BY = {
     "repacked": {"merge", "unmerge"},
     "live": set(),  # a library's
 }
-FOREIGN = {"--outtype", "--scheduler-file", "--dequantize"}  # llama.cpp's converter, Dask
+FOREIGN = {"--outtype", "--scheduler-file", "--dequantize", "--backend", "--local", "--target"}  # llama.cpp, Dask, verl
 
 
 def options_of(command: str) -> set[str]:

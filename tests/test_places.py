@@ -50,8 +50,28 @@ def test_numbered_adapters_alone_are_still_read(kit: Kit) -> None:
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ({".metadata": b"", "__0_0.distcp": b""}, ["torch.distributed.checkpoint", "dcp_to_torch"]),
-        ({"pytorch_model_fsdp_0/.metadata": b"", "pytorch_model_fsdp_0/__0_0.distcp": b""}, ["dcp_to_torch"]),
+        ({"__0_0.distcp": b"", "__1_0.distcp": b""}, ["torch.distributed.checkpoint", "without its .metadata"]),
+        (
+            {"run/pytorch_model_fsdp_0/.metadata": b"", "run/pytorch_model_fsdp_0/__0_0.distcp": b""},
+            ["weights lie below it", "pytorch_model_fsdp_0"],
+        ),
+        ({".metadata": b"", "__0_0.distcp": b"", "common.pt": b""}, ["Megatron torch_dist", "export it"]),
+        (
+            {
+                "model_world_size_2_rank_0.pt": b"",
+                "model_world_size_2_rank_1.pt": b"",
+                "extra_state_world_size_2_rank_0.pt": b"",
+            },
+            ["files of 2 ranks", "full_state_dict=True", "verl.model_merger"],
+        ),
+        (
+            {
+                "model_world_size_1_rank_0.pt": b"",
+                "optim_world_size_1_rank_0.pt": b"",
+                "lora_adapter/adapter_model.safetensors": b"",
+            },
+            ["lora_adapter", "files of 1 rank,"],
+        ),
         ({"zero_to_fp32.py": b"", "latest": b"global_step500"}, ["ZeRO", "zero_to_fp32.py . OUT"]),
         ({"README.md": b""}, ["no weights", "check the path"]),
     ],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from loratool.conventions.selection import Selection
 from loratool.errors import LoratoolError, Problem, Unsupported
 from loratool.maps import View
 from loratool.names import listed, prefix_rule
-from loratool.places import is_trainers_own
+from loratool.places import files_below, is_trainers_own
 from loratool.tensors import TensorRef
 from loratool.updates import Replace
 
@@ -94,14 +95,59 @@ def joined(
         if added:
             count = f"{len(added)} tensor" + "s" * (len(added) > 1)
             found.notes.append(f"{path.name} lies beside it and is part of it: {count}, {listed(added)}")
+    _look_below(source, selection, trained, found)
     notes = (*adapter.notes, *found.notes)
     return replace(adapter, updates=(*adapter.updates, *found.updates), notes=notes), found
 
 
-def _others(source: Checkpoint) -> Iterator[Path]:
-    if not (source.path.is_dir() or source.path.stem == FILE_STEM):
+def _look_below(source: Checkpoint, selection: Selection, trained: Collection[str], found: Beside) -> None:
+    """Weights in folders below the adapter's are no part of it: they are named, and refused where they would be lost.
+
+    Other adapters and whole models lie there too.
+    """
+    if not _is_own_folder(source):
         return
-    own = {shard.path.name for shard in source.shards}
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for path in files_below(source.folder):
+        name = path.relative_to(source.folder).as_posix()
+        if skipping := [pattern for pattern in selection.skip if fnmatch.fnmatchcase(name, pattern)]:
+            found.used.update(skipping)
+            kinds["left out, as --skip says"].append(name)
+            continue
+        try:
+            opened = open_checkpoint(path)
+        except LoratoolError as error:
+            if error.code != "E-EMPTY":
+                kinds["not readable"].append(name)
+            continue
+        if conventions.matching(opened):
+            kinds["adapters of their own"].append(name)
+        elif _is_model(opened, trained):
+            kinds["models"].append(name)
+        else:
+            what = f"{name} lies below the adapter, and what was trained in it would be lost: {listed(opened.tensors)}"
+            hint = f"--skip '{name}' leaves it out; a file beside the adapter's own is merged with it"
+            found.problems.append(Problem("E-BESIDE", what, str(path), hint))
+    found.notes += [
+        f"below it lie, and are not read with it: {listed(names)} ({kind})" for kind, names in kinds.items()
+    ]
+
+
+def _is_model(opened: Checkpoint, trained: Collection[str]) -> bool:
+    """Whether weights are those of a whole model: by its config, or because they hold what the adapter changes."""
+    config = opened.side_json("config.json") or {}
+    plain = {NOT_A_MODULE.sub("", name.removeprefix(PREFIX)) for name in opened.tensors}
+    return "architectures" in config or "model_type" in config or bool(plain & {*trained})
+
+
+def _is_own_folder(source: Checkpoint) -> bool:
+    return source.path.is_dir() or source.path.stem == FILE_STEM
+
+
+def _others(source: Checkpoint) -> Iterator[Path]:
+    if not _is_own_folder(source):
+        return
+    own = {path.name for path in source.files}
     for path in sorted(source.folder.iterdir()):
         if path.suffix in (".safetensors", *PICKLE_SUFFIXES) and path.name not in own and path.is_file():
             yield path

@@ -101,8 +101,13 @@ class Choices:
         what = f"{option} means nothing here: a {kind}{why}"
         return Problem("E-OPTION", what, where, f"leave {option} out")
 
-    def unknown_scale_hint(self, rule: str = "none") -> str:
-        """What to add so that the scale is known; `rule` is what the convention says of it, "none" if nothing."""
+    def unknown_scale_hint(self, rule: str = "none", asked: Collection[str] = ()) -> str:
+        """What to add so that the scale is known; `rule` is what the convention says of it, "none" if nothing, `asked`
+        are the answers that it has use for."""
+        config = "; or --config adapter_config.json" if "config" in asked and self.config is None else ""
+        return self._alpha_hint(rule) + config
+
+    def _alpha_hint(self, rule: str) -> str:
         if rule != "none" and not self.alpha:
             return f"give --alpha X, or --alpha PATTERN=X per layer; the scale of this convention is always {rule}"
         if self.alpha and self.scaling is None:

@@ -30,8 +30,8 @@ class Widened:
         return self.source.data.path
 
     @property
-    def state(self) -> FileState | None:
-        return self.source.data.state
+    def states(self) -> tuple[FileState, ...]:
+        return self.source.data.states
 
     def load(self, dtype: str, shape: Shape) -> torch.Tensor:
         return self.source.read(torch_dtype(dtype)).reshape(shape)

@@ -18,7 +18,7 @@ from loratool.live.parameter import Parameter, Updates
 from loratool.live.shards import narrowed
 from loratool.maps.cutting import Uncuttable, each
 from loratool.names import missing
-from loratool.tensors import FileSpan, TensorRef
+from loratool.tensors import TensorRef
 
 
 class Request(NamedTuple):
@@ -144,7 +144,7 @@ def in_file(name: str, parameter: Parameter, base: Checkpoint) -> TensorRef | Pr
     hint = "give the base that was loaded, or undo='compressed'"
     if stored is None:
         return replace(missing(name, base.tensors, where), hint=f"{missing(name, base.tensors, where).hint}; {hint}")
-    if not isinstance(stored.data, FileSpan) or stored.views:
+    if not stored.in_order:
         return Problem("E-UNSUPPORTED", f"{name} is not read by rows from this file", where, "use safetensors")
     if (stored.dtype, stored.shape) != (spot.dtype, spot.shape):
         what = f"{stored.dtype} {list(stored.shape)} there, {spot.dtype} {list(spot.shape)} in the model"

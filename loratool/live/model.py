@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool import conventions
-from loratool.checkpoint import Checkpoint, Shard, cleaned
+from loratool.checkpoint import Checkpoint, Shard
 from loratool.errors import InvalidFile, Mismatch, Problem
 from loratool.live.parameter import Original, Parameter, Spot
 from loratool.live.shards import Piece, is_distributed, piece_of
 from loratool.quantised import SIXTEEN_BIT, Foreign
 from loratool.tensors import InMemory, Shape, TensorRef, dtype_name
+from loratool.wrappers import cleaned
 
 if TYPE_CHECKING:
     import torch

@@ -251,7 +251,7 @@ class Original:
     elsewhere: InFile | None = None  # instead of the parameter's records
     predictors: dict[int, Predictor] = field(default_factory=dict)
     path: Path | None = None
-    state: FileState | None = None
+    states: tuple[FileState, ...] = ()
 
     def rows(self, start: int, stop: int, columns: int = 0) -> torch.Tensor:
         """The numbers of one block, [rows, columns]; a view of the parameter's, where it was not changed."""
@@ -278,8 +278,8 @@ class Original:
 
     def _from_file(self, stored: TensorRef, start: int, stop: int) -> torch.Tensor:
         """The rows of a block, of this process's piece, out of a file that has the whole tensor."""
-        if stored.data.state is not None:
-            stored.data.state.check()
+        for state in stored.data.states:
+            state.check()
         first, *more = piece_starts = self.parameter.spot.piece.start or (0,)
         shape = self.parameter.spot.piece.shape
         if self.parameter.stacked:

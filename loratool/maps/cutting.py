@@ -44,8 +44,8 @@ class Derived:
         return self.source.data.path
 
     @property
-    def state(self) -> FileState | None:
-        return self.source.data.state
+    def states(self) -> tuple[FileState, ...]:
+        return self.source.data.states
 
     def load(self, dtype: str, shape: Shape) -> torch.Tensor:
         return self.make().reshape(shape)

@@ -21,7 +21,7 @@ from loratool.errors import InvalidFile, Problem
 from loratool.quantised import comfy
 from loratool.quantised.comfy import MARKER, OF_INPUTS, Unfit
 from loratool.quantised.schemes import EightBit, FourBit, Scaled, Scheme
-from loratool.tensors import CHUNK, FLOATS, FileState, Shape, TensorRef, as_bytes, is_int
+from loratool.tensors import CHUNK, FLOATS, FileState, Shape, TensorRef, as_bytes, files_of, is_int
 
 if TYPE_CHECKING:
     import torch
@@ -61,8 +61,8 @@ class Dequantised:
     path: None = None
 
     @property
-    def state(self) -> FileState | None:
-        return self.scheme.parts[0].data.state
+    def states(self) -> tuple[FileState, ...]:
+        return tuple(files_of(self.scheme.parts))
 
     def load(self, dtype: str, shape: Shape) -> torch.Tensor:
         return self.scheme.rows(0, math.prod(shape[:-1])).reshape(shape)
@@ -89,8 +89,8 @@ class Foreign:
     path: None = None
 
     @property
-    def state(self) -> FileState | None:
-        return self.stored.data.state
+    def states(self) -> tuple[FileState, ...]:
+        return self.stored.data.states
 
     def load(self, dtype: str, shape: Shape) -> torch.Tensor:
         raise InvalidFile(self.problem(self.stored.name))

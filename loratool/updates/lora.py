@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
-from loratool.tensors import FileSpan, Shape, TensorRef
+from loratool.tensors import Shape, TensorRef
 from loratool.updates.base import Additive, Scaling, Update, inner
 
 if TYPE_CHECKING:
@@ -57,8 +57,8 @@ class LeftFactor:
     def __init__(self, ref: TensorRef, dtype: torch.dtype, device: str) -> None:
         self.ref, self.dtype, self.device = ref, dtype, device
         self.first = 0
-        lazy = isinstance(ref.data, FileSpan) and not ref.views
-        self.read = (ref.narrow(0, 0, 0) if lazy else ref).read(dtype).contiguous().to(device)  # [some rows, rank]
+        first = ref.narrow(0, 0, 0) if ref.in_order else ref
+        self.read = first.read(dtype).contiguous().to(device)  # [some rows, rank]
         self.norms = safe_norm(self.read, 1)  # [some rows]
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
