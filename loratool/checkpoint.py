@@ -167,10 +167,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if (path / PIPELINE_INDEX).is_file():
         return _open_pipeline(path)
     if path.name == places.METADATA and places.is_distributed(path.parent):
-        return _open_distributed(path.parent)
+        return _open_distributed(path.parent, path)
     if places.is_distributed(path):
         _refuse_others(path)
-        return _open_distributed(path)
+        return _open_distributed(path, path)
     files, index = (_files_of(path), None) if path.is_file() else _find_weights(path)
     if index is not None:
         weight_map = _weight_map(index)
@@ -185,14 +185,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, shards, tensors, index, notes)
 
 
-def _open_distributed(folder: Path) -> Checkpoint:
-    """A folder of torch.distributed.checkpoint."""
+def _open_distributed(folder: Path, given: Path) -> Checkpoint:
+    """A folder of torch.distributed.checkpoint, given as such, or as its .metadata alone."""
     places.refuse_distributed(folder)
     found = distcp.read(folder)
     path = folder / places.METADATA
-    shards = tuple(Shard(path, tensors, {}, None, stem, found.files) for stem, tensors in found.shards())
+    shards = tuple(Shard(path, group, {}, None, stem, found.files) for stem, group in found.shards())
     tensors, notes = cleaned([*found.tensors.items()], folder)
-    return Checkpoint(folder, shards, tensors, None, (*found.notes, *notes))
+    return Checkpoint(given, shards, tensors, None, (*found.notes, *notes))
 
 
 def _refuse_others(folder: Path) -> None:

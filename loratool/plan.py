@@ -184,7 +184,7 @@ def plan_merge(
     )
     if problems := [
         *names_clash(base),
-        *_link_problems(base, link),
+        *_unlike_files(base, link, single),
         *fit.problems,
         *(repacked.misfits(base, changes, bool(additions or dropped)) if form and not fit.problems else ()),
         *beside.problems,
@@ -264,7 +264,11 @@ def _undo_problems(undo: Path | None, out: Path, digests: bool, resume: bool, fo
         yield Problem("E-OPTION", "an undo record needs the digests that prove it", str(undo), "leave out --no-digests")
 
 
-def _link_problems(base: Checkpoint, link: bool) -> Iterator[Problem]:
+def _unlike_files(base: Checkpoint, link: bool, single: bool) -> Iterator[Problem]:
+    """What can not be where the output's files are not the base's."""
+    if single and len(base.shards) > 1:
+        what = f"the output has {len(base.shards)} files, for it is too large for one"
+        yield Problem("E-OUTPUT", what, str(base.path), "name a folder with -o")
     if link and all(shard.header is None for shard in base.shards):
         what = "there is nothing to link: no file of this base is a file of the output, which is safetensors"
         yield Problem("E-OPTION", what, str(base.path), "leave out --link")
@@ -275,7 +279,7 @@ def _rewritten(base: Checkpoint, files: Sequence[OutputFile]) -> Iterator[str]:
     if not any(shard.stem for shard in base.shards):
         return
     yield f"the base's tensors lie in pieces; the output has them whole, in {listed([file.name for file in files])}"
-    if base.side_json(companions.CONFIG) is None:
+    if base.path.is_dir() and base.side_json(companions.CONFIG) is None:
         yield f"there is no {companions.CONFIG} in the base's folder, and so none in the output: add that of the model"
 
 

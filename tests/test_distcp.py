@@ -27,7 +27,7 @@ from torch import Tensor, distributed
 import loratool
 from loratool import distcp, pieces
 from loratool.checkpoint import open_checkpoint
-from loratool.errors import InvalidFile, LoratoolError
+from loratool.errors import InvalidFile, LoratoolError, Mismatch
 from loratool.remote import lies_in_files
 
 if not distributed.is_available():
@@ -171,7 +171,7 @@ def test_any_tiling_is_read_in_any_part(
     if len(boxes) > 1:
         assert isinstance(ref.data, pieces.Pieces)
         assert torch.equal(ref.data.rows(low, low + 1, columns), value.reshape(-1, columns)[low : low + 1])
-    if len(boxes) > 1 and count:
+    if len(boxes) > 1 and len(shape) > 1 and count:
         assert isinstance(part.data, pieces.Pieces)
         assert torch.equal(part.data.rows(0, 1, columns), value[start:].reshape(-1, columns)[:1])
 
@@ -342,6 +342,14 @@ def test_an_output_beyond_the_size_of_a_file_has_an_index(
     assert same_bits(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "one"))
 
 
+def test_what_needs_several_files_is_not_put_into_one(
+    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distcp, "SHARD", 2000)
+    with pytest.raises(Mismatch, match="3 files"):
+        loratool.merge(sharded / "sharded" / ".metadata", adapter(), tmp_path / "out.safetensors")
+
+
 def test_no_more_than_a_block_is_read_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     value = numbers(2000, 600)
     saved({"w": halves(value, 1), "other": halves(value, 0)}, tmp_path / "base")
@@ -371,7 +379,7 @@ def test_what_is_not_in_the_output_is_named(kit: Kit, cli: Cli) -> None:
     linked = cli("merge", kit / "place", kit / "adapter", "-o", kit / "linked", "--link")
     assert (linked.code, "leave out --link" in linked.err) == (2, True)
     one_file = cli("merge", kit / "place", kit / "adapter", "-o", kit / "x.safetensors")
-    assert (one_file.code, "give a folder" in one_file.err) == (2, True)
+    assert (one_file.code, "error[E-OUTPUT]" in one_file.err) == (2, True)
 
 
 # --- which state dict ------------------------------------------------------------------------------------------------
@@ -406,6 +414,9 @@ def test_another_checkpoint_in_the_same_folder_is_a_question(kit: Kit, cli: Cli)
     for name in (".metadata", "model.safetensors"):
         assert str(kit / "base" / name) in said.err
         assert cli("inspect", kit / "base" / name).code == 0
+        assert cli("merge", kit / "base" / name, kit / "adapter", "-o", kit / f"{name}.out.safetensors").code == 0
+    one, other = (load_file(kit / f"{name}.out.safetensors") for name in (".metadata", "model.safetensors"))
+    assert same_bits(one, other)
 
 
 # --- not believed ----------------------------------------------------------------------------------------------------
