@@ -432,9 +432,10 @@ def test_options_that_mean_nothing(kit: Kit, tmp_path: Path) -> None:
     component = refused(made, tmp_path, to="native", as_component="unet")
     assert component.message == "--as means nothing to native"
     assert "no convention 'nonsense'" in refused(made, tmp_path, to="nonsense").message
-    wrong = refused(made, tmp_path, to="native")
-    assert wrong.code == "E-OUTPUT"
-    assert "refused.safetensors" in wrong.hint
+    with pytest.raises(loratool.OutputRefused) as wrong:
+        loratool.convert(made, tmp_path / "name", "native")
+    assert wrong.value.code == "E-OUTPUT"
+    assert "name.safetensors" in wrong.value.hint
 
 
 def test_writers_are_those_with_the_verbs() -> None:
