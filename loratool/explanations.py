@@ -202,8 +202,14 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "Give --base BASE, or --undo RECORD if the merge wrote one.",
     ),
     # -- outputs
-    "E-EXISTS": ("The output exists already, or its folder does not.", "Name another with -o, or remove it."),
-    "E-OUTPUT": ("The output can not have this name or place.", "The message says which it can have."),
+    "E-EXISTS": (
+        "The output exists already, or its folder does not.",
+        "Name another with -o; --force replaces a file, or a folder with a model or an adapter in it.",
+    ),
+    "E-OUTPUT": (
+        "The output can not have this name or place: NAME.safetensors and the like are files, any other name a folder.",
+        "The message says which it can have.",
+    ),
     "E-DISK": ("Writing failed, or is not permitted there.", "Write to another folder or disk."),
     "E-SPACE": ("The disk has less room than is to be written.", "Free some space, or write elsewhere."),
     "E-STDOUT": ("The result could not be printed.", "Check where the output goes."),
