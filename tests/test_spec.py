@@ -377,7 +377,7 @@ def test_loratool_finds_nothing_in_a_valid_file(case):
 
 
 # A reader keeps neither vendor keys nor a higher version.
-CHANGED = ("vendor_keys", "higher_minor", "scale_tolerance", "conditional_routing")
+CHANGED = ("vendor_keys", "depth_sixteen", "higher_minor", "minor_ten", "scale_tolerance", "conditional_routing")
 
 
 @by_name([case for case in VALID if case["name"] not in CHANGED])

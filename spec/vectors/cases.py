@@ -438,6 +438,48 @@ valid("base_scales", "a weight with scales: its identity is that of the codes an
       {"l.weight": t("F8_E4M3", 4, 3), "l.weight_scale": t("F32", 4, 1)},
       [lora("l.weight", [4, 3])], identity={}, scales={"l.weight": "weight_scale"}, merge=False)  # fmt: skip
 
+# ---------------------------------------------------------------- valid: what catches programs that are nearly right
+
+valid("minor_ten", "version 1.10: the minor is a number, not a digit",
+      ["R-012"],
+      {"l.weight": t("BF16", 4, 3)}, [lora("l.weight", [4, 3])], version="1.10")  # fmt: skip
+valid("depth_sixteen", "a vendor key is nested exactly 16 deep",
+      ["R-002", "R-014"],
+      {"l.weight": t("BF16", 4, 3)}, [lora("l.weight", [4, 3])],
+      identity={}, vendor={"acme.deep": [[[[[[[[[[[[[[[]]]]]]]]]]]]]]]})  # fmt: skip
+valid("scale_as_stored", "scale is not alpha/rank to the last bit, and it is scale that counts",
+      ["R-025", "R-060"],
+      {"w": t("F64", 1, 1, values=[0])},
+      [up("lora", "w", [1, 1], {"A": t("F32", 1, 1, values=[1]), "B": t("F32", 1, 1, values=[1])},
+          rank=1, alpha=3, scaling="alpha/rank", scale=3 * (1 + 2**-41))])  # fmt: skip
+valid("shape_product_limit", "an expert of a tensor of exactly 2^53 elements",
+      ["R-016"],
+      {}, [lora("experts.w", [2**51, 2, 2], expert=2**51 - 1)], merge=False)  # fmt: skip
+valid("index_last", "single rows: the first and the last",
+      ["R-032", "R-034"],
+      {"e.weight": t("BF16", 5, 3)},
+      [up("replace_rows", "e.weight", [5, 3], {"index": t("I64", 2, values=[0, 4]), "value": t("BF16", 2,
+          3)})])  # fmt: skip
+valid("rows_beside_expert", "two experts are replaced, a third has a lora,
+    and rows of every expert of another tensor have one",
+      ["R-023", "R-029"],
+      {"c": t("F32", 3, 4, 2), "d": t("F32", 3, 4, 2)},
+      [up("replace", "c", [3, 4, 2], {"value": t("F32", 4, 2)}, expert=1),
+       up("replace", "c", [3, 4, 2], {"value": t("F32", 4, 2)}, expert=0),
+       lora("c", [3, 4, 2], expert=2), lora("d", [3, 4, 2], 2, experts=3, rows=[2, 4])])  # fmt: skip
+for dtype, low, step in (("F16", -14, -24), ("BF16", -126, -133), ("F32", -126, -149), ("F64", -1022, -1074)):
+    valid(f"subnormal_{dtype.lower()}", f"results below the smallest normal number of {dtype} are not flushed to zero",
+          ["R-060", "R-061"],
+          {"w": t(dtype, 4, values=[2.0**low, 2.0**step, 3 * 2.0**step, -(2.0**low)])},
+          [up("add", "w", [4], {"value": t("F64", 4, values=[-(2.0**step), 2.0**step, -(2.0**step), 2.0 ** (low - 1)])},
+              **FREE, scale=1)])  # fmt: skip
+TOPS = (("F16", 65504, 8), ("BF16", 2.0**128 - 2.0**120, 2.0**118), ("F32", 2.0**128 - 2.0**104, 2.0**102))
+for dtype, top, less in TOPS:
+    valid(f"largest_{dtype.lower()}", f"a sum over the largest number of {dtype} that rounds to it",
+          ["R-061"],
+          {"w": t(dtype, 2, values=[top, -top])},
+          [up("add", "w", [2], {"value": t("F64", 2, values=[less, -less])}, **FREE, scale=1)])  # fmt: skip
+
 METADATA = {case["name"]: case["metadata"] for case in VALID if "metadata" in case}
 
 # ---------------------------------------------------------------- merges
@@ -467,6 +509,17 @@ merge("two_with_replace", "the second adapter replaces, the first adds on top", 
       [("scaling_alpha", 1), ("replace_then_lora", 0.5)])  # fmt: skip
 merge("two_rows", "two adapters replace different rows of one tensor", ["R-060", "R-062"],
       [("replace_rows", 1), ("replace_rows_other", 0.5)])  # fmt: skip
+merge("weight_two_replace", "a replacement with weight 2 goes past it", W, [("replace", 2)])
+merge("weight_two_dora", "a dora with weight 2 goes past it", W, [("dora_axis0", 2)])
+merge("zero_beside", "two adapters replace one tensor, one of them at weight 0: it meets nothing",
+      ["R-043", "R-062"], [("replace", 1), ("replace", 0)])  # fmt: skip
+merge("zero_dora_beside", "a dora at weight 0 beside a lora", ["R-043", "R-062"],
+      [("dora_axis0", 0), ("scaling_sqrt_rank", 1)])  # fmt: skip
+for dtype in ("f16", "bf16", "f32"):
+    merge(f"refused_beyond_{dtype}", "the sum rounds to a number after the largest one",
+          ["R-061"], [(f"largest_{dtype}", 2.5)], error="E-NONFINITE")  # fmt: skip
+merge("refused_fp8_beyond", "over 464 there is no number of F8_E4M3", ["R-061"],
+      [("fp8_e4m3", 1.0625)], error="E-NONFINITE")  # fmt: skip
 merge("refused_digest", "one bit of the base differs from the recorded digest", ["R-041"],
       [("lora_linear", 1)], error="E-BASE-MISMATCH", flip="l.weight", needs="blake3")  # fmt: skip
 merge("refused_dtype", "the base has another dtype than the recorded one", ["R-041"],
@@ -1192,6 +1245,62 @@ invalid("R-048", "E-MANIFEST", "part",
 invalid("R-042", "E-MANIFEST", L,
     ("provenance_number", "a provenance value is a number", put("provenance", "seed", to=7)),
     ("provenance_object", "a provenance value is an object", put("provenance", "tool", to={})),
+)  # fmt: skip
+
+# ---------------------------------------------------------------- invalid: what lenient programs let pass
+
+invalid("R-010", "E-MANIFEST", L,
+    ("manifest_control", "a line feed as it is in a string of the manifest", text('"hand"', '"ha\nnd"')),
+    ("manifest_tab", "a tab as it is in a string of the manifest", text('"hand"', '"ha\tnd"')),
+    ("manifest_rank_leading_zero", "rank is written 02", text('"rank":2', '"rank":02')),
+    ("manifest_plus", "rank is written +2", text('"rank":2', '"rank":+2')),
+    ("manifest_point_last", "alpha is written 8.", text('"alpha":8', '"alpha":8.')),
+    ("manifest_point_first", "alpha is written .8e1", text('"alpha":8', '"alpha":.8e1')),
+    ("manifest_trailing_comma", "a comma after the last member", ("text", lambda s: s[:-1] + ",}")),
+    ("manifest_array_comma", "a comma after the last number of a shape", text('"shape":[4,3]', '"shape":[4,3,]')),
+    ("manifest_comment", "a comment", text('"rank":2', '"rank":2/**/')),
+    ("manifest_single_quotes", "a string in single quotes", text('"hand"', "'hand'")),
+    schema=False,
+)  # fmt: skip
+invalid("R-002", "E-HEADER", L,
+    ("header_control", "a tab as it is in a tensor's name", json(b"l.weight.0.A", b"l.weight\t0.A")),
+    ("header_leading_zero", "a shape holds 02", json(b'"shape":[2,3]', b'"shape":[02,3]')),
+    ("header_trailing_comma", "a comma after the last entry", ("json", lambda s: s[:-1] + b",}")),
+)  # fmt: skip
+invalid("R-004", "E-HEADER", L,
+    ("entry_dotted_key", "a tensor has a fourth key with a dot", entry("acme.x", 1)),
+)  # fmt: skip
+invalid("R-025", "E-SCALE", L,
+    ("alpha_infinite", "alpha is 1e999", text('"alpha":8', '"alpha":1e999')),
+    ("scale_far", "scale is off by 2^-39 of its value", put(*U0, "scale", to=4 * (1 + 2**-39))),
+    schema=False,
+)  # fmt: skip
+invalid("R-016", "E-LIMIT", N,
+    ("part_without_target", "a part, and an empty target", ("file", lambda m, ts: (
+        retarget("")[1](m, ts), m["updates"][0].__setitem__("part", "unet")))),
+)  # fmt: skip
+invalid("R-016", "E-LIMIT", "shape_product_limit",
+    ("shape_product_experts", "one expert of a tensor of 2^54 elements", put(*U0, "shape", to=[2**52, 2, 2])),
+    schema=False,
+)  # fmt: skip
+invalid("R-022", "E-SHAPE", "scaling_alpha",
+    ("shapes_of_one_target", "a second update of the tensor has one row more",
+     second({"target": "l.weight", "kind": "lora", "shape": [5, 3], **ALPHA, "scale": 3}, A=("F32", 2, 3), B=("F32",
+         5, 2))),
+    ("shapes_of_one_target_less", "a second update of the tensor has one row less",
+     second({"target": "l.weight", "kind": "lora", "shape": [3, 3], **ALPHA, "scale": 3}, A=("F32", 2, 3), B=("F32",
+         3, 2))),
+    schema=False,
+)  # fmt: skip
+invalid("R-029", "E-OVERLAP", "rows_beside_expert",
+    ("rows_meet_expert", "rows of all experts meet the replaced ones",
+     second({"target": "c", "kind": "replace", "shape": [3, 4, 2], "experts": 3, "rows": [2, 4]}, value=("F32", 3, 2,
+         2))),
+    schema=False,
+)  # fmt: skip
+invalid("R-023", "E-RANGE", E,
+    ("experts_more", "there are more experts than the shape says", put(*U0, "experts", to=4)),
+    schema=False,
 )  # fmt: skip
 
 # ---------------------------------------------------------------- invalid: canonical form
