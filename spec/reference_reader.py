@@ -90,11 +90,8 @@ def values(x):  # of R-016
 def update(u, group, prefix, tensors):  # ranges of two axes, and {component: (axes, array)}
     check(u, UPDATE)
     kind, shape, rank, rule = u.get("direction", u["kind"]), u["shape"], u.get("rank", 1), u.get("scaling")
-    matrix, full, packed = (
-        kind in ("lora", "loha", "lokr"),
-        bool(re.search("replace|scale", kind)),
-        len({"expert", "experts"} & u.keys()),
-    )
+    matrix, factor, packed = kind in ("lora", "loha", "lokr"), kind == "scale", len({"expert", "experts"} & u.keys())
+    full, least = factor or "replace" in kind, max(packed + ("rows" in kind), u.get("axis", -1) + 1)
     lead, R, rows = shape[: "experts" in u], shape[packed:], u.get("rows", [0, 2**53])
     need(
         re.fullmatch(rb"[^\0-\x1f\x7f]{1,1024}", full_name(u).encode()),
@@ -103,19 +100,13 @@ def update(u, group, prefix, tensors):  # R-016, R-020 to R-034: ranges of two a
     )
     need(not packed or (packed == 1 and u.get("expert", 0) < shape[0] == u.get("experts", shape[0])), code="E-RANGE")
     need("rows" not in u or rows[0] < rows[1] <= [*R, 0][0], "rows" not in kind or not PLACE.keys() & u)
-    need(
-        len(R) >= (2 if matrix else max(packed + ("rows" in kind), u.get("axis", -1) + 1)),
-        all(shape == v["shape"] for v, *_ in group),
-    )
+    need(len(R) >= (2 if matrix else least), all(shape == v["shape"] for v, *_ in group))
     R[:1] = [min(rows[1], n) - rows[0] for n in R[:1]]
     parts = {n.rpartition(".")[2]: tensors.pop(n) for n in [*tensors] if n.rpartition(".")[0] == prefix}
-    vector = f" {'factor' if kind == 'scale' else 'magnitude'}:{'nc'[u['axis']]}" if "axis" in u else ""
+    vector = f" {'factor' if factor else 'magnitude'}:{'nc'[u['axis']]}" if "axis" in u else ""
     [form] = [form + vector for form in FORMS[kind] if {*re.findall(r"(\w+):", form + vector)} == parts.keys()]
     low, dora, alpha, scale = "B" in form, u["kind"] == "dora", u.get("alpha", 0), u.get("scale", 0)
-    need(
-        [key in u for key in SCALE]
-        == [low, matrix and rule != "none", not full, not full, dora, dora or kind == "scale"]
-    )
+    need([key in u for key in SCALE] == [low, matrix and rule != "none", not full, not full, dora, dora or factor])
     scales = {None: 0, "none": scale, "alpha": alpha, "alpha/rank": alpha / rank, "alpha/sqrt(rank)": alpha / rank**0.5}
     need(rule in [*scales][: 2 + matrix + 2 * low], abs(scale - scales[rule]) <= abs(scales[rule]) / 2**40 < np.inf)
     sizes = {"R": R, "n": R[:1], "C": R[1:], "c": R[1:2], "K": R[2:]} | {axis: [rank] for axis in "rstu"}
@@ -150,10 +141,7 @@ def read(path):
             for v, ranges, _ in group[:-1]:
                 kinds = u["kind"] + v["kind"]
                 meet = all(max(a[0], b[0]) < min(a[1], b[1]) for a, b in zip(group[-1][1], ranges, strict=True))
-                need(
-                    not meet or kinds.count("replace") == 1 or not re.search("dora|scale|replace", kinds),
-                    code="E-OVERLAP",
-                )
+                need(not meet or kinds.count("replace") == 1 or not re.search("dora|scale|re", kinds), code="E-OVERLAP")
         need(not tensors, code="E-COMPONENTS")
         for name, t in m["base"].get("tensors", {}).items():
             check(t, {**IDENTITY, "parts": r"(\{.+\})?"})

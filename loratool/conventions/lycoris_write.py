@@ -235,7 +235,7 @@ def _notes(adapter: Adapter, file: FlatFile) -> Iterator[str]:
     beside = {name.replace(".b_norm", ".w_norm").replace(".diff_b", ".diff"): name for name in alone}
     if lost := len(beside.keys() - file.tensors.keys()):
         yield f"{lost} biases have no difference of their weight beside them: ComfyUI reads such, LyCORIS does not"
-    if any(isinstance(item.update, Scale) and item.update.axis == 1 for item in adapter.updates):
-        yield "LyCORIS loads IA3 of inputs (on_input 1) as if it were of outputs; loratool reads what it says"
+    if any(isinstance(item.update, Scale) for item in adapter.updates):
+        yield "LyCORIS 4.1.3 saves IA3 so, and fails to load it again; loratool reads it"
     if any(isinstance(item.update, Dora) and item.update.axis == 1 for item in adapter.updates):
         yield "LyCORIS loads a magnitude of DoRA per output only; these are one per input"
