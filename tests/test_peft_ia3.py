@@ -246,6 +246,6 @@ def test_it_is_taken_out_exactly(weight: float, dtype: str, tmp_path: Path) -> N
     before, part = read(made.base), [(made.adapter, weight)]
     loratool.merge(made.base, part, tmp_path / "out", undo=tmp_path / "record", dtype=dtype)
     for way, options in {"undo": {"undo": tmp_path / "record"}, "base": {"base": made.base}}.items():
-        loratool.unmerge(tmp_path / "out", part, tmp_path / way, **options)
-        after = read(tmp_path / way)
+        loratool.unmerge(tmp_path / "out", part, tmp_path / f"by-{way}", **options)
+        after = read(tmp_path / f"by-{way}")
         assert all(torch.equal(after[key], value) for key, value in before.items())
