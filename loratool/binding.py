@@ -25,7 +25,7 @@ from loratool.pinning import doubts
 from loratool.quantised import Foreign
 from loratool.strangers import HEADS, UNTIE, not_in_the_base
 from loratool.tensors import FLOATS, MERGEABLE, TensorRef, extremes
-from loratool.updates import Replace, ReplaceRows
+from loratool.updates import Replace, ReplaceRows, Scale
 
 PRODUCTS = ("lora", "loha", "lokr", "add")  # nothing, as soon as one of their components is all zero
 
@@ -318,8 +318,10 @@ class Binding:
             if not any(list(overlaps(targets.get(name, []))) for targets in own):
                 rows = [item for item in items if item.update.kind == ReplaceRows.kind]
                 exclusive = [item for item in items if item not in rows[1:]] if _disjoint(rows) else items
-                for problem in overlaps(exclusive):
-                    yield replace(problem, hint="merge only one of the adapters")
+                hint = "merge only one of the adapters"
+                if any(item.update.kind == Scale.kind for item in exclusive):
+                    hint += ", or one after the other: merge --onto-merged puts the second on top of the first"
+                yield from (replace(problem, hint=hint) for problem in overlaps(exclusive))
             if len(shapes := {item.target.shape for item in items}) > 1:
                 what = f"{name} has different shapes for the adapters: {' and '.join(map(str, sorted(shapes)))}"
                 yield Problem("E-SHAPE", what, hint="merge only adapters of one size")

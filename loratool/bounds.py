@@ -11,6 +11,7 @@ from loratool.matrices import Merged, Opened, Part, compute_dtype, inside_of
 from loratool.rounding import Exact
 from loratool.tensors import torch_dtype
 from loratool.updates.dora import DoraBlock
+from loratool.updates.scale import ScaleBlock
 
 if TYPE_CHECKING:
     import torch
@@ -112,7 +113,7 @@ def float32_error(block: Merged) -> torch.Tensor:
         place = offset + update.start - start
         magnitude = update.block.magnitude(offset, offset + len(part)).double()
         error[place : place + len(part)].add_(magnitude, alpha=abs(update.weight) * (update.terms + 8))
-        own += update.terms + 8 if isinstance(update.block, DoraBlock) else 0
+        own += update.terms + 8 if isinstance(update.block, DoraBlock | ScaleBlock) else 0
     return error.add_(peaks(block.exact), alpha=own).mul_(2.0**-24)
 
 

@@ -16,7 +16,7 @@ from loratool.adapter import Target, Targeted
 from loratool.blocks import whole
 from loratool.layout import NewTensor, Weighted
 from loratool.tensors import Computed, Shape, TensorRef, torch_dtype
-from loratool.updates import Add, Dora, Loha, Lokr, Lora, Replace, Scaling, Update
+from loratool.updates import Add, Dora, Loha, Lokr, Lora, Replace, Scale, Scaling, Update
 from loratool.updates.lora import with_core
 
 if TYPE_CHECKING:
@@ -239,8 +239,8 @@ def of_all_rows(item: Targeted) -> Targeted:
 def of_rows(item: Targeted, start: int, stop: int) -> Targeted | None:
     """The part of an update that changes rows start:stop, as one of a tensor of these rows alone; None if none does.
 
-    Any update of exactly these rows; LoRA, LoHa and differences of any; replacements, and DoRA with a norm per row, of
-    more than these. No experts. Exact.
+    Any update of exactly these rows; LoRA, LoHa and differences of any; replacements, factors, and DoRA with a norm per
+    row, of more than these. No experts. Exact.
     """
     first, last = item.target.rows or (0, item.target.shape[0])
     low, high = max(start, first), min(stop, last)
@@ -255,7 +255,9 @@ def of_rows(item: Targeted, start: int, stop: int) -> Targeted | None:
             assert update.axis == 0, "a norm over the rows needs all of them"
             magnitude = update.magnitude.narrow(0, low - first, high - low)
             return cast(U, replace(update, direction=cut(update.direction), magnitude=magnitude))
-        left = {"B", "B1", "B2", "value"} & update.components().keys()
+        if isinstance(update, Scale) and update.axis == 1:
+            return update  # the same for every row
+        left = {"B", "B1", "B2", "factor", "value"} & update.components().keys()
         return replace(update, **{part: getattr(update, part).narrow(0, low - first, high - low) for part in left})
 
     rows = None if (low, high) == (start, stop) else (low - start, high - start)

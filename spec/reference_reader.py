@@ -30,7 +30,7 @@ BASE |= {"tensors": r"(\{.*\})?", "added_tokens": TOKENS}
 LOKR = [f"{w1} {w2}" for w1 in ("w1:ax", "B1:ar A1:rx") for w2 in ("w2:byK", "B2:bs A2:syK", "B2:bs mid2:stK A2:ty")]
 LOHA = ["B1:nr A1:rC B2:ns A2:sC", "B1:nr mid1:rsK A1:sc B2:nt mid2:tuK A2:uc"]
 FORMS = {"lora": ["B:nr A:rC", "B:nr mid:rsK A:sc"], "loha": LOHA, "lokr": LOKR, "add": ["value:R"]}
-FORMS |= {"replace": ["value:R"], "replace_rows": ["index:k value:kC"]}
+FORMS |= {"replace": ["value:R"], "replace_rows": ["index:k value:kC"], "scale": [""]}
 FREE = ("provenance", "info", "when", "added_tokens")
 
 
@@ -90,7 +90,8 @@ def values(x):  # of R-016
 def update(u, group, prefix, tensors):  # ranges of two axes, and {component: (axes, array)}
     check(u, UPDATE)
     kind, shape, rank, rule = u.get("direction", u["kind"]), u["shape"], u.get("rank", 1), u.get("scaling")
-    matrix, full, packed = kind in ("lora", "loha", "lokr"), "replace" in kind, len({"expert", "experts"} & u.keys())
+    matrix, factor, packed = kind in ("lora", "loha", "lokr"), kind == "scale", len({"expert", "experts"} & u.keys())
+    full, least = factor or "replace" in kind, max(packed + ("rows" in kind), u.get("axis", -1) + 1)
     lead, R, rows = shape[: "experts" in u], shape[packed:], u.get("rows", [0, 2**53])
     need(
         re.fullmatch(rb"[^\0-\x1f\x7f]{1,1024}", full_name(u).encode()),
@@ -99,13 +100,13 @@ def update(u, group, prefix, tensors):  # R-016, R-020 to R-034: ranges of two a
     )
     need(not packed or (packed == 1 and u.get("expert", 0) < shape[0] == u.get("experts", shape[0])), code="E-RANGE")
     need("rows" not in u or rows[0] < rows[1] <= [*R, 0][0], "rows" not in kind or not PLACE.keys() & u)
-    need(len(R) >= (2 if matrix else packed + ("rows" in kind)), all(shape == v["shape"] for v, *_ in group))
+    need(len(R) >= (2 if matrix else least), all(shape == v["shape"] for v, *_ in group))
     R[:1] = [min(rows[1], n) - rows[0] for n in R[:1]]
     parts = {n.rpartition(".")[2]: tensors.pop(n) for n in [*tensors] if n.rpartition(".")[0] == prefix}
-    magnitude = f" magnitude:{'nc'[u['axis']]}" if "axis" in u else ""
-    [form] = [form + magnitude for form in FORMS[kind] if {*re.findall(r"(\w+):", form + magnitude)} == parts.keys()]
+    vector = f" {'factor' if factor else 'magnitude'}:{'nc'[u['axis']]}" if "axis" in u else ""
+    [form] = [form + vector for form in FORMS[kind] if {*re.findall(r"(\w+):", form + vector)} == parts.keys()]
     low, dora, alpha, scale = "B" in form, u["kind"] == "dora", u.get("alpha", 0), u.get("scale", 0)
-    need([key in u for key in SCALE] == [low, matrix and rule != "none", not full, not full, dora, dora])
+    need([key in u for key in SCALE] == [low, matrix and rule != "none", not full, not full, dora, dora or factor])
     scales = {None: 0, "none": scale, "alpha": alpha, "alpha/rank": alpha / rank, "alpha/sqrt(rank)": alpha / rank**0.5}
     need(rule in [*scales][: 2 + matrix + 2 * low], abs(scale - scales[rule]) <= abs(scales[rule]) / 2**40 < np.inf)
     sizes = {"R": R, "n": R[:1], "C": R[1:], "c": R[1:2], "K": R[2:]} | {axis: [rank] for axis in "rstu"}
@@ -140,7 +141,7 @@ def read(path):
             for v, ranges, _ in group[:-1]:
                 kinds = u["kind"] + v["kind"]
                 meet = all(max(a[0], b[0]) < min(a[1], b[1]) for a, b in zip(group[-1][1], ranges, strict=True))
-                need(not meet or kinds.count("replace") == 1 or not re.search("dora|replace", kinds), code="E-OVERLAP")
+                need(not meet or kinds.count("replace") == 1 or not re.search("dora|scale|re", kinds), code="E-OVERLAP")
         need(not tensors, code="E-COMPONENTS")
         for name, t in m["base"].get("tensors", {}).items():
             check(t, {**IDENTITY, "parts": r"(\{.+\})?"})
@@ -159,12 +160,15 @@ def merge(w, dtype, steps):  # R-060, R-061
     ):
         at = parts["index"][1][0].astype(int) if "index" in parts else tuple(slice(*r) for r in ranges)[: w.ndim]
         axes, arrays = zip(*(part for name, part in parts.items() if name not in ("index", "magnitude")), strict=True)
+        packed = len({"expert", "experts"} & u.keys())
+        kept = {packed - 1, packed + u.get("axis", 0)}  # by a magnitude or a factor
         out = "".join(axis for axis in "enkabcxyCKR" if axis in str(axes))
-        new = np.einsum(f"{','.join(axes)}->{out}", *arrays, optimize=True).reshape(w[at].shape)
+        new = np.einsum(f"{','.join(axes)}->{out}", *arrays, optimize=True)
+        along = [n if i in kept else 1 for i, n in enumerate(w[at].shape)]
+        new = w[at] * new.reshape(along) if u["kind"] == "scale" else new.reshape(w[at].shape)
         new = w[at] + float(u["scale"]) * (1 if u["kind"] == "dora" else weight) * new if "scale" in u else new
         if u["kind"] == "dora":
-            packed = len({"expert", "experts"} & u.keys())
-            norm = np.sqrt((new * new).sum(tuple({*range(w.ndim)} - {packed - 1, packed + u["axis"]}), keepdims=True))
+            norm = np.sqrt((new * new).sum(tuple({*range(w.ndim)} - kept), keepdims=True))
             need(((norm > 0) & (norm < np.inf)).all(), code="E-NONFINITE")
             new *= parts["magnitude"][1].reshape(norm.shape) / norm
         w[at] = new if weight == 1 or u["kind"] in ("lora", "loha", "lokr", "add") else w[at] + weight * (new - w[at])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import loratool
 from loratool import Adapter, Target, Targeted, TensorRef
-from loratool.updates import Add, Dora, Loha, Lokr, Lora, Replace, ReplaceRows, Scaling
+from loratool.updates import Add, Dora, Loha, Lokr, Lora, Replace, ReplaceRows, Scale, Scaling
 
 RANK, ALPHA = 2, 3.0
 SCALE = ALPHA / RANK
@@ -121,6 +121,12 @@ SIX = {
     "l.norm.weight": NORM.double(),
 }
 HADAMARD = {"l.q.weight": hadamard(MANY["l.q.weight"], QA, QB, VA, VB)}
+IA3_IN = values(IN, seed=16)
+SCALED = {
+    "l.q.weight": MANY["l.q.weight"].double() * IA3_IN.double(),
+    "l.o.weight": MANY["l.o.weight"].double() * MAGNITUDE.double()[:, None],
+    "l.o.bias": MANY["l.o.bias"].double() * MAGNITUDE.double(),
+}
 KRONECKER = {"l.q.weight": kronecker(MANY["l.q.weight"], W1, W2A @ W2B, ALPHA)}  # of rank 1
 
 
@@ -139,6 +145,7 @@ def native_adapter() -> Adapter:
         Targeted(Target("l.o.bias", (OUT,)), Add(ref(BIAS), Scaling(scale=SCALE))),
         Targeted(table, ReplaceRows(ref(torch.tensor(ROWS)), ref(NEW))),
         Targeted(Target("l.norm.weight", (OUT,)), Replace(ref(NORM))),
+        Targeted(Target("l.w.weight", (OUT, IN)), Scale(ref(MAGNITUDE), 0)),
     ]
     return Adapter(tuple(updates))
 
@@ -148,9 +155,10 @@ def native() -> list[Sample]:
         loratool.save(native_adapter(), place / "a.lora.safetensors")
         return place / "a.lora.safetensors"
 
-    base = MANY | {"l.k.weight": values(OUT, IN, seed=70)}
-    exact = {**SIX, **HADAMARD, "l.k.weight": kronecker(base["l.k.weight"], W1, W2A @ W2B, ALPHA)}
-    kinds = {"lora", "dora", "loha", "lokr", "replace", "add", "replace_rows"}
+    base = MANY | {"l.k.weight": values(OUT, IN, seed=70), "l.w.weight": values(OUT, IN, seed=71)}
+    exact = {**SIX, **HADAMARD, "l.w.weight": base["l.w.weight"].double() * MAGNITUDE.double()[:, None]}
+    exact |= {"l.k.weight": kronecker(base["l.k.weight"], W1, W2A @ W2B, ALPHA)}
+    kinds = {"lora", "dora", "loha", "lokr", "scale", "replace", "add", "replace_rows"}
     return [Sample(write, base, exact, frozenset(kinds))]
 
 
@@ -183,6 +191,9 @@ def peft_samples(name: str, wrapped: bool) -> list[Sample]:
         (loha, {"peft_type": "LOHA", "r": RANK, "alpha": ALPHA}, HADAMARD, {"loha"}),
         (lokr, {"peft_type": "LOKR", "r": 1, "alpha": ALPHA}, KRONECKER, {"lokr"}),
     )
+    if not wrapped:
+        ia3 = {"l.o.ia3_l": MAGNITUDE.reshape(-1, 1), "l.q.ia3_l": IA3_IN.reshape(1, -1)}
+        methods = (*methods, (ia3, {"peft_type": "IA3", "feedforward_modules": ["l.q"]}, SCALED, {"scale"}))
     return [
         Sample(
             file(
@@ -255,7 +266,7 @@ def lycoris() -> list[Sample]:
         "g.weight": plus(base["g.weight"], VA, QB) + SCALE * (base["g.weight"].double() @ VA.T.double() @ QA.double()),
         "w.weight": parts["w"]["set_weight"].double(),
     }
-    kinds = frozenset({"lora", "dora", "loha", "lokr", "add", "replace"})
+    kinds = frozenset({"lora", "dora", "loha", "lokr", "scale", "add", "replace"})
     return [Sample(file(state, "a.safetensors"), base, exact, kinds)]
 
 

@@ -1,7 +1,7 @@
 """Undo records decoded from `spec/UNDO.md` alone, in numpy: `restore(merged, adapters, record)` gives the base's bytes.
 
-Read next to the document: no speed, whole files in memory; lora, add, and dora of lora, with rows and experts. Digests
-and the checks of the manifest are left out; `block` checks all that it must.
+Read next to the document: no speed, whole files in memory; lora, add, scale, and dora of lora, with rows and experts.
+Digests and the checks of the manifest are left out; `block` checks all that it must.
 """
 
 import json
@@ -92,7 +92,7 @@ def restore(merged, adapters, record):
             own = {name.rpartition(".")[2]: widened(*part) for name, part in own.items()}
             updates.setdefault(u["target"], []).append((weight, u, own))
     for name, entry in json.loads(meta["loratool.undo"])["tensors"].items():
-        steps = sorted(updates.get(name, []), key=lambda step: step[1]["kind"] == "dora")  # the sort is stable
+        steps = sorted(updates.get(name, []), key=lambda step: "axis" in step[1])  # the sort is stable
         packed = any("expert" in u or "experts" in u for _, u, _ in steps)
         count, rows = entry["shape"][:2] if packed else (1, [*entry["shape"], 1][0])
         norms = (stored[f"{name}.norm.{n}"][1] for n in range(entry["norms"]))
@@ -104,12 +104,13 @@ def restore(merged, adapters, record):
             for w, u, c in reversed(touching):
                 c = {part: a[matrix] for part, a in c.items()} if "experts" in u else c
                 p = x[slice(*u.get("rows", (0, rows)))]  # a view
-                delta = c["value"] if "value" in c else c["B"] @ c["A"].reshape(len(c["A"]), -1)
-                delta = u["scale"] * delta.reshape(p.shape)
-                f = c["magnitude"] / kept.pop() if u["kind"] == "dora" else np.ones(1)
+                delta = c["value"] if "value" in c else c["B"] @ c["A"].reshape(len(c["A"]), -1) if "B" in c else 0 * p
+                delta = u.get("scale", 0) * delta.reshape(p.shape)
+                f = c["magnitude"] / kept.pop() if u["kind"] == "dora" else c.get("factor", np.ones(1))
                 f = f[:, None] if u.get("axis") == 0 else np.repeat(f, p.shape[1] // len(f))
-                d = (1 - w) + w * f if u["kind"] == "dora" else 1.0
-                p[:] = p / d - (w * f / d) * delta
+                d = (1 - w) + w * f if "axis" in u else 1.0
+                with np.errstate(all="ignore"):  # where d is 0 a literal stands
+                    p[:] = p / d - (w * f / d) * delta
             same = not touching and dtype == entry["dtype"]
             g = stored_bits.view(f"<i{stored_bits.itemsize}") if same else rounded(x, entry["dtype"])
             for start in range(0, rows, entry["height"]):

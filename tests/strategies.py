@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loratool import Adapter, Target, Targeted, TensorRef
-from loratool.updates import Add, Dora, Loha, Lokr, Lora, Replace, ReplaceRows, Scaling, Update
+from loratool.updates import Add, Dora, Loha, Lokr, Lora, Replace, ReplaceRows, Scale, Scaling, Update
 
 # The same examples in every run; HYPOTHESIS_PROFILE=explore looks further, with new ones each time.
 settings.register_profile("quick", max_examples=25, deadline=None, derandomize=True)
@@ -51,7 +51,8 @@ DIRECTIONS = (
     "lokr-both-mid",
 )
 DORAS = tuple(f"dora{axis}-{direction}" for axis in (0, 1) for direction in DIRECTIONS)
-MATRIX_FORMS = (*DIRECTIONS, *DORAS)
+SCALES = ("scale0", "scale1")
+MATRIX_FORMS = (*DIRECTIONS, *DORAS, *SCALES)
 ADDITIVE = (*DIRECTIONS, "add")
 FULL_FORMS = ("replace", "add", "replace_rows")
 FORMS = (*MATRIX_FORMS, *FULL_FORMS)
@@ -97,6 +98,9 @@ def make_update(
         count = int(torch.randint(1, region[0] + 1, (), generator=make.generator))
         index = torch.randperm(region[0], generator=make.generator)[:count].sort().values
         return ReplaceRows(TensorRef.of(index), make(count, *region[1:]))
+    if form in SCALES:
+        axis = int(form[-1])
+        return Scale(make(region[axis]), axis)
     if form.startswith("dora"):
         axis = int(form[4])
         direction = make_update(form[6:], region, make, rank, rule, alpha)
@@ -255,14 +259,14 @@ def updates(draw: st.DrawFn, form: str, region: Shape, experts: int | None = Non
 
 @st.composite
 def whole_tensor(draw: st.DrawFn, name: str, forms: Sequence[str]) -> list[Targeted]:
-    """Updates of a whole tensor that may be combined: deltas, or a replacement with a delta or a DoRA."""
+    """Updates of a whole tensor that may be combined: deltas, or a replacement with a delta, a DoRA or factors."""
     first = draw(pick(forms))
     shape = draw(small.filter(len) if first == "replace_rows" else small if first in FULL_FORMS else regions)
     target = Target(name, shape, layout=draw(layouts) if len(shape) == 2 else "")
     items = [Targeted(target, draw(updates(first, shape)))]
     if len(shape) > 1 and draw(st.booleans()):
         more = [f for f in forms if (f in ADDITIVE if first in ADDITIVE or first.startswith("replace") else False)]
-        more += [f for f in forms if f.startswith("dora")] if first.startswith("replace") else []
+        more += [f for f in forms if f.startswith(("dora", "scale"))] if first.startswith("replace") else []
         if more:
             items.insert(draw(st.integers(0, 1)), Targeted(target, draw(updates(draw(pick(more)), shape))))
     return items

@@ -205,7 +205,7 @@ def test_what_it_does_not_hold_is_refused(name: str, tmp_path: Path) -> None:
     target = next(name for name, value in case.base.items() if value.dim() == 2 and name in case.adapters[0].targets())
     shape = tuple(case.base[target].shape)
     for kind in {*native.KINDS} - case.kinds:
-        update = make_update("dora0-lora" if kind == "dora" else kind, shape, Maker(3))
+        update = make_update({"dora": "dora0-lora", "scale": "scale1"}.get(kind, kind), shape, Maker(3))
         adapter = Adapter((Targeted(Target(target, shape), update),))
         with pytest.raises(loratool.Unsupported) as caught:
             loratool.convert(adapter, tmp_path / f"{kind}{case.suffix}", name, base=base, **case.options)

@@ -186,6 +186,15 @@ def test_what_depends_on_the_base_merges_to_what_lycoris_computes_and_merges(nam
     for layer, module in layers(model):
         assert_float32_close(got[f"{layer}.weight"], module.weight.detach(), name=layer)
     assert changed(base, got) == {f"{layer}.weight" for layer, _ in layers(model)}
+    if name.startswith("ia3"):  # written again, it is LyCORIS's own file
+        names = (tmp_path / name for name in ("base.safetensors", "lycoris.safetensors", "a.lora.safetensors"))
+        file, own, native = names
+        loratool.convert(own, native, "native", base=file)
+        loratool.convert(native, tmp_path / "again.safetensors", "lycoris", base=file, as_component="model")
+        before, after = load_file(own), load_file(tmp_path / "again.safetensors")
+        assert before.keys() == after.keys()
+        for key, value in before.items():
+            assert torch.equal(value, after[key].to(value.dtype)), key  # LyCORIS casts the flag as well
 
 
 @pytest.mark.parametrize("algorithm", ["LoConModule", "LohaModule", "LokrModule"])

@@ -1,4 +1,4 @@
-"""LyCORIS's IA3 and GLoRA, whose change depends on the base's weights: their formulas, and which base they are of."""
+"""LyCORIS's IA3 and GLoRA, whose change depends on the base's weights: their formulas, and which base GLoRA is of."""
 
 from __future__ import annotations
 
@@ -15,10 +15,6 @@ from test_quantised import NAME, SHAPE, dequantised, fp8_base
 from torch import Tensor
 
 import loratool
-from loratool.checkpoint import open_checkpoint
-from loratool.conventions import of_base
-from loratool.conventions.flat_names import Stored
-from loratool.quantised import logical
 
 SHAPES = {"fc": (8, 6), "conv": (8, 6, 3, 3), "point": (8, 6, 1, 1), "tall": (700, 300)}  # the last: several blocks
 
@@ -117,15 +113,22 @@ def test_what_ia3_leaves_alone_keeps_its_bits_and_what_it_takes_away_is_zero(sid
     assert W[0].any()
 
 
-def test_another_adapter_adds_to_it(tmp_path: Path) -> None:
-    """The difference is that from the base, whatever else is merged, and whichever weight it has."""
+def test_another_adapter_of_the_same_weight_is_refused(tmp_path: Path) -> None:
+    """Whether it would be multiplied as well, no trainer says: one after the other is an order."""
     base = base_of()
     file, adapter, out = placed(base, ia3("fc", 0), tmp_path)
-    save_file(glora("fc"), tmp_path / "other.safetensors")
-    loratool.merge(file, [(adapter, 0.5), (tmp_path / "other.safetensors", 1.0)], out)
+    for lora in (glora("fc"), ia3("fc", 1)):
+        save_file(lora, tmp_path / "other.safetensors")
+        with pytest.raises(loratool.Mismatch, match="change the same elements") as caught:
+            loratool.merge(file, [(adapter, 0.5), (tmp_path / "other.safetensors", 1.0)], out)
+        assert caught.value.code == "E-OVERLAP"
+    loratool.merge(file, [(adapter, 0.5), (tmp_path / "other.safetensors", 0.0)], out)
     W = base["fc.weight"]
-    want = of_glora(W, glora("fc"), "fc") + 0.5 * (of_ia3(W, ia3("fc", 0), "fc") - W)
-    assert_float32_close(load_file(out)["fc.weight"], want)
+    assert_float32_close(load_file(out)["fc.weight"], W + 0.5 * (of_ia3(W, ia3("fc", 0), "fc") - W))
+    loratool.merge(out, tmp_path / "other.safetensors", tmp_path / "both.safetensors", onto_merged=True)
+    assert_float32_close(
+        load_file(tmp_path / "both.safetensors")["fc.weight"], of_ia3(load_file(out)["fc.weight"], ia3("fc", 1), "fc")
+    )
 
 
 def test_a_third_of_a_projection(tmp_path: Path) -> None:
@@ -144,6 +147,9 @@ def test_a_third_of_a_projection(tmp_path: Path) -> None:
     loratool.convert(adapter, tmp_path / "a.lora.safetensors", "native", base=file)
     loratool.merge(file, tmp_path / "a.lora.safetensors", tmp_path / "again.safetensors")
     assert torch.equal(load_file(out)[name], load_file(tmp_path / "again.safetensors")[name])
+    loratool.convert(adapter, tmp_path / "b.safetensors", "lycoris", base=file, as_component="te1")
+    loratool.merge(file, tmp_path / "b.safetensors", tmp_path / "third.safetensors")
+    assert_float32_close(load_file(tmp_path / "third.safetensors")[name], want)
 
 
 @pytest.mark.parametrize("layout", ["deepseek", "small-blocks"])
@@ -157,13 +163,18 @@ def test_a_quantised_base_counts_as_the_numbers_it_stands_for(layout: str, tmp_p
     assert_float32_close(got[NAME], dequantised(state, NAME, layout).double() * (1 + w.double()[:, None]))
 
 
-def test_a_part_of_a_quantised_weight_counts_as_such_too(tmp_path: Path) -> None:
-    state = fp8_base(tmp_path / "base", "small-blocks")
-    whole = logical(open_checkpoint(tmp_path / "base")).tensors[NAME]
-    w = values(100, seed=1)
-    got = of_base.scaled(loratool.TensorRef.of(w), 0, Stored(whole.narrow(0, 130, 100), whole)).read()
-    want = dequantised(state, NAME, "small-blocks")[130:230].double() * w.double()[:, None]
-    assert_float32_close(got, want)
+def test_its_factors_are_of_no_base(tmp_path: Path) -> None:
+    """Written with one base's shapes, it merges into another base of these: eight numbers, none of them a weight's."""
+    file, adapter, out = placed(base_of(), ia3("fc", 0), tmp_path)
+    native, other = tmp_path / "a.lora.safetensors", base_of(torch.bfloat16)
+    loratool.convert(adapter, native, "native", base=file)
+    assert loratool.validate(native) == []
+    assert not loratool.load(native).base.tensors
+    assert native.stat().st_size < 1024
+    other["fc.weight"] *= 3
+    save_file(other, tmp_path / "other.safetensors")
+    loratool.merge(tmp_path / "other.safetensors", native, out, reproducible=True)
+    assert_rounded(load_file(out)["fc.weight"], of_ia3(other["fc.weight"], ia3("fc", 0), "fc"))
 
 
 # -- without the base --------------------------------------------------------------------------------------------------
@@ -178,14 +189,14 @@ def test_without_the_base_it_can_be_looked_at(tmp_path: Path) -> None:
     summary = loratool.inspect(adapter)
     found = {layer.target: (layer.kind, layer.shape, layer.rank, layer.scale) for layer in summary.layers}
     assert found == {
-        "lycoris_fc.weight": ("add", (8,), None, 1.0),
+        "lycoris_fc.weight": ("scale", (8,), None, None),
         "lycoris_conv.weight": ("lora", (8, 6, 3, 3), 2 + 2 * 9, 1.5),
     }
-    assert any(note.startswith("IA3 multiplies the base's weights: only the base") for note in summary.notes)
+    assert any(note.startswith("IA3 has one side of each weight: only the base") for note in summary.notes)
     assert any(note.startswith("GLoRA's delta has the base's weights in it") for note in summary.notes)
     known = loratool.inspect(adapter, base=file)
     assert {layer.target: layer.shape for layer in known.layers} == {"fc.weight": (8, 6), "conv.weight": (8, 6, 3, 3)}
-    assert any(note.startswith("IA3 as the difference that it makes to this base") for note in known.notes)
+    assert [layer.kind for layer in known.layers] == ["lora", "scale"]
 
 
 def test_without_the_base_it_is_not_written(tmp_path: Path) -> None:
@@ -200,7 +211,7 @@ def test_without_the_base_it_is_not_written(tmp_path: Path) -> None:
         with pytest.raises(loratool.LoratoolError) as caught:
             act()
         said = [problem.message for problem in caught.value.problems]
-        assert any(message.startswith("IA3 multiplies the base's weights") for message in said)
+        assert any(message.startswith("IA3 has one side of each weight") for message in said)
         assert any(message.startswith("GLoRA's delta has the base's weights in it") for message in said)
         assert all("base" in problem.hint for problem in caught.value.problems)
         assert not out.exists()
@@ -219,18 +230,18 @@ def test_written_with_its_base_it_is_of_that_base(way: str, tmp_path: Path) -> N
     native = tmp_path / "a.lora.safetensors"
     if way == "convert":
         report = loratool.convert(adapter, native, "native", base=file)
-        assert sum("it is for no other base" in note for note in report.notes) == 2
+        assert sum("it is for no other base" in note for note in report.notes) == 1
     else:
         loratool.save(loratool.load(adapter, base=file), native)
     assert loratool.validate(native) == []
-    assert loratool.load(native).base.tensors.keys() == {"fc.weight", "conv.weight"}
+    assert loratool.load(native).base.tensors.keys() == {"conv.weight"}
     loratool.merge(file, native, tmp_path / "by-way.safetensors")
     loratool.merge(file, adapter, out)
     want, got = load_file(out), load_file(tmp_path / "by-way.safetensors")
     assert all(torch.equal(want[name], got[name]) for name in base)
-    base["fc.weight"] = base["fc.weight"] * 2
+    base["conv.weight"] = base["conv.weight"] * 2
     save_file(base, tmp_path / "other.safetensors")
-    with pytest.raises(loratool.Mismatch, match="not the base that the adapter was trained on: fc"):
+    with pytest.raises(loratool.Mismatch, match="not the base that the adapter was trained on: conv"):
         loratool.merge(tmp_path / "other.safetensors", native, tmp_path / "never.safetensors")
 
 
@@ -301,9 +312,8 @@ def test_it_is_taken_out_with_the_base_or_as_what_it_was_there(tmp_path: Path) -
         loratool.unmerge(out, given, tmp_path / f"by-{way}.safetensors", **options)
         got = load_file(tmp_path / f"by-{way}.safetensors")
         assert all(torch.equal(got[name], base[name]) for name in base), way
-    loratool.unmerge(out, native, back)
-    for name, value in load_file(back).items():
-        assert_float32_close(value, base[name].double(), name=name)
+    with pytest.raises(loratool.AnswerIsNo, match="without the base this can not be taken out"):
+        loratool.unmerge(out, native, back)
     assert loratool.verify(out, file, adapter).answer
 
 

@@ -36,7 +36,7 @@ from torch import Tensor
 
 import loratool
 from loratool import Adapter, Target, Targeted, TensorRef
-from loratool.updates import Add, Dora, Loha, Lora, Replace, Scaling, Update
+from loratool.updates import Add, Dora, Loha, Lora, Replace, Scale, Scaling, Update
 
 Parts = Sequence[Adapter | tuple[Adapter, float]]
 
@@ -187,6 +187,8 @@ def rows_of(update: Update, start: int, stop: int) -> Update:
             return replace(update, B1=cut(update.B1), B2=cut(update.B2))
         case Replace() | Add():
             return replace(update, value=cut(update.value))
+        case Scale():
+            return update if update.axis == 1 else replace(update, factor=cut(update.factor))
         case Dora():
             return replace(update, direction=rows_of(update.direction, start, stop), magnitude=cut(update.magnitude))
         case _:

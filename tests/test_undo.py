@@ -50,7 +50,7 @@ from loratool import Adapter, Target, Targeted, TensorRef
 from loratool.errors import LoratoolError
 from loratool.layout import NewTensor, Weighted
 from loratool.rounding import bits
-from loratool.updates import Add, Dora, Lora, Replace, ReplaceRows, Scaling, Update
+from loratool.updates import Add, Dora, Lora, Replace, ReplaceRows, Scale, Scaling, Update
 from loratool.updates.lora import LoraBlock
 
 blocks: ModuleType = importlib.import_module("loratool.blocks")
@@ -258,6 +258,30 @@ def test_dora_with_a_weight(weight: float, machine: str) -> None:
     for axis in (0, 1):
         updates = weighted(Target("l.weight", (48, 32)), (make_update(f"dora{axis}-lora", (48, 32), Maker(5)), weight))
         there_and_back(values(48, 32), updates, wrong=MACHINES[machine]())
+
+
+@machines
+@pytest.mark.parametrize("weight", [1.0, 0.5, -0.5, 2.0, 1e-3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_factors_with_a_weight(dtype: str, weight: float, machine: str) -> None:
+    """Also where a factor takes all of a row or column away, nearly all of it, or turns it round."""
+    for axis, length in enumerate((48, 32)):
+        factor = values(length, dtype="F32") + 1
+        whole = 1 - 1 / weight  # (1 - w) + w f = 0
+        factor[:5] = torch.tensor([whole, 0.0, -1.0, whole + 2.0**-20, 2.0**-60])
+        updates = weighted(Target("l.weight", (48, 32)), (Scale(TensorRef.of(factor), axis), weight))
+        there_and_back(values(48, 32, dtype=dtype), updates, wrong=MACHINES[machine]())
+
+
+def test_what_a_factor_of_zero_takes_away_is_all_that_is_stored_in_full() -> None:
+    for axis, length in enumerate((48, 32)):
+        factor = values(length, dtype="F32").abs() + 0.5
+        factor[3] = 0
+        seen = Seen(values(48, 32), weighted(Target("l.weight", (48, 32)), (Scale(TensorRef.of(factor), axis), 1.0)))
+        marks = torch.zeros(48, 32, dtype=torch.bool)
+        marks.view(-1)[seen.literal] = True
+        assert marks.transpose(0, axis)[3].all()
+        assert marks.sum() == 48 * 32 // length
 
 
 @machines
@@ -500,7 +524,7 @@ def guesses(W: Tensor, updates: tuple[Weighted, ...], wrong: Sequence[Patch]) ->
 
 @machines
 @pytest.mark.parametrize("dtype", NARROW)
-@pytest.mark.parametrize("form", ["lora", "add", "replace", "lokr", "dora0-lora", "dora1-loha"])
+@pytest.mark.parametrize("form", ["lora", "add", "replace", "lokr", "dora0-lora", "dora1-loha", "scale0"])
 def test_every_machine_predicts_the_same(form: str, dtype: str, machine: str) -> None:
     """Bit for bit, wherever the record does not hold the number itself; and that is next to never."""
     updates = weighted(Target("l.weight", (96, 64)), (make_update(form, (96, 64), Maker(2), rank=8), 0.5))
@@ -1087,7 +1111,7 @@ def test_the_reference_decoder_agrees_about_blocks(case: Any) -> None:
         assert found.tobytes() == bytes_of(case, "restored")
 
 
-PLAIN = ("lora", "add", "dora0-lora", "dora1-lora")
+PLAIN = ("lora", "add", "dora0-lora", "dora1-lora", "scale0", "scale1")
 
 
 @settings(max_examples=80)

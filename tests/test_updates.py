@@ -33,7 +33,7 @@ from torch import Tensor
 
 import loratool
 from loratool import Adapter, Target, Targeted, TensorRef
-from loratool.updates import KINDS, Dora, Lora, ReplaceRows, Scaling, Update
+from loratool.updates import KINDS, Dora, Lora, ReplaceRows, Scale, Scaling, Update
 
 SHAPES = {"linear": (6, 4), "conv1d": (6, 4, 3), "conv2d": (6, 4, 3, 2)}
 UNIT = {"F32": 2.0**-24, "F64": 2.0**-53}  # of the compute dtype
@@ -79,6 +79,10 @@ def changed(update: Update, W: Array, weight: float, t: dict[str, Array]) -> Arr
         for row, value in zip(t["index"].astype(int), t["value"], strict=True):
             new[row] = value if weight == 1 else new[row] + weight * (value - new[row])
         return new
+    if isinstance(update, Scale):
+        along = [1] * W.ndim
+        along[update.axis] = -1
+        return W + weight * (t["factor"].reshape(along) * W - W)
     assert update.scaling is not None
     assert update.scaling.scale is not None
     if not isinstance(update, Dora):
@@ -103,6 +107,8 @@ def band(update: Update, W: Array, weight: float, t: dict[str, Array], unit: flo
         columns = np.linalg.norm(t["A"], axis=0)
         spread = np.multiply.outer(rows, columns)
         return 2 * unit * exact + (rank + 2) * unit * abs(weight * update.scaling.scale) * spread
+    if isinstance(update, Scale):
+        return 16 * unit * np.abs(W) * (1 + abs(weight) * (1 + sizes["factor"].max()))
     if update.scaling is None:
         return 16 * unit * (np.abs(W) + changed(update, np.abs(W) * 0, abs(weight), sizes))
     assert update.scaling.scale is not None

@@ -70,6 +70,7 @@ def all_kinds() -> list[Adapter]:
         on_many(q__weight="dora0-lora", v__weight="dora0-lora"),
         on_many(q__weight="loha", v__weight="loha"),
         on_many(q__weight="lokr"),
+        on_many(q__weight="scale0", o__weight="scale1"),
     ]
 
 
@@ -99,6 +100,7 @@ def written_by_lycoris() -> Written:
     adapters = [
         on_many(q__weight="lora", v__weight="loha", o__weight="lokr", o__bias="add"),
         on_many(q__weight="dora0-lora", v__weight="dora1-lora", o__weight="replace"),
+        on_many(q__weight="scale0", v__weight="scale1"),
     ]
     return Written(adapters, MANY, ".safetensors", {"as_component": "unet"}, turned={"replace": "add"})
 

@@ -15,7 +15,7 @@ Per module, after its flattened name (`lycoris_...` or sd-scripts' prefixes):
     alpha                                         scale = alpha / rank, whatever the trainer's rule was
 
 What is learned is what LyCORIS's forward computes; its `merge_to` applies the scale of LoHa and LoKr twice.
-IA3 and GLoRA change the base's weights by what these are: given the base, they are a difference and a LoRA.
+GLoRA changes the base's weights by what these are: given the base, it is a LoRA. IA3 only needs their shape.
 OFT and BOFT rotate the base's weights, and are refused.
 """
 
@@ -25,6 +25,7 @@ import math
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint
@@ -41,12 +42,16 @@ from loratool.conventions.flattened import (
 )
 from loratool.conventions.headers import training_args
 from loratool.errors import InvalidFile, Mismatch, Problem, Unsupported
-from loratool.tensors import Shape, TensorRef
-from loratool.updates import RULES, Add, Dora, Loha, Lokr, Lora, Replace, Scaling
+from loratool.maps.cutting import Derived
+from loratool.tensors import Shape, TensorRef, torch_dtype
+from loratool.updates import RULES, Add, Dora, Loha, Lokr, Lora, Replace, Scale, Scaling
+
+if TYPE_CHECKING:
+    import torch
 
 NAME = "lycoris"
 TITLE = "LyCORIS adapter"
-KINDS = ("lora", "dora", "loha", "lokr", "replace", "add")
+KINDS = ("lora", "dora", "loha", "lokr", "scale", "replace", "add")
 TESTED = "lycoris-lora 4.1.3"
 OPTIONS = ("component", "uniform", "base_name")
 SUFFIXES = (".safetensors",)
@@ -193,15 +198,23 @@ def _ia3(module: Module, region: Shape | None) -> Piece:
     if not length or sum(dim != 1 for dim in w.shape) > 1:
         raise InvalidFile(Problem("E-SHAPE", f"{module.key}: IA3's weight is {list(w.shape)}, not one row of numbers"))
     if region is None or module.stored is None:
-        module.doubts.add("IA3 multiplies the base's weights: only the base can tell by how much that changes them")
-        return Piece("weight", (length,), _add(w.reshape(length)))
+        module.doubts.add("IA3 has one side of each weight: only the base can tell the other")
+        return Piece("weight", (length,), Scale(_one_more(w, length), 0))
     if len(region) < 2 or region[int(axis)] != length:
         what = (
             f"{module.key}: IA3's weight has {length} numbers, for the {'inputs' if axis else 'outputs'} of the base's"
         )
         raise Mismatch(Problem("E-SHAPE", f"{what} {list(region)}", hint="is this the adapter's base?"))
-    module.notes.add("IA3 as the difference that it makes to this base's weights, W * w: it is for no other base")
-    return Piece("weight", region, _add(of_base.scaled(w, int(axis), module.stored)))
+    return Piece("weight", region, Scale(_one_more(w, length), int(axis)))
+
+
+def _one_more(w: TensorRef, length: int) -> TensorRef:
+    """1 + w [length], the factors: in float64, which holds what float32 would round away."""
+
+    def make() -> torch.Tensor:
+        return w.read(torch_dtype("F64")).reshape(length) + 1
+
+    return TensorRef(w.name, "F64", (length,), Derived(w, make), (length,))
 
 
 def _glora(module: Module, region: Shape | None, rescaled: bool | None) -> Piece:

@@ -21,7 +21,7 @@ from loratool.conventions.kohya_write import FLAT, STACKED, FlatFile, misfit_of_
 from loratool.conventions.writing import Misfit, Options, grouped
 from loratool.names import parent
 from loratool.tensors import Computed, TensorRef, torch_dtype
-from loratool.updates import Add, Dora, Loha, Lokr, Lora, Replace, Scaling, Update
+from loratool.updates import Add, Dora, Loha, Lokr, Lora, Replace, Scale, Scaling, Update
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +61,8 @@ def _misfit(name: str, items: list[Targeted], keys: Keys, base: Checkpoint | Non
         return Misfit((), "there are no single rows in its files")
     if any(item.target.stacked for item in items):
         return STACKED
+    if "scale" in kinds and any(len(item.target.shape) < 2 for item in items):
+        return Misfit((), "it has IA3 of weights only, not of biases")
     if not kinds <= {"add", "replace"} and (misfit := misfit_of_lora(items)) is not None:
         return misfit
     if not (keys.in_parts(name) and _apart(items)):  # otherwise each is an update of a module of its own
@@ -92,8 +94,33 @@ def _apart(items: list[Targeted]) -> bool:
 
 
 def _is_by_rows(update: Update) -> bool:
-    """Whether a DoRA can be cut into ranges of rows: its norm is one per row, and its direction can be cut."""
-    return isinstance(update, Dora) and update.axis == 0 and isinstance(update.direction, Lora | Loha)
+    """Whether it can be cut into ranges of rows: factors, or a DoRA of one norm per row whose direction can be cut."""
+    return isinstance(update, Scale) or (
+        isinstance(update, Dora) and update.axis == 0 and isinstance(update.direction, Lora | Loha)
+    )
+
+
+# -- IA3 --------------------------------------------------------------------------------------------------------------
+
+
+def _one_less(factor: TensorRef) -> TensorRef:
+    """The w of W' = W (1 + w), of the factors' shape."""
+
+    def make() -> torch.Tensor:
+        return (factor.read(torch_dtype("F64")) - 1).to(torch_dtype("F32"))
+
+    return TensorRef(factor.name, "F32", factor.shape, Computed(make), factor.shape)
+
+
+def _flag(axis: int) -> TensorRef:
+    """`on_input`, a tensor [] of int64."""
+
+    def make() -> torch.Tensor:
+        import torch
+
+        return torch.tensor(axis, device="cpu")
+
+    return TensorRef("on_input", "I64", (), Computed(make), ())
 
 
 # -- whole tensors ----------------------------------------------------------------------------------------------------
@@ -141,8 +168,13 @@ class _LycorisFile(FlatFile):
             part = f"{key.parameter[0]}_norm" if norm else "diff" if key.parameter == "weight" else "diff_b"
             self.put(key, part, folding.rescaled(update, ONE).value)
             return
+        ones = (1,) * (len(region) - 2)
+        if isinstance(update, Scale):
+            shape = (1, region[update.axis], *ones) if ones else (region[update.axis],)
+            self.put(key, "weight", _one_less(update.factor).reshape(*shape))
+            self.put(key, "on_input", _flag(update.axis))
+            return
         if isinstance(update, Dora):
-            ones = (1,) * (len(region) - 2)
             shape = (region[0], 1, *ones) if update.axis == 0 else (1, region[1], *ones)
             self.put(key, "dora_scale", update.magnitude.reshape(*shape))
             update = update.direction
@@ -203,5 +235,7 @@ def _notes(adapter: Adapter, file: FlatFile) -> Iterator[str]:
     beside = {name.replace(".b_norm", ".w_norm").replace(".diff_b", ".diff"): name for name in alone}
     if lost := len(beside.keys() - file.tensors.keys()):
         yield f"{lost} biases have no difference of their weight beside them: ComfyUI reads such, LyCORIS does not"
+    if any(isinstance(item.update, Scale) for item in adapter.updates):
+        yield "LyCORIS 4.1.3 saves IA3 so, and fails to load it again; loratool reads it"
     if any(isinstance(item.update, Dora) and item.update.axis == 1 for item in adapter.updates):
         yield "LyCORIS loads a magnitude of DoRA per output only; these are one per input"

@@ -16,7 +16,7 @@ from loratool.tensors import TensorRef
 
 NAME = "native"
 TITLE = "loratool adapter"
-KINDS = ("lora", "dora", "loha", "lokr", "replace", "add", "replace_rows")
+KINDS = ("lora", "dora", "loha", "lokr", "scale", "replace", "add", "replace_rows")
 TESTED = "its own conformance vectors"
 OPTIONS = ("uniform", "base_name", "revision")
 SUFFIXES = (".safetensors",)

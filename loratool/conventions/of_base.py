@@ -32,27 +32,6 @@ class OfBase(Derived):
 # -- what methods make of a weight -------------------------------------------------------------------------------------
 
 
-def scaled(w: TensorRef, axis: int, stored: Stored, offset: float = 0.0) -> TensorRef:
-    """W * (w + offset), for one w per row (axis 0) or per column of dim 1 (axis 1) of W [out, in, kernel...] or [out].
-
-    Shape: that of W.
-    """
-    shape = stored.part.shape
-    ones = [1] * (len(shape) - 1 - axis)
-    dtype = _wider(w, stored.part)
-
-    def make() -> torch.Tensor:
-        import torch
-
-        factors = w.read(torch.float64).reshape(-1, *ones) + offset  # [out, 1...] or [in, 1...]
-        made = empty(shape, torch_dtype(dtype))
-        for start, W in _blocks(stored.part):  # [some rows, in, kernel...]
-            made[start : start + len(W)] = W * (factors[start : start + len(W)] if axis == 0 else factors)
-        return made
-
-    return _of_base(w, dtype, shape, make, stored)
-
-
 def sent_through(a: TensorRef, b: TensorRef, region: Shape, stored: Stored | None) -> TensorRef:
     """[b | W a]: b [out, ranks], and W [out, in, kernel...] times a [in, ranks], for each position in the kernel.
 

@@ -35,7 +35,7 @@ from loratool.updates import Add, Dora, Lora, Replace, ReplaceRows, Scaling
 
 NAME = "peft"
 TITLE = "PEFT adapter"
-KINDS = ("lora", "dora", "loha", "lokr", "replace", "add", "replace_rows")
+KINDS = ("lora", "dora", "loha", "lokr", "scale", "replace", "add", "replace_rows")
 TESTED = "peft 0.21.2"
 OPTIONS = ("uniform", "task_type", "base_name", "revision")
 SUFFIXES: tuple[str, ...] = ()
@@ -226,7 +226,7 @@ class PeftReader:
             loha, shape = peft_kinds.loha(saved, lambda rank: self.scales.of(module.name, rank))
             yield Targeted(Target(name, shape), loha)
         elif kind == "IA3":
-            yield from peft_ia3.updates(saved, name, self.facts, self.notes)
+            yield from peft_ia3.updates(saved, name, self.facts)
         else:
             lokrs, shape = peft_kinds.lokr(saved, lambda rank: self.scales.lokr(module.name, rank))
             yield from (Targeted(Target(name, shape), lokr) for lokr in lokrs)

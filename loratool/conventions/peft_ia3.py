@@ -1,7 +1,8 @@
 """PEFT's (IA)^3: one learned number per output of a layer, or per input of a feedforward layer, times its weights.
 
 ``.ia3_l`` is l [out, 1], or [1, in] of a feedforward layer; of convolutions [1, n, 1...] for both. W' = W * l, and
-where l is per output the bias is multiplied as well (peft/tuners/ia3/layer.py). Given the base, those are differences.
+where l is per output the bias is multiplied as well (peft/tuners/ia3/layer.py). The numbers are no base's; but how long
+the weight's other side is, and whether there is a bias, the file does not say.
 """
 
 from __future__ import annotations
@@ -9,20 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from loratool.adapter import Target, Targeted
-from loratool.conventions import of_base
-from loratool.conventions.flat_names import Stored
 from loratool.conventions.peft_base import BaseFacts
 from loratool.conventions.peft_kinds import Saved
 from loratool.errors import ChoiceNeeded, InvalidFile, Mismatch, Problem
 from loratool.names import parent
 from loratool.tensors import TensorRef
-from loratool.updates import Add, Scaling
+from loratool.updates import Scale
 
-DOUBT = "(IA)^3 multiplies the base's weights: only the base can tell by how much that changes them"
-NOTE = "(IA)^3 as the differences that it makes to this base's weights and biases: they are for no other base"
+DOUBT = "(IA)^3 has one side of each weight: only the base can tell the other, and which layers have a bias"
 
 
-def updates(saved: Saved, name: str, facts: BaseFacts, notes: list[str]) -> Iterator[Targeted]:
+def updates(saved: Saved, name: str, facts: BaseFacts) -> Iterator[Targeted]:
     """What it does to the weight `name`, and to the bias beside that, if the base is known and has one."""
     (vector,) = saved.take("ia3_l")
     by_input = _is_by_input(saved, vector, facts)
@@ -31,13 +29,11 @@ def updates(saved: Saved, name: str, facts: BaseFacts, notes: list[str]) -> Iter
     if facts.base is None:
         if DOUBT not in facts.doubts:
             facts.doubts.append(DOUBT)
-        yield _add(name, vector.reshape(vector.numel), "")
+        yield _unplaced(name, vector)
     elif saved.stored is not None:
-        if NOTE not in notes:
-            notes.append(NOTE)
         yield from _known(saved, name, vector, by_input, saved.stored, facts)
     else:
-        yield _add(name, vector.reshape(vector.numel), "")  # a target the base does not have: the plan says so
+        yield _unplaced(name, vector)  # a target the base does not have: the plan says so
 
 
 def _known(
@@ -54,13 +50,14 @@ def _known(
     axis = int(by_input) if layout == "" else 1 - int(by_input)
     if dims[axis] != count:
         raise saved.bad(f"the base has {list(stored.shape)}")
-    yield _add(name, of_base.scaled(vector, axis, Stored(stored, stored), -1.0), layout)
+    factor = vector.reshape(count)
+    yield Targeted(Target(name, stored.shape, layout=layout), Scale(factor, axis))
     bias = facts.stored(f"{parent(name)}.bias")
     if bias is None or by_input:
         return
     if bias.shape != (count,):
         raise saved.bad(f"the base's bias is {list(bias.shape)}")
-    yield _add(f"{parent(name)}.bias", of_base.scaled(vector, 0, Stored(bias, bias), -1.0), "")
+    yield Targeted(Target(f"{parent(name)}.bias", bias.shape), Scale(factor, 0))
 
 
 def _is_by_input(saved: Saved, vector: TensorRef, facts: BaseFacts) -> bool:
@@ -78,5 +75,6 @@ def _is_by_input(saved: Saved, vector: TensorRef, facts: BaseFacts) -> bool:
     return shown
 
 
-def _add(name: str, value: TensorRef, layout: str) -> Targeted:
-    return Targeted(Target(name, value.shape, layout=layout), Add(value, Scaling("none", None, None, 1.0)))
+def _unplaced(name: str, vector: TensorRef) -> Targeted:
+    """The factors alone, to be looked at: nothing says what they lie beside."""
+    return Targeted(Target(name, (vector.numel,)), Scale(vector.reshape(vector.numel), 0))

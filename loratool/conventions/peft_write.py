@@ -16,6 +16,7 @@ from loratool import folding
 from loratool.adapter import Adapter, Targeted
 from loratool.bundle import Bundle
 from loratool.checkpoint import Checkpoint
+from loratool.conventions import peft_write_ia3 as factors
 from loratool.conventions import peft_write_products as products
 from loratool.conventions.peft_about import About
 from loratool.conventions.peft_folder import INSIDE, PART_OF_A_TENSOR, Homes, folder, leaf
@@ -47,6 +48,8 @@ DIFFERENCE = Misfit(
 
 
 def misfits(adapter: Adapter, base: Checkpoint | None, options: Options) -> list[Misfit]:
+    if factors.is_for(adapter):
+        return factors.misfits(adapter, base)
     if (kind := products.kind_of(adapter)) is not None:
         conditional = [Misfit(tuple(adapter.targets()), ALWAYS.why, "", False)] if adapter.when else []
         return [*products.misfits(adapter, kind), *conditional]
@@ -60,6 +63,8 @@ def misfits(adapter: Adapter, base: Checkpoint | None, options: Options) -> list
 
 
 def write(adapter: Adapter, base: Checkpoint | None, options: Options) -> Bundle:
+    if factors.is_for(adapter):
+        return factors.write(adapter, base, options)
     if (kind := products.kind_of(adapter)) is not None:
         return products.write(adapter, kind, base, options)
     parts = _Parts.of(adapter)
@@ -139,7 +144,7 @@ class _Parts:
     def misfit(self, name: str, items: list[Targeted]) -> Misfit | None:
         """Why PEFT can not hold the updates of one tensor."""
         kinds = Counter(item.update.kind for item in items)
-        if foreign := sorted(kinds.keys() & {"loha", "lokr"}):
+        if foreign := sorted(kinds.keys() & {"loha", "lokr", "scale"}):
             return Misfit((), f"a LoRA adapter of PEFT has no {foreign[0]} update")
         if name in self.layers and (misfit := self._misfit_layer(name)) is not None:
             return misfit

@@ -15,7 +15,8 @@ MAX_RANK = 65_536
 MAX_MANIFEST = 50_000_000  # bytes
 MAX_FREE_VALUES = 100_000  # JSON values in `info`, provenance and vendor keys together
 
-FEATURES = {"dora", "loha", "lokr", "replace", "add", "replace_rows", "mid", "rows", "expert", "experts", "conditional"}
+FEATURES = {"dora", "loha", "lokr", "scale", "replace", "add", "replace_rows", "mid", "rows", "expert", "experts"}
+FEATURES |= {"conditional"}
 CORES = {"mid", "mid1", "mid2"}
 DIRECTIONS = ("lora", "loha", "lokr")
 
@@ -25,7 +26,7 @@ IDENTITY_KEYS = ("digest", "dtype", "shape")
 DIGEST = re.compile(r"(blake3|sha256):[0-9a-f]{64}")
 UPDATE_KEYS = {"target", "part", "kind", "shape", "rows", "expert", "experts", "layout"}
 SCALE_KEYS = {"rank", "alpha", "scaling", "scale"}
-DORA_KEYS = {"direction", "axis"}
+OWN_KEYS = {"dora": {"direction", "axis"}, "scale": {"axis"}}  # of single kinds
 
 # The sets of components a kind can have; the file's own tensors decide which one it is.
 _LORA = ({"A", "B"}, {"A", "B", "mid"})
@@ -35,6 +36,7 @@ COMPONENTS: dict[str, tuple[set[str], ...]] = {
     "lora": _LORA,
     "loha": _LOHA,
     "lokr": _LOKR,
+    "scale": ({"factor"},),
     "replace": ({"value"},),
     "add": ({"value"},),
     "replace_rows": ({"index", "value"},),

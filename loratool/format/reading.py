@@ -19,7 +19,6 @@ from loratool.format.keys import (
     COMPONENTS,
     DIGEST,
     DIRECTIONS,
-    DORA_KEYS,
     FEATURES,
     FORMAT_NAME,
     IDENTITY_KEYS,
@@ -30,12 +29,13 @@ from loratool.format.keys import (
     MAX_RANK,
     MAX_UPDATES,
     METADATA_KEY,
+    OWN_KEYS,
     PARTS,
     SCALE_KEYS,
     UPDATE_KEYS,
 )
 from loratool.tensors import DTYPE_BITS, TensorRef, is_int
-from loratool.updates import KINDS, RULES, Add, Dora, Replace, ReplaceRows, Scaling, Update
+from loratool.updates import KINDS, RULES, Add, Dora, Replace, ReplaceRows, Scale, Scaling, Update
 
 
 class Parsed(NamedTuple):
@@ -199,11 +199,14 @@ class _Reader:
             self.complain("E-KIND", "R-021", f"{what} ({name}) is of the unknown kind {kind!r}")
             return None
         is_dora = kind == Dora.kind
-        self.known_keys(what, entry, UPDATE_KEYS | SCALE_KEYS | (DORA_KEYS if is_dora else set()))
+        self.known_keys(what, entry, UPDATE_KEYS | SCALE_KEYS | OWN_KEYS.get(kind, set()))
         target = self.target(what, name, entry)
         direction = entry.get("direction") if is_dora else kind
-        if is_dora and (direction not in DIRECTIONS or not is_int(entry.get("axis")) or entry["axis"] not in (0, 1)):
-            self.complain("E-MANIFEST", "R-028", f"{what} needs a direction among {DIRECTIONS} and an axis 0 or 1")
+        if is_dora and direction not in DIRECTIONS:
+            self.complain("E-MANIFEST", "R-028", f"{what} needs a direction among {DIRECTIONS}")
+            return None
+        if "axis" in OWN_KEYS.get(kind, set()) and (not is_int(entry.get("axis")) or entry["axis"] not in (0, 1)):
+            self.complain("E-MANIFEST", "R-028", f"{what} needs an axis 0 or 1")
             return None
         parts = self.components(what, f"{stored}.{ordinal}.", str(direction), is_dora)
         scaling = self.scaling(what, str(direction), entry, parts)
@@ -211,7 +214,9 @@ class _Reader:
             return None
         magnitude = parts.pop("magnitude", None)
         update: Update
-        if direction in (Replace.kind, ReplaceRows.kind):
+        if direction == Scale.kind:
+            update = Scale(parts["factor"], entry["axis"])
+        elif direction in (Replace.kind, ReplaceRows.kind):
             update = KINDS[direction](**parts)
         else:
             update = KINDS[str(direction)](**parts, factors=scaling)  # type: ignore[call-arg]  # table of dataclasses
@@ -253,7 +258,7 @@ class _Reader:
     def scaling(self, what: str, kind: str, entry: dict[str, Any], parts: Mapping[str, TensorRef]) -> Scaling:
         """Rank, alpha, rule and scale of an update, and that they agree (R-024 to R-026)."""
         rank, alpha, rule, scale = (entry.get(key) for key in ("rank", "alpha", "scaling", "scale"))
-        if kind in (Replace.kind, ReplaceRows.kind):
+        if kind in (Scale.kind, Replace.kind, ReplaceRows.kind):
             if SCALE_KEYS & entry.keys():
                 self.complain("E-SCALE", "R-024", f"{what}: a {kind} has no {sorted(SCALE_KEYS & entry.keys())}")
             return Scaling()

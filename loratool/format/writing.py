@@ -18,7 +18,7 @@ from loratool.format.keys import CORES, FORMAT_NAME, MAX_FREE_VALUES, MAX_MANIFE
 from loratool.format.reading import read
 from loratool.staging import staged
 from loratool.tensors import TensorRef, is_int
-from loratool.updates import Dora
+from loratool.updates import Dora, Scale
 
 
 def write(adapter: Adapter, path: Path) -> None:
@@ -186,6 +186,8 @@ def _entry(item: Targeted) -> dict[str, Any]:
         optional |= {"rank": scaling.rank, "alpha": scaling.alpha, "scaling": scaling.rule, "scale": scaling.scale}
     if isinstance(update, Dora):
         optional |= {"direction": update.direction.kind, "axis": update.axis}
+    if isinstance(update, Scale):
+        optional |= {"axis": update.axis}
     return entry | {key: value for key, value in optional.items() if value is not None}
 
 

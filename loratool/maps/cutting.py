@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.tensors import FileState, Shape, TensorRef, as_bytes
-from loratool.updates import Add, Dora, Loha, Lokr, Lora, Replace, Update
+from loratool.updates import Add, Dora, Loha, Lokr, Lora, Replace, Scale, Update
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -134,6 +134,8 @@ def turned(update: Update, lead: int) -> Update:
             return Lokr(update.factors, w1, A1, B1, or_none(update.w2), or_none(update.B2), or_none(update.A2))
         case Add() | Replace():
             return replace(update, value=T(update.value))
+        case Scale():
+            return replace(update, axis=1 - update.axis)
         case Dora():
             return replace(update, direction=turned(update.direction, lead), axis=1 - update.axis)
     raise Uncuttable(f"a {update.kind} update can not be turned")
@@ -192,6 +194,8 @@ def _along_rows(update: Update, lead: int, change: Change) -> Update:
             return replace(update, B1=change(update.B1, lead), B2=change(update.B2, lead))
         case Add() | Replace():
             return replace(update, value=change(update.value, lead))
+        case Scale():
+            return replace(update, factor=change(update.factor, lead)) if update.axis == 0 else update
         case Dora(axis=0):
             direction = _along_rows(update.direction, lead, change)
             return replace(update, direction=direction, magnitude=change(update.magnitude, lead))

@@ -9,8 +9,9 @@ from loratool.updates.full import Add, Replace, ReplaceRows
 from loratool.updates.loha import Loha
 from loratool.updates.lokr import Lokr
 from loratool.updates.lora import Lora
+from loratool.updates.scale import Scale
 
-KINDS: dict[str, type[Update]] = {cls.kind: cls for cls in (Lora, Dora, Loha, Lokr, Replace, Add, ReplaceRows)}
+KINDS: dict[str, type[Update]] = {cls.kind: cls for cls in (Lora, Dora, Loha, Lokr, Scale, Replace, Add, ReplaceRows)}
 
 __all__ = [
     "KINDS",
@@ -23,6 +24,7 @@ __all__ = [
     "Lora",
     "Replace",
     "ReplaceRows",
+    "Scale",
     "Scaling",
     "Update",
 ]

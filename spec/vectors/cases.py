@@ -220,6 +220,38 @@ valid("dora_lokr", "a dora over a lokr of two whole factors: no rank",
           {"w1": t("F16", 2, 3), "w2": t("F16", 2, 2), "magnitude": t("F32", 6)},
           direction="lokr", axis=1, scaling="none", scale=0.5)])  # fmt: skip
 
+# ---------------------------------------------------------------- valid: scale
+
+valid("scale_axis0", "one factor per row of a weight, and of its bias, which is a vector",
+      ["R-017", "R-022", "R-028", "R-031", "R-060"],
+      {"l.weight": t("BF16", 4, 3), "l.bias": t("BF16", 4)},
+      [up("scale", "l.weight", [4, 3], {"factor": t("F32", 4)}, axis=0),
+       up("scale", "l.bias", [4], {"factor": t("F32", 4)}, axis=0)])  # fmt: skip
+valid("scale_axis1", "one factor per column, one of them 0 and one negative",
+      ["R-028", "R-031", "R-060"],
+      {"l.weight": t("F32", 4, 3)},
+      [up("scale", "l.weight", [4, 3], {"factor": t("BF16", 3, values=[0, -0.5, 1.25])}, axis=1)])  # fmt: skip
+valid("scale_conv", "a convolution: a column's factor is for all positions of the kernel",
+      ["R-028", "R-031", "R-060"],
+      {"conv.weight": t("F16", 4, 3, 2, 1)},
+      [up("scale", "conv.weight", [4, 3, 2, 1], {"factor": t("F16", 3)}, axis=1)])  # fmt: skip
+valid("scale_fp8", "a base in 8 bits; a factor that is not its neighbours' is rounded once",
+      ["R-060", "R-061"],
+      {"l.weight": t("F8_E4M3", 3, 4)},
+      [up("scale", "l.weight", [3, 4], {"factor": t("F32", 4)}, axis=1)])  # fmt: skip
+valid("scale_rows", "a scale on rows 0..2, a lora on the other rows, a replacement below both",
+      ["R-023", "R-029", "R-060"],
+      {"qk.weight": t("BF16", 5, 3)},
+      [up("scale", "qk.weight", [5, 3], {"factor": t("F32", 3)}, axis=1, rows=[0, 2]),
+       lora("qk.weight", [5, 3], 3, rows=[2, 5]),
+       up("replace", "qk.weight", [5, 3], {"value": t("F32", 5, 3)})])  # fmt: skip
+valid("scale_experts", "factors for each expert, of some rows; one expert alone; biases of experts",
+      ["R-017", "R-022", "R-023", "R-031", "R-060"],
+      {"experts.w": t("F16", 2, 4, 3), "experts.v": t("F32", 2, 3, 2), "experts.b": t("BF16", 2, 3)},
+      [up("scale", "experts.w", [2, 4, 3], {"factor": t("F32", 2, 2)}, axis=0, experts=2, rows=[1, 3]),
+       up("scale", "experts.v", [2, 3, 2], {"factor": t("F32", 2)}, axis=1, expert=1),
+       up("scale", "experts.b", [2, 3], {"factor": t("F32", 2, 3)}, axis=0, experts=2)])  # fmt: skip
+
 # ---------------------------------------------------------------- valid: loha and lokr
 
 valid("loha", "an elementwise product of two low-rank products",
@@ -501,6 +533,9 @@ merge("weight_zero_dora", "weight 0 of a dora changes nothing", W, [("dora_axis0
 merge("weight_zero_replace", "weight 0 of a replacement changes nothing", W, [("replace", 0)])
 merge("weight_zero_rows", "weight 0 of single rows changes nothing", W, [("replace_rows", 0)])
 merge("weight_dora", "a dora with weight 0.3 moves part of the way", W, [("dora_axis1", 0.3)])
+merge("weight_scale", "a scale with weight 0.5 moves half of the way", W, [("scale_axis0", 0.5)])
+merge("weight_scale_minus", "a scale with weight -1.5: away from its result", W, [("scale_axis1", -1.5)])
+merge("weight_zero_scale", "weight 0 of a scale changes nothing", W, [("scale_experts", 0)])
 merge("weight_replace", "a replacement with weight 0.7", W, [("replace", 0.7)])
 merge("weight_rows", "single rows with weight 0.5, the lora on top too", W, [("replace_rows", 0.5)])
 merge("two_loras", "two adapters in one sum, rounded once", W,
@@ -546,6 +581,10 @@ merge("refused_two_replacements", "two adapters replace the same tensor", ["R-06
       [("replace", 1), ("replace", 0.5)], error="E-OVERLAP")  # fmt: skip
 merge("refused_dora_and_lora", "a dora is not alone on its region", ["R-062"],
       [("dora_axis0", 1), ("scaling_sqrt_rank", 1)], error="E-OVERLAP")  # fmt: skip
+merge("refused_scale_and_lora", "a scale is not alone on its region", ["R-062"],
+      [("scale_axis1", 1), ("scaling_none", 1)], error="E-OVERLAP")  # fmt: skip
+merge("refused_two_scales", "two adapters with a scale of one tensor", ["R-062"],
+      [("scale_axis0", 1), ("scale_axis0", 0.5)], error="E-OVERLAP")  # fmt: skip
 
 merge("refused_conditional", "an adapter that acts after tokens only", ["R-047"],
       [("conditional_tokens", 1)], error="E-CONDITIONAL")  # fmt: skip
@@ -926,6 +965,10 @@ invalid("R-022", "E-SHAPE", "replace_rows",
         m["updates"].pop(1), m["updates"][0].update(shape=[]),
         ts.pop("e.weight.1.A"), ts.pop("e.weight.1.B")))),
 )  # fmt: skip
+invalid("R-022", "E-SHAPE", "scale_axis0",
+    ("scale_of_scalar", "a scale of a scalar", put("updates", 1, "shape", to=[])),
+    ("scale_axis_of_vector", "a factor per column of a vector", put("updates", 1, "axis", to=1)),
+)  # fmt: skip
 invalid("R-022", "E-SHAPE", "stacked",
     ("shapes_differ", "two shapes for one target", put("updates", 1, "shape", to=[4, 4])),
     schema=False,
@@ -979,6 +1022,11 @@ invalid("R-024", "E-SCALE", "replace",
     ("replace_scaling", "a replace with a rule", put(*U0, "scaling", to="none")),
     ("replace_rank", "a replace with a rank", put(*U0, "rank", to=2)),
 )  # fmt: skip
+invalid("R-024", "E-SCALE", "scale_axis1",
+    ("scale_scale", "a scale with a scale", put(*U0, "scale", to=1)),
+    ("scale_scaling", "a scale with a rule", put(*U0, "scaling", to="none")),
+    ("scale_rank", "a scale with a rank", put(*U0, "rank", to=1)),
+)  # fmt: skip
 invalid("R-024", "E-SCALE", "replace_rows",
     ("single_rows_alpha", "replace_rows with alpha", put(*U0, "alpha", to=1)),
 )  # fmt: skip
@@ -1026,6 +1074,13 @@ invalid("R-028", "E-MANIFEST", "dora_axis0",
     ("axis_negative", "axis is -1", put(*U0, "axis", to=-1)),
     ("axis_boolean", "axis is false", put(*U0, "axis", to=False)),
 )  # fmt: skip
+invalid("R-028", "E-MANIFEST", "scale_axis1",
+    ("scale_no_axis", "a scale without axis", drop(*U0, "axis")),
+    ("scale_axis_two", "the axis of a scale is 2", put(*U0, "axis", to=2)),
+)  # fmt: skip
+invalid("R-014", "E-UNKNOWN-KEY", "scale_axis1",
+    ("scale_direction", "a scale with a direction", put(*U0, "direction", to="lora")),
+)  # fmt: skip
 ADDED = {"target": "l.weight", "kind": "lora", "shape": [4, 3], **ALPHA, "scale": 3}
 DOUBLE = {"target": "head.weight", "kind": "replace", "shape": [4, 3]}
 invalid("R-029", "E-OVERLAP", "dora_axis0",
@@ -1034,6 +1089,13 @@ invalid("R-029", "E-OVERLAP", "dora_axis0",
     ("dora_twice", "a second dora on the same tensor",
      second({**ADDED, **DORA, "kind": "dora"}, A=("F32", 2, 3), B=("F32", 4, 2),
             magnitude=("F32", 4))),
+    schema=False,
+)  # fmt: skip
+invalid("R-029", "E-OVERLAP", "scale_axis1",
+    ("scale_and_lora", "a lora is added on the tensor of a scale",
+     second(ADDED, A=("F32", 2, 3), B=("F32", 4, 2))),
+    ("scale_twice", "a second scale on the same tensor, along the other axis",
+     second({"target": "l.weight", "kind": "scale", "shape": [4, 3], "axis": 0}, factor=("F32", 4))),
     schema=False,
 )  # fmt: skip
 invalid("R-029", "E-OVERLAP", "replace",
@@ -1084,6 +1146,12 @@ invalid("R-030", "E-COMPONENTS", "dora_axis0",
     ("magnitude_missing", "a dora without a magnitude", lose("l.weight.0.magnitude")),
     schema=False,
 )  # fmt: skip
+invalid("R-030", "E-COMPONENTS", "scale_axis0",
+    ("factor_missing", "a scale without its factor", lose("l.weight.0.factor")),
+    ("scale_with_magnitude", "the factor is called magnitude",
+     rename("l.weight.0.factor", "l.weight.0.magnitude")),
+    schema=False,
+)  # fmt: skip
 invalid("R-030", "E-COMPONENTS", "stacked",
     ("ordinals_gap", "the last update's value has the ordinal 3",
      rename("l.weight.2.value", "l.weight.3.value")),
@@ -1107,6 +1175,12 @@ for source, mutants in {
                     tensor("l.weight.0.magnitude", "F32", 4)),
                    ("magnitude_matrix", "the magnitude has two axes",
                     tensor("l.weight.0.magnitude", "F32", 1, 3))],
+    "scale_axis1": [("factor_axis", "the factor has the length of axis 0",
+                     tensor("l.weight.0.factor", "BF16", 4)),
+                    ("factor_matrix", "the factor has two axes",
+                     tensor("l.weight.0.factor", "BF16", 1, 3))],
+    "scale_experts": [("factor_of_all_rows", "the factors are those of all rows, not of the range",
+                       tensor("experts.w.0.factor", "F32", 2, 4))],
     "lokr_full": [("lokr_rows", "the factors' rows do not multiply to 4",
                    tensor("l.weight.0.w1", "F32", 3, 3)),
                   ("lokr_columns", "the factors' columns do not multiply to 6",

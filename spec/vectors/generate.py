@@ -285,7 +285,7 @@ def merge_one(w, todo):
     for u, parts, weight in todo:
         if u["kind"] in ("replace", "replace_rows"):
             continue
-        scale, slack = Fraction(u["scale"]), max(slack, u.get("rank", 0) + 8)
+        scale, slack = Fraction(u.get("scale", 1)), max(slack, u.get("rank", 0) + 8)
         for where, p in places(u, parts):
             if u["kind"] == "dora":
                 take(where, "d", "da")
@@ -293,6 +293,11 @@ def merge_one(w, todo):
                 slack = max(slack, u.get("rank", 0) + 8 + doublings)
                 w[where] = start[where] + weight * (goal - start[where])
                 term = abs(weight) * (abs(start[where]) + spread)
+            elif u["kind"] == "scale":
+                take(where, "d", "da")
+                goal = along(p["factor"], start[where], u["axis"]) * start[where]
+                w[where] = start[where] + weight * (goal - start[where])
+                term = abs(weight) * (abs(start[where]) + abs(goal))
             else:
                 take(where, "a", "d")
                 w[where] = w[where] + weight * scale * delta(u["kind"], p)
