@@ -77,6 +77,11 @@ def of_ranks(files: Iterable[Path], folder: Path) -> list[Path]:
 
     Raises Unsupported for several, and for one above other weights.
     """
+    if zero := [path for path in files if path.name.endswith("_states.pt")]:
+        what = f"a step of DeepSpeed ZeRO, in the pieces of {len(zero)} files, such as {zero[0].name}"
+        hint = "python zero_to_fp32.py . OUT, in the folder above it, writes whole ones"
+        hint += "; with ZeRO 1 and 2, mp_rank_00_model_states.pt has whole ones: give its path"
+        raise Unsupported(Problem("E-UNSUPPORTED", what, str(folder), hint))
     found, below = [path for path in files if _RANK.fullmatch(path.name)], weights_below(folder)
     if len(found) < 2 and not (found and below):
         return found
