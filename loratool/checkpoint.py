@@ -286,6 +286,7 @@ def _find_weights(folder: Path) -> tuple[list[Path], Path | None]:
         if len(files) == 1 or len(known) == 1:
             return known or files, None
         if files or indexes:
+            places.refuse_piece((indexes or files)[0])
             names = ", ".join(path.name for path in indexes or files)
             raise ChoiceNeeded(
                 Problem(
@@ -345,6 +346,7 @@ def _check_index(index: Path, weight_map: Mapping[str, str], shards: Iterable[Sh
 
 def _open_shard(path: Path) -> Shard:
     places.refuse_stand_in(path)
+    places.refuse_piece(path)
     if path.suffix == ".safetensors" or _looks_like_safetensors(path):
         header = read_header(path)
         return Shard(path, header.tensors, header.metadata, header)

@@ -27,6 +27,7 @@ LOOKED = 2000  # entries at the most
 SHOWN = 4
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz")
 _RANK = re.compile(r"(?:pytorch_)?model.*_rank_?\d+\.(?:pt|bin)")
+_PIECE = re.compile(r"shard-\d{5,}-model-\d{5,}-of-\d{5,}\.safetensors")
 METADATA, PIECES = ".metadata", ".distcp"  # of a torch.distributed.checkpoint folder
 _SUFFIXES = {
     ".nemo": "a NeMo archive (tar): unpack it, and give the weights file in it",
@@ -77,12 +78,26 @@ def of_ranks(files: Iterable[Path], folder: Path) -> list[Path]:
 
     Raises Unsupported for several, and for one above other weights.
     """
+    if zero := [path for path in files if path.name.endswith("_states.pt")]:
+        what = f"a step of DeepSpeed ZeRO, in the pieces of {len(zero)} files, such as {zero[0].name}"
+        hint = "python zero_to_fp32.py . OUT, in the folder above it, writes whole ones"
+        hint += "; with ZeRO 1 and 2, mp_rank_00_model_states.pt has whole ones: give its path"
+        raise Unsupported(Problem("E-UNSUPPORTED", what, str(folder), hint))
     found, below = [path for path in files if _RANK.fullmatch(path.name)], weights_below(folder)
     if len(found) < 2 and not (found and below):
         return found
     hint = f"weights lie below it: {_few(below)}; or {GATHER}" if below else GATHER
     what = f"files of {len(found)} rank{'s' * (len(found) > 1)}, with pieces of the tensors, as {found[0].name}"
     raise Unsupported(Problem("E-UNSUPPORTED", what, str(folder), hint))
+
+
+def refuse_piece(path: Path) -> None:
+    """Raises Unsupported for a safetensors file of one rank, by the name that HuggingFaceStorageWriter gives it."""
+    if _PIECE.fullmatch(path.name):
+        what = f"{path.name} has one rank's pieces of the tensors, under the names of the whole ones"
+        hint = "save with HuggingFaceStorageWriter(..., save_distributed=True, enable_consolidation=True), and give the"
+        hint += " folder above sharded/; torch's consolidate_safetensors_files makes whole ones of these"
+        raise Unsupported(Problem("E-UNSUPPORTED", what, str(path.parent), hint))
 
 
 def not_here(path: Path) -> InvalidFile:

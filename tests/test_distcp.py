@@ -285,6 +285,21 @@ def test_files_of_single_ranks_say_what_to_do(sharded: Path, cli: Cli) -> None:
     assert "spread over ranks" in cli("inspect", sharded / name).err
 
 
+def test_pieces_in_safetensors_are_not_taken_for_whole_tensors(tmp_path: Path, cli: Cli) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        writer = dcp.HuggingFaceStorageWriter(str(tmp_path / "saved"), save_distributed=True)
+        dcp.save({"w": numbers(6, 4)}, storage_writer=writer, no_dist=True)
+    name = "shard-00001-model-00001-of-00001.safetensors"
+    for _ in range(2):
+        for path in (tmp_path / "saved", tmp_path / "saved" / name):
+            said = cli("inspect", path)
+            assert said.code == 2
+            assert "one rank's pieces" in said.err
+            assert "enable_consolidation=True" in said.err
+        (tmp_path / "saved" / name.replace("1", "2", 1)).write_bytes((tmp_path / "saved" / name).read_bytes())
+
+
 # --- a base, an adapter, a wrapped checkpoint ------------------------------------------------------------------------
 
 

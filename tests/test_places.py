@@ -72,6 +72,10 @@ def test_numbered_adapters_alone_are_still_read(kit: Kit) -> None:
             },
             ["lora_adapter", "files of 1 rank,"],
         ),
+        (
+            {f"zero_pp_rank_0_mp_rank_00_{kind}_states.pt": b"" for kind in ("model", "optim")},
+            ["a step of DeepSpeed ZeRO", "zero_to_fp32.py . OUT, in the folder above it"],
+        ),
         ({"zero_to_fp32.py": b"", "latest": b"global_step500"}, ["ZeRO", "zero_to_fp32.py . OUT"]),
         ({"README.md": b""}, ["no weights", "check the path"]),
     ],
