@@ -1,7 +1,7 @@
 """The vectors catch programs that are nearly right: the reference reader with one fault at a time fails one of them.
 
-First the faults that programs have had, by hand; then every check of the reader taken out, and every comparison moved by
-one. What no vector can tell apart is listed, with the reason.
+First the faults that programs have had, by hand; then every check of the reader taken out. What no vector can tell
+apart is listed, with the reason.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+import loratool
 
 SPEC = Path(__file__).parent.parent / "spec"
 FOLDER = SPEC / "vectors" / "1.0"
@@ -83,6 +85,7 @@ def test_the_reader_as_it_is_passes() -> None:
 
 # --- faults that programs have had ----------------------------------------------------------------------------------
 
+FIRST = "    for u, ranges, parts, weight in sorted(\n        [s for"
 LAST = "    return np.ldexp(np.rint(np.ldexp(w, -exponent)), exponent)\n"
 LOADS = "json.loads(text, parse_constant=int, **unique)"
 FAULTS = {
@@ -92,8 +95,8 @@ FAULTS = {
         ("subnormal_f16", "subnormal_bf16", "subnormal_f32", "subnormal_f64"),
     ),
     "subnormals of the base are flushed": (
-        "    for u, ranges, parts, weight in sorted(\n        [s for",
-        "    w = np.where(np.frexp(w)[1] < 3 - FLOATS[dtype][1], 0.0, w)\n    for u, ranges, parts, weight in sorted(\n        [s for",
+        FIRST,
+        "    w = np.where(np.frexp(w)[1] < 3 - FLOATS[dtype][1], 0.0, w)\n" + FIRST,
         ("subnormal_f16", "subnormal_bf16", "subnormal_f32"),
     ),
     "scale is computed again from alpha": (
@@ -209,7 +212,7 @@ def test_a_fault_is_seen(fault: str) -> None:
     assert seen(SOURCE.replace(old, new), vectors) == [case["name"] for case in CASES if case["name"] in vectors]
 
 
-# --- every check, every comparison ----------------------------------------------------------------------------------
+# --- every check ----------------------------------------------------------------------------------
 
 # What no vector can tell from the reader as it is, and why: text of the condition, as `ast.unparse` has it.
 REDUNDANT = {
@@ -217,7 +220,7 @@ REDUNDANT = {
     "n <= len(raw)": "then the data of the first tensor is missing as well",
     "len(meta.get('loratool', '').encode()) <= 5 * 10 ** 7": "a vector over 50 MB",
     "len(m['updates']) <= 200000": "a vector over 20 MB",
-    "sum((values(x[k]) for x in free for k in x if '.' in k or k in FREE)) <= 100000": "tested below, not kept as a file",
+    "sum((values(x[k]) for x in free for k in x if '.' in k or k in FREE)) <= 100000": "tested below, not a file",
     "stop - start == array.nbytes": "then the array can not have the shape's size",
     "array.size == np.prod(shape, dtype=object)": "then it can not be brought to its shape",
     "(dtype == 'I64') == (name == 'index')": "an index of fractions can not take rows",
@@ -225,7 +228,7 @@ REDUNDANT = {
     "1 <= rank <= 65536": "factors of rank 65536 take vectors of 256 kB; rank 0 has no elements",
     "t.get('parts') != {}": "the pattern of `parts` asks for one member",
     "((norm > 0) & (norm < np.inf)).all()": "what is divided by such a norm is no number that the dtype has",
-    "len(R) >= (2 if matrix else packed + ('rows' in kind))": "the axes of the factors say the same",
+    "len(R) >= (2 if matrix else least)": "the axes of the factors say the same",
 }
 
 
@@ -246,3 +249,25 @@ def test_every_check_of_the_reader_is_seen_when_it_is_gone() -> None:
         if not seen(ast.fix_missing_locations(tree)):
             silent.add(text)
     assert silent == REDUNDANT.keys()
+
+
+@pytest.mark.parametrize(("count", "fits"), [(99_000, True), (100_001, False)])
+def test_free_values_are_counted(count: int, fits: bool, tmp_path: Path) -> None:
+    """R-016, with a file that is not worth keeping."""
+    raw = (FOLDER / "valid" / "info.lora.safetensors").read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:end])
+    manifest = json.loads(header["__metadata__"]["loratool"])
+    manifest["info"]["training"] = {"loss": [0] * count}
+    header["__metadata__"]["loratool"] = json.dumps(manifest, separators=(",", ":"))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path = tmp_path / "many.lora.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[end:])
+    reader = program(SOURCE)
+    for read, refusal in ((reader.read, reader.Refused), (loratool.load, loratool.LoratoolError)):
+        if fits:
+            read(path)
+        else:
+            with pytest.raises(refusal, match="E-LIMIT"):
+                read(path)
