@@ -159,7 +159,7 @@ FAULTS = {
         "for a, b in [*zip(group[-1][1], ranges, strict=True)][-1:])",
         ("rows_beside_expert",),
     ),
-    "a dora beside others": ('"dora|replace"', '"replace"', ("dora_and_lora", "dora_twice")),
+    "a dora beside others": ('"dora|scale|re"', '"scale|re"', ("dora_and_lora", "dora_twice")),
     "largest numbers are infinite": (
         "(2 - 2.0**-digits)",
         "(2 - 2.0 ** (1 - digits))",
