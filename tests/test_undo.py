@@ -1143,6 +1143,18 @@ def test_the_reference_decoder_restores_the_base(
     assert changed <= found.keys()
 
 
+@pytest.mark.parametrize("form", ["scale0", "scale1"])
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+def test_the_reference_decoder_takes_factors_out(dtype: str, form: str, tmp_path: Path) -> None:
+    state = {"l.weight": values(64, 48, dtype=dtype)}
+    base, adapter = save_sharded(state, tmp_path / "base"), one(form, (64, 48), name="l.weight", seed=4)
+    loratool.merge(base, [(adapter, 0.5)], tmp_path / "out", undo=tmp_path / "undo")
+    loratool.save(adapter, tmp_path / "a.lora.safetensors")
+    given_ = [(tmp_path / "a.lora.safetensors", 0.5)]
+    found = reference_undo.restore(tmp_path / "out" / "model.safetensors", given_, tmp_path / "undo")
+    assert found == {"l.weight": raw(state["l.weight"])}
+
+
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
 def test_the_reference_decoder_restores_many_numbers(dtype: str, tmp_path: Path) -> None:
     state = {"l.weight": values(200, 160, dtype=dtype, std=0.02)}
