@@ -65,7 +65,9 @@ def there(path: Path, what: str) -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_suffix_says_file_and_no_suffix_says_folder(verb: str, kit: Kit, cli: Cli) -> None:
     before = tree(kit.folder)
-    wrong = ["out", "out.pth", "out.gguf"] if verb in FILES else ["out.safetensors", "out.pth", "out.gguf", "out.bin"]
+    wrong = ["out", "out.pth", "out.gguf", "out.onnx"]
+    if verb not in FILES:
+        wrong = [*wrong[1:], "out.bin", "out.h5", *(["out.safetensors"] if verb == "convert to peft" else [])]
     for name in wrong:
         code, _, text = cli(*argv(kit, verb, kit / name))
         assert (code, text.startswith("error[E-OUTPUT]"), "help: " in text) == (2, True, True), (name, text)
