@@ -52,7 +52,9 @@ def misfits(base: Checkpoint, changes: Mapping[str, NewTensor], others: bool) ->
             yield Problem("E-OUTPUT", what, where, _HINT)
         else:
             for other, place in spans.items():
-                if other != name and place is not None and place != span and place[0] < span[1] and span[0] < place[1]:
+                if other == name or place is None or place[0] >= span[1] or span[0] >= place[1]:
+                    continue
+                if place != span or other not in changes or changes[other].updates != new.updates:
                     what = f"{name} and {other} share some of their memory: one can not change without the other"
                     yield Problem("E-OUTPUT", what, where, _HINT)
                     break
