@@ -299,7 +299,21 @@ def swap(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["view", "overlap", "alias", "big-endian", "legacy", "dtype", "new", "safetensors", "folder", "as"]
+    "case",
+    [
+        "view",
+        "overlap",
+        "alias",
+        "transposed alias",
+        "elsewhere",
+        "big-endian",
+        "legacy",
+        "dtype",
+        "new",
+        "safetensors",
+        "folder",
+        "as",
+    ],
 )
 def test_what_can_not_be_the_same_pickle_is_refused(case: str, kit: Kit, cli: Cli) -> None:
     model, options, base = state(), [], kit / "m.pth"
@@ -310,6 +324,10 @@ def test_what_can_not_be_the_same_pickle_is_refused(case: str, kit: Kit, cli: Cl
         model |= {"l.0.q.weight": rows[:6], "rows": rows[3:]}
     if case == "alias":
         model["flat"] = model["l.0.q.weight"].reshape(-1)
+    if case == "transposed alias":
+        model["turned"] = model["l.0.q.weight"].T
+    if case == "elsewhere":
+        model["best"] = [{"of": model["l.0.q.weight"]}]  # type: ignore[assignment]
     torch.save(model, base, _use_new_zipfile_serialization=case != "legacy")
     if case == "big-endian":
         swap(base)
