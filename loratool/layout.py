@@ -122,10 +122,10 @@ def output_files(
 
 def joined(base: Checkpoint, name: str) -> Checkpoint:
     """A checkpoint as one file of this name: the tensors of all its shards, in their order."""
-    if base.path.is_file():
+    if len(base.shards) == 1 and base.index is None:
         return base
     tensors = {own: ref for shard in base.shards for own, ref in shard.tensors.items()}
-    return replace(base, shards=(Shard(base.path / name, tensors, base.metadata, None),), index=None)
+    return replace(base, shards=(Shard(base.folder / name, tensors, base.metadata, None),), index=None)
 
 
 def _component_files(

@@ -187,7 +187,7 @@ def plan_merge(
         beside = alone(base, beside)
     if problems := [
         *names_clash(base),
-        *_unlike_files(base, link, single),
+        *_unlike_files(base, link),
         *fit.problems,
         *(repacked.misfits(base, changes, bool(additions or dropped)) if form and not fit.problems else ()),
         *beside.problems,
@@ -272,11 +272,8 @@ def _undo_problems(
         yield Problem("E-OPTION", "an undo record needs the digests that prove it", str(undo), "leave out --no-digests")
 
 
-def _unlike_files(base: Checkpoint, link: bool, single: bool) -> Iterator[Problem]:
+def _unlike_files(base: Checkpoint, link: bool) -> Iterator[Problem]:
     """What can not be where the output's files are not the base's."""
-    if single and len(base.shards) > 1:
-        what = f"the output has {len(base.shards)} files, for it is too large for one"
-        yield Problem("E-OUTPUT", what, str(base.path), "name a folder with -o")
     if link and all(shard.header is None for shard in base.shards):
         what = "there is nothing to link: no file of this base is a file of the output, which is safetensors"
         yield Problem("E-OPTION", what, str(base.path), "leave out --link")
