@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypedDict, TypeVar
 
 from loratool import format as native_format
-from loratool import live, maps
+from loratool import live, maps, outputs
 from loratool.adapter import Adapter
 from loratool.binding import led
 from loratool.checkpoint import open_checkpoint, read_json
@@ -181,10 +181,10 @@ def extract(
     """
     return run_extract(
         Path(wrapped),
-        Path(out),
+        outputs.place(out),
         _choices(reading),
         base_path=None if base is None else Path(base),
-        base_out=None if base_out is None else Path(base_out),
+        base_out=None if base_out is None else outputs.place(base_out),
         force=force,
         progress=progress,
     )
@@ -223,7 +223,7 @@ def convert(
     """
     planned = plan_convert(
         source if isinstance(source, Adapter) else Path(source),
-        Path(out),
+        outputs.place(out),
         to,
         _choices(reading),
         base=None if base is None else Path(base),
@@ -277,7 +277,7 @@ def plan(
     return plan_merge(
         Path(base),
         given,
-        Path(out),
+        outputs.place(out),
         dtype=dtype,
         allow_new=allow_new,
         allow_unchanged=allow_unchanged,
@@ -462,7 +462,7 @@ def plan_of_unmerge(
     return plan_unmerge(
         Path(merged),
         _weighted(adapters),
-        Path(out),
+        outputs.place(out),
         base_path=base_path,
         undo_path=undo_path,
         exact=exact,

@@ -100,6 +100,8 @@ def open_archive(path: Path) -> Archive:
             if len(names) != 1 or any(info.compress_type for info in archive.infolist()):
                 raise ValueError("not one that torch.save wrote")
             folder = names[0].removesuffix("data.pkl")
+            if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
+                raise ValueError("its numbers are big-endian")
             entries = _entries(file, archive.start_dir, len(archive.infolist()))
             records = [_record(file, info, entry) for info, entry in zip(archive.infolist(), entries, strict=True)]
             end = archive.start_dir

@@ -134,6 +134,8 @@ def plan_convert(
     if baked:
         notes = (*notes, f"{listed(baked)}: baked in, as whole tensors of this base: no other base fits them any more")
     notes = (*notes, *bundle.notes, *checked.notes(writer.NAME, adapter, opened))
+    if force:
+        outputs.refuse_replaced(out, inputs)
     return Conversion(adapter, read_as, writer, bundle, out, baked, notes, inputs, view, force)
 
 

@@ -83,6 +83,8 @@ def run_extract(
         raise ChoiceNeeded(replace(native_format.unknown_alpha(unknown), where=str(wrapped), hint=hint))
     known = _known(adapter, logical(replace(source, tensors=base)).tensors if inside else base)
     copy = None if base_out is None else settled(replace(_base_plan(source, base, base_out), force=force))
+    for place in (out, *([base_out] if base_out else [])) if force else ():
+        outputs.refuse_replaced(place, inputs)
     replaced = base_out is not None and base_out.exists()
     meter = Meter(sum(ref.nbytes for ref in known.values()) + (copy.nbytes if copy else 0), progress)
     identity = replace(adapter.base, tensors=_identities(known, meter))

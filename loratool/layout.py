@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from loratool.adapter import Targeted
+from loratool.archives import RECEIPT
 from loratool.checkpoint import Checkpoint, Shard, read_json
 from loratool.container import encode_header
 from loratool.errors import Problem
@@ -119,6 +120,14 @@ def output_files(
     )
 
 
+def joined(base: Checkpoint, name: str) -> Checkpoint:
+    """A checkpoint as one file of this name: the tensors of all its shards, in their order."""
+    if len(base.shards) == 1 and base.index is None:
+        return base
+    tensors = {own: ref for shard in base.shards for own, ref in shard.tensors.items()}
+    return replace(base, shards=(Shard(base.folder / name, tensors, base.metadata, None),), index=None)
+
+
 def _component_files(
     component: str,
     part: Checkpoint,
@@ -156,7 +165,8 @@ def _output_file(
         new.name.removeprefix(prefix) for new in additions
     ]
     tensors = tuple((name, item.dtype, item.shape) for name, item in zip(names, planned, strict=True))
-    metadata = shard.metadata if shard.header else {"format": "pt"}  # what transformers expects of a shard
+    metadata = {key: value for key, value in shard.metadata.items() if key != RECEIPT}  # it is of an earlier merge
+    metadata = metadata if shard.header else {"format": "pt", **metadata}  # what transformers expects of a shard
     if dropped:  # nothing is quantised any more
         metadata = {key: value for key, value in metadata.items() if key != HEADER_KEY}
     header = encode_header(tensors, metadata)

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from loratool import staging
-from loratool.checkpoint import OTHER_SUFFIXES, PICKLE_SUFFIXES
+from loratool.checkpoint import WEIGHT_SUFFIXES
 from loratool.errors import OutputRefused, Problem
+from loratool.tensors import FileState
 
-SUFFIXES = (".safetensors", *PICKLE_SUFFIXES, *OTHER_SUFFIXES)  # of files that hold weights
+SUFFIXES = WEIGHT_SUFFIXES  # of files that hold weights, whoever reads them
 NATIVE = "a native adapter"
 
 
@@ -52,10 +53,35 @@ def problems(
     if (problem := staging.refuse_existing(out, force)) is not None:
         yield problem
     elif force and out.exists():
-        place = out.resolve()
-        if held := [path for path in inputs if place in (path.resolve(), *path.resolve().parents)]:
-            hint = "write elsewhere, and move it afterwards"
-            yield Problem("E-EXISTS", f"--force would replace {held[0]}, which is read", str(out), hint)
+        yield from replaced_inputs(out, inputs)
+
+
+def replaced_inputs(out: Path, inputs: Iterable[Path]) -> Iterator[Problem]:
+    """A problem where an output that is replaced is an input, holds one, or is a part of one."""
+    place, hint = out.resolve(), "write elsewhere, and move it afterwards"
+    for path in inputs:
+        found = path.resolve()
+        if place in (found, *found.parents):
+            yield Problem("E-EXISTS", f"--force would replace {path}, which is read", str(out), hint)
+            return
+        if found.is_dir() and found in place.parents:
+            yield Problem("E-EXISTS", f"--force would replace a part of {path}, which is read", str(out), hint)
+            return
+
+
+def refuse_replaced(out: Path, states: Iterable[FileState]) -> None:
+    """Raises OutputRefused where a file that is read lies in an output that is replaced, whatever way led to it."""
+    if out.exists():
+        refuse(replaced_inputs(out, (state.path for state in states)))
+
+
+def place(out: str | Path) -> Path:
+    """The path that a caller names. Raises OutputRefused for a file's name with a slash behind it."""
+    path = Path(out)
+    if isinstance(out, str) and out.endswith("/") and is_file(path):
+        what = f"{out} is a folder's name by its slash, and a file's by its suffix"
+        raise OutputRefused(Problem("E-OUTPUT", what, str(path), "leave out one of them"))
+    return path
 
 
 def refuse(*found: Iterable[Problem]) -> None:

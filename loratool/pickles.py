@@ -86,6 +86,23 @@ def read_tree(path: Path) -> Tree:
     return tree
 
 
+def strewn(path: Path) -> Iterator[TensorRef]:
+    """Every tensor that an archive holds, wherever in it and as often as it is there, its keys in its `data`."""
+    with refusing(str(path), "a state dict", _ADVICE), reading(path), zipfile.ZipFile(path) as archive:
+        tree, _ = _listed(archive, str(path))
+    left: list[tuple[tuple[Any, ...], Any]] = [((), tree)]
+    file, seen = _PickleFile(FileState.of(path)), set[int]()
+    while left:
+        keys, value = left.pop()
+        if isinstance(value, _Stored):
+            data = Pickled(file, keys, (path, *value.storage))
+            yield TensorRef(".".join(map(str, keys)), value.dtype, value.shape, data, value.shape)
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:  # a pickle may hold itself
+            seen.add(id(value))
+            inside = value.items() if isinstance(value, dict) else enumerate(value)
+            left += [((*keys, key), child) for key, child in inside]
+
+
 def _is_zip(path: Path) -> bool:
     with reading(path), path.open("rb") as file:
         return file.read(4) == b"PK\x03\x04"

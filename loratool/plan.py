@@ -15,11 +15,11 @@ from typing import Any
 from loratool import companions, outputs, receipt, repacked, staging
 from loratool.adapter import Adapter
 from loratool.changes import DTYPES, Fitted, fitted, inputs
-from loratool.checkpoint import Checkpoint
+from loratool.checkpoint import PIPELINE_INDEX, Checkpoint
 from loratool.companions import Companions
 from loratool.conventions.choices import Choices
 from loratool.errors import ChoiceNeeded, Mismatch, OutputRefused, Problem
-from loratool.layout import Change, NewTensor, OutputFile, names_clash, output_files, output_index
+from loratool.layout import Change, NewTensor, OutputFile, joined, names_clash, output_files, output_index
 from loratool.maps.cutting import Derived
 from loratool.matrices import BLOCK_BYTES, compute_dtype
 from loratool.names import listed
@@ -160,9 +160,10 @@ def plan_merge(
     folders = [Path(adapter) for adapter, _ in adapters if not isinstance(adapter, Adapter)]
     form = form or ("pth" if outputs.is_pickle(out) else "")
     outputs.refuse(
-        output_problems(base_path, out, folders, force), _undo_problems(undo, out, digests, resume, force),
+        output_problems(base_path, out, folders, force),
+        _undo_problems(undo, out, digests, resume, force, [base_path, *folders]),
         _form_problems(base_path, out, form),
-    )  # fmt: skip
+    )
     fit = fitted(base_path, adapters, dtype, choices or Choices(), allow_new, undo is not None, onto_merged)
     base, changes, additions, dropped = fit.base, fit.changes, fit.additions, fit.dropped
     single = outputs.is_file(out)
@@ -182,9 +183,11 @@ def plan_merge(
             tokenizer=tokenizer,
         )
     )
+    if single and base.path.is_dir() and not fit.problems:
+        beside = alone(base, beside)
     if problems := [
         *names_clash(base),
-        *_unlike_files(base, link, single),
+        *_unlike_files(base, link),
         *fit.problems,
         *(repacked.misfits(base, changes, bool(additions or dropped)) if form and not fit.problems else ()),
         *beside.problems,
@@ -193,7 +196,8 @@ def plan_merge(
     ]:
         raise Mismatch(problems)
     notes = [*fit.notes, *beside.notes, *(problem.message for problem in fit.idle)]
-    files = output_files(base, changes, additions, frozenset(ref.name for ref in dropped))
+    whole = joined(base, out.name) if single else base
+    files = output_files(whole, changes, additions, frozenset(ref.name for ref in dropped))
     notes += _rewritten(base, files)
     if stale := base.left_out(_components(base, touched)):
         names = ", ".join(map(str, stale[:3])) + (" ..." if stale[3:] else "")
@@ -208,7 +212,7 @@ def plan_merge(
         single,
         files if again is None else (again.file,),
         beside,
-        output_index(base, files),
+        output_index(whole, files),
         fit.merged,
         dtype,
         tuple(notes),
@@ -245,7 +249,9 @@ def _form_problems(base: Path, out: Path, form: str) -> Iterator[Problem]:
         yield Problem("E-OUTPUT", what, str(out), "say -o NAME.pth, or leave out --as pth")
 
 
-def _undo_problems(undo: Path | None, out: Path, digests: bool, resume: bool, force: bool) -> Iterator[Problem]:
+def _undo_problems(
+    undo: Path | None, out: Path, digests: bool, resume: bool, force: bool, read: Sequence[Path]
+) -> Iterator[Problem]:
     """Options that do not go together: an undo record is proven by digests, and so is what is resumed."""
     if resume and not digests:
         yield Problem("E-OPTION", "only digests can verify what is resumed", hint="leave out --no-digests or --resume")
@@ -255,6 +261,8 @@ def _undo_problems(undo: Path | None, out: Path, digests: bool, resume: bool, fo
         return
     if (problem := staging.refuse_existing(undo, force)) is not None:
         yield replace(problem, hint=problem.hint.replace("-o", "--undo"))
+    elif force and undo.is_file():
+        yield from outputs.replaced_inputs(undo, read)
     elif undo.is_dir():
         yield Problem("E-EXISTS", f"{undo} is a folder, and a record is a file", str(undo), "name another with --undo")
     place = undo.resolve()
@@ -264,11 +272,8 @@ def _undo_problems(undo: Path | None, out: Path, digests: bool, resume: bool, fo
         yield Problem("E-OPTION", "an undo record needs the digests that prove it", str(undo), "leave out --no-digests")
 
 
-def _unlike_files(base: Checkpoint, link: bool, single: bool) -> Iterator[Problem]:
+def _unlike_files(base: Checkpoint, link: bool) -> Iterator[Problem]:
     """What can not be where the output's files are not the base's."""
-    if single and len(base.shards) > 1:
-        what = f"the output has {len(base.shards)} files, for it is too large for one"
-        yield Problem("E-OUTPUT", what, str(base.path), "name a folder with -o")
     if link and all(shard.header is None for shard in base.shards):
         what = "there is nothing to link: no file of this base is a file of the output, which is safetensors"
         yield Problem("E-OPTION", what, str(base.path), "leave out --link")
@@ -301,7 +306,10 @@ def settled(plan: Plan, threads: int | None = None, max_memory: int | None = Non
     beside = [path.stat().st_size for path in _copied(plan)]
     if (problem := staging.refuse_small_disk(plan.out, sum(copied) + sum(beside))) is not None:
         raise OutputRefused(problem)
-    return replace(plan, inputs=tuple(sorted(_inputs(plan))))
+    plan = replace(plan, inputs=tuple(sorted(_inputs(plan))))
+    for out in (plan.out, *([plan.undo] if plan.undo else [])) if plan.force else ():
+        outputs.refuse_replaced(out, plan.inputs)
+    return plan
 
 
 def refuse_device(device: str) -> None:
@@ -330,6 +338,15 @@ def _copied(plan: Plan) -> list[Path]:
     return [path for path in origins if path is not None]
 
 
+def alone(source: Checkpoint, beside: Companions) -> Companions:
+    """What lies beside one file that is made of a folder: nothing. Notes say what stays behind, and what would have to
+    be edited."""
+    left = [path.as_posix() for path in companions_of(source, ())]
+    notes = [f"the output is one file: {listed(left)} of {source.path.name} are not in it"] if left else []
+    notes += [f"the {path} that is used with it has to say: {edit}" for path, edit in beside.edits]
+    return Companions(notes=tuple(notes), problems=tuple(p for p in beside.problems if p.code == "E-OPTION"))
+
+
 def companions_of(base: Checkpoint, touched: Iterable[str]) -> list[Path]:
     return [path for path in base.companions(_components(base, touched)) if path.name != receipt.FILE_NAME]
 
@@ -347,6 +364,6 @@ def output_problems(source: Path, out: Path, folders: Sequence[Path], force: boo
             what = f"the output would lie inside the input folder {folder}"
             yield Problem("E-OUTPUT", what, str(out), "write it somewhere else")
     suffixes = (".safetensors", *((source.suffix, *outputs.PICKLES) if outputs.is_pickle(source) else ()))
-    what = "the output of a folder" if source.is_dir() else "the output of a file"
-    alone = source.is_file() or not source.exists()
-    yield from outputs.problems(out, what, suffixes if alone else (), True, force=force, inputs=[source, *folders])
+    pipeline = (source / PIPELINE_INDEX).is_file()
+    what = "the output of a pipeline" if pipeline else "a checkpoint"
+    yield from outputs.problems(out, what, () if pipeline else suffixes, True, force=force, inputs=[source, *folders])

@@ -14,7 +14,7 @@ from loratool.archives import Archive, open_archive
 from loratool.checkpoint import Checkpoint, Shard
 from loratool.errors import LoratoolError, Problem
 from loratool.layout import Change, Copy, NewTensor, OutputFile, raw
-from loratool.pickles import Pickled
+from loratool.pickles import Pickled, strewn
 from loratool.tensors import DTYPE_BITS, Shape, TensorRef
 
 _HINT = "a name that ends in .safetensors writes it as that"
@@ -43,6 +43,7 @@ def misfits(base: Checkpoint, changes: Mapping[str, NewTensor], others: bool) ->
         return
     shard = base.shards[0]
     spans = {name: _span(archive, ref) for name, ref in shard.tensors.items()}
+    spread = _everywhere(archive, shard)
     for name, new in changes.items():
         ref, span = shard.tensors[name], spans[name]
         if span is None or new.part:
@@ -51,9 +52,11 @@ def misfits(base: Checkpoint, changes: Mapping[str, NewTensor], others: bool) ->
             what = f"{name} would be {new.dtype} {[*new.shape]}, and is {ref.dtype} {[*ref.shape]} in the archive"
             yield Problem("E-OUTPUT", what, where, _HINT)
         else:
-            for other, place in spans.items():
-                if other != name and place is not None and place != span and place[0] < span[1] and span[0] < place[1]:
-                    what = f"{name} and {other} share some of their memory: one can not change without the other"
+            for other, where_it_is, place in spread[_key(ref)]:
+                if other == name or place[0] >= span[1] or span[0] >= place[1]:
+                    continue
+                if spans.get(other) != span or other not in changes or changes[other].updates != new.updates:
+                    what = f"{name} and {where_it_is} share some of their memory: one can not change without the other"
                     yield Problem("E-OUTPUT", what, where, _HINT)
                     break
 
@@ -90,6 +93,23 @@ def _span(archive: Archive, ref: TensorRef) -> tuple[int, int] | None:
         return None
     start = archive.storage(key).start + offset * DTYPE_BITS[ref.dtype] // 8
     return start, start + ref.nbytes
+
+
+def _everywhere(archive: Archive, shard: Shard) -> dict[str, list[tuple[str, str, tuple[int, int]]]]:
+    """All tensors of the archive by storage, those beside the state dict too: the name in it ("" for those), where it
+    is, and its first byte with the end of its last."""
+    own = {ref.data.keys: name for name, ref in shard.tensors.items() if isinstance(ref.data, Pickled)}
+    found: dict[str, list[tuple[str, str, tuple[int, int]]]] = {}
+    for ref in strewn(archive.path):
+        assert isinstance(ref.data, Pickled)
+        _, key, offset, stride = ref.data.storage
+        if ref.numel:
+            width = DTYPE_BITS[ref.dtype] // 8
+            start = archive.storage(key).start + offset * width
+            last = sum((size - 1) * step for size, step in zip(ref.shape, stride, strict=True))
+            place = (start, start + (last + 1) * width)
+            found.setdefault(str(key), []).append((own.get(ref.data.keys, ""), ref.name, place))
+    return found
 
 
 def _strides(shape: Shape) -> list[int]:

@@ -22,6 +22,8 @@ _OURS = re.compile(
     r".*\.(?:safetensors|pt|pth|bin|ckpt|lora|gguf|npz)|(?:adapter_)?config\.json|model_index\.json"
     r"|loratool_receipt\.json|.*\.index\.json"
 )
+# What no output has, so that a folder with it is somebody's work: a repository, the steps of a training.
+_MORE = re.compile(r"\.git|checkpoint-\d+")
 
 
 def refuse_existing(path: Path, force: bool = False) -> Problem | None:
@@ -53,7 +55,14 @@ def _kept(path: Path) -> tuple[str, bool]:
     place, here = path.resolve(), Path.cwd()
     if place in (here, *here.parents):
         return "is the folder you are in" if place == here else "holds the folder you are in", False
+    home = Path.home().resolve()
+    if place in (home, *home.parents):
+        return "is your home folder" if place == home else "holds your home folder", False
+    if os.path.ismount(place):
+        return "is a mount point, which nothing can be renamed over: name a new folder in it", False
     names = [child.name for child in path.iterdir()]
+    if others := sorted(name for name in names if _MORE.fullmatch(name)):
+        return f"exists already, and is more than an output: it holds {others[0]}", False
     if names and not any(map(_OURS.fullmatch, names)):
         return f"exists already, and holds no model and no adapter (but {min(names)})", False
     return ("exists already", True) if names else ("", True)

@@ -16,9 +16,9 @@ from loratool.conventions import of_base
 from loratool.conventions.choices import Choices
 from loratool.errors import AnswerIsNo, InvalidFile, Mismatch, Problem
 from loratool.format import content_digest
-from loratool.layout import NewTensor, Weighted, names_clash, output_files, output_index
+from loratool.layout import NewTensor, Weighted, joined, names_clash, output_files, output_index
 from loratool.names import listed
-from loratool.plan import Plan, companions_of, output_problems, settled
+from loratool.plan import Plan, alone, companions_of, output_problems, settled
 from loratool.receipt import Receipt
 from loratool.tensors import TensorRef
 from loratool.undo import UndoRecord
@@ -107,6 +107,8 @@ def plan_unmerge(
     if base is not None and found.dropped:
         merged, dropped = base, []  # parts that a merge left out have their places in the base's files
         beside = Companions(tuple(companions_of(merged, found.tensors)))
+    if single and merged.path.is_dir():
+        beside, merged = alone(merged, beside), joined(merged, out.name)
     files = output_files(merged, changes, dropped=frozenset(dropped))
     again = None
     if outputs.is_pickle(out):

@@ -673,7 +673,7 @@ def test_messages_say_what_where_and_what_helps(kit: Kit, cli: Cli, monkeypatch:
         (["inspect", "sharded/model.safetensors.index.json"], "E-SUFFIX", ["help: give the folder itself"]),
         (["merge", "base", "adapter", "-o", "merged"], "E-EXISTS", ["merged", "help: "]),
         (["merge", "base", "adapter", "-o", "no/such/new"], "E-EXISTS", ["no/such", "help: "]),
-        (["merge", "base", "adapter", "-o", "new.safetensors"], "E-OUTPUT", ["folder", "help: "]),
+        (["merge", "base", "adapter", "-o", "new.gguf"], "E-OUTPUT", ["folder", "help: "]),
         (["merge", "merged", "adapter", *out], "E-MERGED", ["receipt", "unmerge", "in: merged"]),
         (["merge", "plain.pth", "adapter", *out], "E-WRAPPED", ["extract", "--base-out", "in: plain.pth"]),
         (["merge", "base", "plain.pth", *out], "E-ALPHA", ["l.0.q.weight", "--scaling", "--alpha"]),

@@ -23,7 +23,7 @@ Examples:
 @options.force
 @options.reading
 @click.option("--base", type=click.Path(path_type=Path), help="The base, where the file holds no base weights.")
-@click.option("--base-out", type=click.Path(path_type=Path), help="Also write the clean base checkpoint, as a folder.")
+@options.base_out
 @options.progress
 @options.as_json
 @options.quiet

@@ -28,7 +28,7 @@ Examples:
 @click.argument("base", type=click.Path(path_type=Path))
 @options.adapters
 @options.out(
-    "The checkpoint to write: a folder, or if the base is one file also NAME.safetensors (of a pickle, NAME.pth)."
+    "The checkpoint to write: a folder, or NAME.safetensors; where the base is a pickle, also NAME.pth, .pt or .bin."
 )
 @options.force
 @click.option(

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import click
 
+from loratool import outputs
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -53,6 +55,11 @@ def _alphas(ctx: Context, param: Parameter, values: tuple[str, ...]) -> dict[str
     return found or None
 
 
+def _place(ctx: Context, param: Parameter, value: str | None) -> Path | None:
+    """An output's path. Typed with a slash behind it, it is meant to be a folder."""
+    return None if value is None else outputs.place(value)
+
+
 def existing_path(function: F) -> F:
     return click.argument("path", type=click.Path(path_type=Path))(function)
 
@@ -74,7 +81,12 @@ def alpha(function: F) -> F:
 
 
 def out(help: str) -> Callable[[F], F]:
-    return click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help=help)
+    return click.option("-o", "--out", required=True, type=click.Path(), callback=_place, help=help)
+
+
+base_out = click.option(
+    "--base-out", type=click.Path(), callback=_place, help="Also write the clean base checkpoint, as a folder."
+)
 
 
 def force(function: F) -> F:

@@ -24,7 +24,9 @@ Examples:
 )
 @click.argument("merged", type=click.Path(path_type=Path))
 @options.adapters
-@options.out("The checkpoint to write: a folder, or one file like the merged one.")
+@options.out(
+    "The checkpoint to write: a folder, or NAME.safetensors; where MERGED is a pickle, also NAME.pth, .pt or .bin."
+)
 @options.force
 @click.option("--base", type=click.Path(path_type=Path), help="The base: its tensors are restored bit for bit.")
 @click.option("--undo", type=click.Path(path_type=Path), help="The record of `merge --undo`: exact, without the base.")
