@@ -512,6 +512,32 @@ for dtype, top, less in TOPS:
           {"w": t(dtype, 2, values=[top, -top])},
           [up("add", "w", [2], {"value": t("F64", 2, values=[less, -less])}, **FREE, scale=1)])  # fmt: skip
 
+# ---------------------------------------------------------------- valid: many updates of one target
+
+for dtype, count in (("F64", 4), ("F64", 12), ("F32", 5), ("F32", 24), ("BF16", 24)):
+    valid(f"many_loras_{dtype.lower()}_{count}", f"{count} loras on one tensor of {dtype}, which cancel in part",
+          ["R-060", "R-061"],
+          {"w": t(dtype, 2, 2)},
+          [lora("w", [2, 2], alpha=(-1) ** i * (3 + i)) for i in range(count)])  # fmt: skip
+valid("many_adds", "14 adds on one tensor of F32, from 2^-20 to 2^20",
+      ["R-060", "R-061"],
+      {"w": t("F32", 2, 2)},
+      [up("add", "w", [2, 2], {"value": t("F32", 2, 2)}, **FREE, scale=(-1) ** i * 2.0 ** (3 * i - 20))
+       for i in range(14)])  # fmt: skip
+valid("many_kinds", "a replacement in part, loras, a loha and a lokr on one tensor",
+      ["R-029", "R-060", "R-061"],
+      {"w": t("F32", 4, 4)},
+      [up("replace", "w", [4, 4], {"value": t("F32", 4, 4)}), lora("w", [4, 4], alpha=1), lora("w", [4, 4], alpha=-1),
+       up("loha", "w", [4, 4], {"A1": t("F32", 2, 4), "B1": t("F32", 4, 2), "A2": t("F32", 2, 4), "B2": t("F32", 4, 2)},
+          **ALPHA),
+       up("lokr", "w", [4, 4], {"w1": t("F32", 2, 2), "w2": t("F32", 2, 2)}, **FREE, scale=0.5)])  # fmt: skip
+valid("underflow", "products that underflow in binary32: what is left is within the band, and no more",
+      ["R-060", "R-061"],
+      {"w": t("BF16", 2, 2, values=[0, 2.0**-133, -(2.0**-126), 1])},
+      [up("lora", "w", [2, 2], {"A": t("BF16", 1, 2, values=[2.0**-70, 2.0**-64]),
+                                "B": t("BF16", 2, 1, values=[2.0**-70, -(2.0**-69)])},
+          rank=1, scaling="none", scale=1)])  # fmt: skip
+
 METADATA = {case["name"]: case["metadata"] for case in VALID if "metadata" in case}
 
 # ---------------------------------------------------------------- merges

@@ -38,7 +38,10 @@ FLOATS = {
     "F8_E4M3": (1, 4, -6, 8, 2**4 - 1),
     "F8_E5M2": (1, 3, -14, 15, 2**3 - 1),
 }
-UNIT = dict.fromkeys(FLOATS, 2.0**-24) | {"F64": 2.0**-53, "F32": 2.0**-53}  # of the compute dtype
+# of the compute dtype: u, its unit roundoff, and h, its smallest subnormal number
+UNIT = dict.fromkeys(FLOATS, Fraction(1, 2**24)) | dict.fromkeys(("F64", "F32"), Fraction(1, 2**53))
+LEAST = dict.fromkeys(FLOATS, Fraction(1, 2**149)) | dict.fromkeys(("F64", "F32"), Fraction(1, 2**1074))
+SUMS = {"B", "B1", "B2", "mid", "mid1", "mid2"}  # components over whose rank there is a sum
 
 
 # ---------------------------------------------------------------- numbers and bytes
@@ -262,74 +265,94 @@ def along(m, v, axis):
     return m.reshape([-1 if i == axis else 1 for i in range(v.ndim)])
 
 
-def merge_one(w, todo):
-    """todo: (update, components, weight) in order. The exact result, and its band without u."""
+def merge_one(w, todo, dtype):
+    """todo: (update, components, weight) in order. The exact result, and the band of every element (section 8)."""
     w, state = w.copy(), np.full(w.shape, "", dtype=object)  # state: what has touched an element
-    size = np.array(abs(w), dtype=object).reshape(w.shape)  # S of the tolerance
-    slack, narrow = 8, np.zeros(w.shape)
-    lora_only = all(u["kind"] == "lora" and "mid" not in p for u, p, _ in todo)
+    S, Z, n = each(abs, w), each(raised, w), np.full(w.shape, 8, dtype=object)
+    u, h = UNIT[dtype], LEAST[dtype]
 
     def take(where, mark, clash):
         if set("".join(np.ravel(state[where]))) & set(clash):
             raise Refused("E-OVERLAP")
         state[where] = state[where] + mark
 
-    for u, parts, weight in todo:
-        if u["kind"] in ("replace", "replace_rows"):
-            for where, p in places(u, parts):
-                where = ([int(i) for i in p["index"]],) if "index" in p else where
-                take(where, "r", "r")
-                size[where] = size[where] + abs(weight) * (abs(p["value"]) + abs(w[where]))
-                w[where] = w[where] + weight * (p["value"] - w[where])
-    start = w.copy()
-    for u, parts, weight in todo:
-        if u["kind"] in ("replace", "replace_rows"):
+    for update, parts, weight in todo:
+        if update["kind"] not in ("replace", "replace_rows"):
             continue
-        scale, slack = Fraction(u.get("scale", 1)), max(slack, u.get("rank", 0) + 8)
-        for where, p in places(u, parts):
-            if u["kind"] == "dora":
-                take(where, "d", "da")
-                goal, spread, doublings = dora(start[where], u, p, scale)
-                slack = max(slack, u.get("rank", 0) + 8 + doublings)
-                w[where] = start[where] + weight * (goal - start[where])
-                term = abs(weight) * (abs(start[where]) + spread)
-            elif u["kind"] == "scale":
-                take(where, "d", "da")
-                goal = along(p["factor"], start[where], u["axis"]) * start[where]
-                w[where] = start[where] + weight * (goal - start[where])
-                term = abs(weight) * (abs(start[where]) + abs(goal))
+        for where, p in places(update, parts):
+            where = ([int(i) for i in p["index"]],) if "index" in p else where
+            value = p["value"]
+            take(where, "v" if weight == 1 else "r", "rv")
+            n[where] = n[where] + 4
+            if weight == 1:
+                w[where], S[where], Z[where] = value, each(abs, value), each(raised, value)
+                continue
+            w[where] = w[where] + weight * (value - w[where])
+            S[where] = S[where] + abs(weight) * (each(abs, value) + S[where])
+            Z[where] = Z[where] + raised(weight) * (each(raised, value) + Z[where])
+    others = [step for step in todo if step[0]["kind"] not in ("replace", "replace_rows")]
+    for update, parts, _ in others:
+        alone = update["kind"] in ("dora", "scale")
+        for where, p in places(update, parts):
+            take(where, *(("d", "da") if alone else ("a", "d")))
+            n[where] = n[where] + 4 + update.get("rank", 0) * len(SUMS & p.keys())
+            if update["kind"] == "dora":
+                under = w[where].size // w[where].shape[update["axis"]]
+                n[where] = n[where] + 8 + math.ceil(math.log2(under)) + math.ceil(under / 2**53 / u)
+    g = n * u / (1 - n * u)
+    band = np.zeros(w.shape, dtype=object)  # of doras: what is more than g S + n h Z
+    for update, parts, weight in others:
+        scale = Fraction(update.get("scale", 1))
+        for where, p in places(update, parts):
+            if update["kind"] == "dora":
+                goal, off = dora(w[where], S[where], Z[where], n[where], g[where], h, update, p)
+                S[where] = S[where] + abs(weight) * (S[where] + abs(goal))
+                Z[where] = Z[where] + raised(weight) * (Z[where] + each(raised, goal))
+                band[where] = abs(weight) * off
+                w[where] = w[where] + weight * (goal - w[where])
+            elif update["kind"] == "scale":
+                factor = along(p["factor"], w[where], update["axis"])
+                S[where] = S[where] + abs(weight) * (S[where] + abs(factor) * S[where])
+                Z[where] = Z[where] + raised(weight) * (Z[where] + each(raised, factor) * Z[where])
+                w[where] = w[where] + weight * (factor * w[where] - w[where])
             else:
-                take(where, "a", "d")
-                w[where] = w[where] + weight * scale * delta(u["kind"], p)
-                term = abs(weight * scale) * delta(u["kind"], absolute(p))
-                if lora_only:
-                    narrow[where] += (u["rank"] + 2) * outer_norm(p, weight * scale)
-            size[where] = size[where] + term
-    return w, (narrow if lora_only else slack * floats(size)) + 2 * floats(abs(w))
+                kind = update["kind"]
+                w[where] = w[where] + weight * scale * delta(kind, p)
+                S[where] = S[where] + abs(weight * scale) * delta(kind, {k: each(abs, v) for k, v in p.items()})
+                more = delta(kind, {k: each(raised, v) for k, v in p.items()})
+                Z[where] = Z[where] + raised(weight) * raised(scale) * more
+    rounds = np.vectorize(lambda marks: int(marks not in ("", "v")), otypes=[object])(state)
+    return w, rounds * (band + g * S + n * h * Z)
 
 
-def dora(w, u, parts, scale):
-    """The goal m V / norm(V), the same with every term made positive, log2 of a norm's length."""
-    way, axis = u["direction"], u["axis"]
+def dora(w, S, Z, n, g, h, update, parts):
+    """The goal m V / norm(V), and d: how far from it rounding and underflow of V and its norm may lead."""
+    way, axis, scale = update["direction"], update["axis"], Fraction(update["scale"])
     v = w + scale * delta(way, parts)
-    over = abs(w) + abs(scale) * delta(way, absolute(parts))
-    n, m = norm(v, axis), along(parts["magnitude"], v, axis)
-    spread = abs(m) * (over + abs(v) * norm(over, axis) / n) / n
-    return m * v / n, spread, math.ceil(math.log2(v.size / v.shape[axis]))
+    e = g * (S + abs(scale) * delta(way, {k: each(abs, x) for k, x in parts.items()}))
+    above = Z + raised(scale) * delta(way, {k: each(raised, x) for k, x in parts.items()})
+    e = e + n * h * above
+    length, m = norm(v, axis), along(parts["magnitude"], v, axis)
+    if (length == 0).any():
+        raise Refused("E-NONFINITE")
+    off = norm(e, axis) + root(v.size // v.shape[axis] * h)
+    low = length - off
+    if (low <= 0).any():
+        raise SystemExit("a norm that rounding may take away: no vector for it")
+    return m * v / length, abs(m) * (e + abs(v) * off / length) / low + n * h * (above + abs(m) + 1 / low)
 
 
-def absolute(parts):
-    return {name: abs(p) for name, p in parts.items()}
+def upwards(x):
+    """The next number of binary64 from there, so that a band is not cut short."""
+    return math.nextafter(float(x), math.inf) if x else 0.0
 
 
-def floats(x):
-    return np.asarray(x).astype(float)
+def each(change, x):
+    return np.asarray(np.vectorize(change, otypes=[object])(x), dtype=object)
 
 
-def outer_norm(p, factor):
-    """|factor| * norm(B[i]) * norm(A[:, j])"""
-    squares = np.multiply.outer((p["B"] ** 2).sum(1), (p["A"] ** 2).sum(0))
-    return abs(float(factor)) * np.sqrt(floats(squares))
+def raised(x):
+    return max(Fraction(1), abs(x))
 
 
 def merge(base, adapters, consent=False):
@@ -376,11 +399,11 @@ def merge(base, adapters, consent=False):
                 raise Refused("E-TARGET")
             start = whole[0][0]["value"]
             dtype = dtype or stored_as(target, adapters)
-        exact, band = merge_one(start, [step for step in work if step[2]])
+        exact, band = merge_one(start, [step for step in work if step[2]], dtype)
         values = [rounded(x, dtype) for x in exact.flat]
         merged[target] = [dtype, shape, encode(values, dtype)]
         truth["exact." + target] = ["F64", shape, encode(exact.flat, "F64")]
-        truth["band." + target] = ["F64", shape, encode((band * UNIT[dtype]).flat, "F64")]
+        truth["band." + target] = ["F64", shape, encode(map(upwards, np.ravel(band)), "F64")]
     return merged, truth
 
 
