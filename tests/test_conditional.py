@@ -83,11 +83,12 @@ LOSING = [
 def test_no_writer_drops_it(to: str, when: Mapping[str, Any], tmp_path: Path) -> None:
     """Without it, the adapter would always act."""
     loratool.save(conditional(when), tmp_path / "a.lora.safetensors")
+    out = tmp_path / f"out{(*conventions.writers()[to].SUFFIXES, '')[0]}"
     with pytest.raises(loratool.Mismatch) as caught:
-        loratool.convert(tmp_path / "a.lora.safetensors", tmp_path / "out", to=to)
+        loratool.convert(tmp_path / "a.lora.safetensors", out, to=to)
     assert caught.value.code == "E-CONDITIONAL"
     assert "--to native" in caught.value.problems[0].hint
-    assert not (tmp_path / "out").exists()
+    assert not out.exists()
 
 
 def alora(tmp_path: Path, **more: Any) -> tuple[Path, Path, Any]:
