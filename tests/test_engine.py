@@ -19,7 +19,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from strategies import (
     DTYPES,
     Maker,
@@ -169,9 +169,12 @@ def test_a_single_file_becomes_a_single_file(tmp_path: Path) -> None:
     assert (tmp_path / "back.safetensors").read_bytes() == (tmp_path / "in.safetensors").read_bytes()
 
 
-def test_a_folder_does_not_go_into_one_file(base: Path, tmp_path: Path) -> None:
-    error = refused(lambda: loratool.merge(base, BOTH, tmp_path / "out.safetensors"))
-    assert error.code == "E-OUTPUT"
+def test_a_folder_goes_into_one_file_with_the_numbers_of_the_folder(base: Path, tmp_path: Path) -> None:
+    loratool.merge(base, BOTH, tmp_path / "out")
+    loratool.merge(base, BOTH, tmp_path / "out.safetensors")
+    whole, shards = load_file(tmp_path / "out.safetensors"), tensors_of(tmp_path / "out")
+    assert whole.keys() == shards.keys()
+    assert all(torch.equal(whole[name], value) for name, value in shards.items())
 
 
 def test_a_merge_twice_gives_the_same_bytes(base: Path, tmp_path: Path) -> None:
