@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from strategies import (
     DTYPES,
     MATRIX_FORMS,
+    SCALES,
     Case,
     Maker,
     adapters,
@@ -42,7 +43,7 @@ from loratool.matrices import ROLE_ORDER
 from loratool.tensors import FileSpan
 from loratool.updates import Lora, Update
 
-SCALABLE = (*MATRIX_FORMS, "add")
+SCALABLE = (*(form for form in MATRIX_FORMS if form not in SCALES), "add")
 POWERS = st.sampled_from((-4.0, -1.0, 0.125, 0.5, 2.0, 16.0))
 FACTORS = st.sampled_from((3.0, 0.1, -0.7, 1 / 3, 1000.0))
 

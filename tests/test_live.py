@@ -93,7 +93,7 @@ def pair(dtype: torch.dtype, forms: Sequence[str] = MATRIX_FORMS) -> tuple[State
     def adapter(chosen: Sequence[tuple[str, str]]) -> Adapter:
         return Adapter(tuple(Targeted(Target(f"{n}.weight", SHAPE), make_update(f, SHAPE, make)) for n, f in chosen))
 
-    second = [(form, "lora") for form in forms if not form.startswith("dora")]
+    second = [(form, "lora") for form in forms if not form.startswith(("dora", "scale"))]
     return state, adapter([(form, form) for form in forms]), adapter(second)
 
 

@@ -101,6 +101,6 @@ def test_extract_with_a_base_binds_an_adapter_that_holds_none(kit: Kit) -> None:
     with pytest.raises(loratool.Mismatch, match="E-BASE-MISMATCH"):
         loratool.merge(kit / "other", kit / "bound.lora.safetensors", kit / "out")
     with pytest.raises(ChoiceNeeded, match="in the file itself"):
-        loratool.extract(kit / "plain.pth", kit / "x", base=kit / "base", alpha=4, scaling="alpha/rank")
+        loratool.extract(kit / "plain.pth", kit / "x.safetensors", base=kit / "base", alpha=4, scaling="alpha/rank")
     with pytest.raises(Unsupported, match="no base weights"):
-        loratool.extract(kit / "adapter", kit / "x")
+        loratool.extract(kit / "adapter", kit / "x.safetensors")
