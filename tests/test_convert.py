@@ -69,8 +69,10 @@ def components(adapter: Adapter) -> dict[str, tuple[object, list[Tensor]]]:
 
 
 def refused(adapter: Adapter, tmp_path: Path, to: str = "peft", **options: Any) -> loratool.LoratoolError:
+    writer = conventions.writers().get(to)
+    suffix = (*writer.SUFFIXES, "")[0] if writer else ""
     with pytest.raises(loratool.LoratoolError) as caught:
-        loratool.convert(adapter, tmp_path / ("refused" if to == "peft" else "refused.safetensors"), to, **options)
+        loratool.convert(adapter, tmp_path / f"refused{suffix}", to, **options)
     assert not [*tmp_path.glob("refused*")]
     assert not [*tmp_path.glob(".*partial*")]
     return caught.value

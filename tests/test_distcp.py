@@ -206,6 +206,7 @@ def of_rank(rank: int, folder: Path) -> None:
         distributed.barrier()
     finally:
         distributed.destroy_process_group()
+    os._exit(0)  # threads of gloo may be left, which abort a process that ends by itself
 
 
 @pytest.fixture(scope="module")
